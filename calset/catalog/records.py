@@ -1,0 +1,170 @@
+"""The rows that calset's parts hand each other: problems, runs, traces, grades, subsets.
+
+Why here: the builder writes them, the catalog keeps them, selection and pruning read them. They are plain values and
+know neither DuckDB nor any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
+
+Verdict = Literal[
+    "correct", "incorrect", "no_answer", "truncated", "gold_unparsable", "pred_unparsable", "timeout", "error", "ungraded"
+]  # fmt: skip
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+# Verdicts that say something about the model; the rest (a broken reference, a grader's own failure) leave no mark on
+# the pass rate.
+JUDGED: tuple[str, ...] = ("correct", "incorrect", "no_answer", "truncated", "pred_unparsable")
+RunKind = Literal["build", "evaluate"]
+
+
+def utc_now() -> datetime:
+    """Now, in UTC, without a timezone object (DuckDB TIMESTAMP)."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where problems come from, at a pinned revision."""
+
+    source_id: str
+    name: str  # short name that people filter by: "gym:chain_sum", "questions.jsonl", "demo"
+    spec: str  # as typed: "gym:chain_sum?max_terms=4&size=50&seed=1"
+    kind: str  # "gym" | "file" | "demo"
+    revision: str  # package version or file hash
+    grader: str
+    licence: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question with a reference answer."""
+
+    problem_id: str
+    source_id: str
+    source: str
+    source_row: str  # the row's key in its source
+    question: str
+    answer: str
+    grader: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # what the grader needs (gym entry), solution, domain
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One build: everything that made its traces what they are."""
+
+    run_id: str
+    kind: RunKind
+    generation_key: str
+    model: str
+    model_revision: str
+    tokenizer_hash: str
+    chat_template_hash: str
+    system_prompt: str | None
+    sampling: Mapping[str, Any]
+    max_tokens: int
+    seed: int
+    engine: str
+    engine_version: str
+    reasoning_format: str
+    versions: Mapping[str, str]
+    hardware: Mapping[str, Any]
+    command: str
+    started_at: datetime = field(default_factory=utc_now)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One sampled response. ``prompt_ids`` and ``completion_ids`` are the engine's own ids, never re-encoded.
+
+    ``reasoning_start`` and ``reasoning_end`` are offsets into ``completion_ids``: the tokens between the marks; both -1
+    when the model did not think. ``answer_start`` is where the answer begins, or -1 when thinking never ended.
+    """
+
+    trace_id: str
+    problem_id: str
+    run_id: str
+    generation_key: str
+    sample_index: int
+    request_seed: int
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    text: str  # the whole completion, decoded for reading and searching
+    response: str  # what follows the thinking: the only text that graders see
+    finish_reason: str  # the engine's own string: stop, length, abort, error, repetition
+    max_tokens: int
+    reasoning_start: int = -1
+    reasoning_end: int = -1
+    answer_start: int = 0
+    attempt: int = 0
+    seconds: float = 0.0
+    created_at: datetime = field(default_factory=utc_now)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def n_reasoning_tokens(self) -> int:
+        return max(0, self.reasoning_end - self.reasoning_start)
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """One grader's verdict on one trace; the newest counts."""
+
+    trace_id: str
+    attempt: int
+    grader: str
+    grader_version: str
+    verdict: Verdict
+    extracted: str | None = None  # the model's answer as the grader read it
+    detail: str | None = None  # why, in a line
+    seconds: float = 0.0
+    graded_at: datetime = field(default_factory=utc_now)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One calibration sample of a subset. ``input_ids`` holds prompt and completion; the first ``n_prompt_tokens`` are prompt."""
+
+    sample_id: str
+    input_ids: Sequence[int]
+    n_prompt_tokens: int
+    kind: Literal["trace", "prompt", "gold", "text"] = "trace"
+    trace_id: str | None = None
+    problem_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """An immutable, versioned, content-hashed, ordered list of calibration samples."""
+
+    name: str
+    version: int
+    content_hash: str
+    recipe: Mapping[str, Any]  # the resolved recipe: filter, bands, budget, order
+    seed: int
+    model: str
+    model_revision: str
+    tokenizer_hash: str
+    samples: Sequence[Sample]
+    pool: Mapping[str, Any] = field(default_factory=dict)  # how many candidates passed each filter
+    warnings: Sequence[str] = ()
+    created_at: datetime = field(default_factory=utc_now)
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.samples)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(s.input_ids) for s in self.samples)

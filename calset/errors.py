@@ -1,0 +1,42 @@
+"""calset's errors: a small tree whose messages say what happened, to what, and what to do.
+
+The command line prints the message on one line and exits with ``exit_code``: 2 for bad input, 1 for a failure.
+"""
+
+from __future__ import annotations
+
+
+class CalsetError(Exception):
+    """Anything calset reports to its user; a failure (exit code 1) unless a subclass says otherwise."""
+
+    exit_code = 1
+
+
+class InputError(CalsetError):
+    """The caller asked for something that cannot be done: a bad option, file, name or model (exit code 2)."""
+
+    exit_code = 2
+
+
+class CatalogError(CalsetError):
+    """The catalog could not be read or written."""
+
+
+class CatalogLocked(CatalogError):
+    """Another process holds the catalog's lock longer than the deadline; the message names its PID."""
+
+
+class SchemaTooNew(InputError):
+    """The catalog was written by a newer calset."""
+
+
+class EngineError(CalsetError):
+    """An inference engine could not start, or died; what was committed stays and the build can be resumed."""
+
+
+class PruningError(CalsetError):
+    """Pruning could not go on: non-finite activations, a singular matrix that damping does not cure, a full disk."""
+
+
+class VerificationError(CalsetError):
+    """A pruned checkpoint is not what its pruning.json says."""

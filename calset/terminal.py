@@ -1,0 +1,198 @@
+"""What calset prints: tables, JSON lines, progress. The command line's only printer.
+
+Why apart: traces are untrusted text, so every string that reaches a terminal passes ``clean`` here; and a program
+reading calset must never meet a table or a progress bar, so the choice between the two is made here once.
+It must not know what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+# C0 and C1 control characters but tab and newline, and the bidirectional overrides that can reorder a line.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+PLAIN_SECONDS = 5.0  # how often plain progress prints a line
+
+
+def clean(text: Any) -> str:
+    """``text`` without control sequences; lone surrogates are replaced."""
+    plain = str(text).replace("\r\n", "\n")
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", plain).encode("utf-8", "replace").decode("utf-8")
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` in JSON's types; NaN and infinity become null, since JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(v) for v in value]
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value)
+    if hasattr(value, "item"):
+        return jsonable(value.item())
+    return str(value)
+
+
+def emit_json(value: Any) -> None:
+    """One JSON document on one line of standard output."""
+    sys.stdout.write(json.dumps(jsonable(value), ensure_ascii=False).encode("utf-8", "replace").decode("utf-8") + "\n")
+
+
+def say(text: str = "") -> None:
+    """A line of standard output."""
+    sys.stdout.write(clean(text) + "\n")
+
+
+def note(text: str) -> None:
+    """A line of standard error: warnings and remarks that are not the result."""
+    sys.stderr.write(clean(text) + "\n")
+
+
+def cell(value: Any) -> str:
+    """A table cell: numbers short, missing values as a dash, text on one line."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d %H:%M:%S")
+    if isinstance(value, list | tuple | dict):
+        return clean(json.dumps(jsonable(value), ensure_ascii=False)).replace("\n", " ")
+    return clean(value).replace("\n", "\\n").replace("\t", " ")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+    """A table on a terminal; tab-separated lines with a header elsewhere."""
+    if not sys.stdout.isatty():
+        if title:
+            say(f"# {title}")
+        say("\t".join(columns))
+        for row in rows:
+            sys.stdout.write("\t".join(cell(v) for v in row) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    view = Table(title=title, title_justify="left", header_style="bold")
+    listed = [list(row) for row in rows]
+    for i, column in enumerate(columns):
+        numeric = bool(listed) and all(
+            r[i] is None or (isinstance(r[i], int | float) and not isinstance(r[i], bool)) for r in listed
+        )
+        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in listed:
+        view.add_row(*(Text(_shorten(cell(v))) for v in row))
+    Console().print(view)
+
+
+def _shorten(text: str, width: int = 300) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+class Progress:
+    """Progress on standard error: a bar on a terminal, a line every few seconds elsewhere, JSON lines or silence if asked.
+
+    ``update`` takes what is done and of how many, and short facts to show beside; facts arrive as the API reports them.
+    """
+
+    def __init__(self, mode: str, label: str) -> None:
+        self.mode = ("bar" if sys.stderr.isatty() else "plain") if mode == "auto" else mode
+        self.label = label
+        self._bar: Any = None
+        self._task: Any = None
+        self._printed = 0.0
+        self._last = ""
+
+    def update(self, done: float, total: float | None, facts: Mapping[str, Any], *, final: bool = False) -> None:
+        if self.mode == "none":
+            return
+        if self.mode == "json":
+            event = {"event": self.label, "done": done, "total": total, **facts, "final": final}
+            sys.stderr.write(json.dumps(jsonable(event)) + "\n")
+            sys.stderr.flush()
+            return
+        shown = ", ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, ""))
+        if self.mode == "bar":
+            self._draw(done, total, shown)
+            return
+        line = f"{self.label}: {done:g}" + (f"/{total:g}" if total is not None else "") + (f", {shown}" if shown else "")
+        now = time.monotonic()
+        if line != self._last and (final or now - self._printed >= PLAIN_SECONDS):
+            self._printed, self._last = now, line
+            sys.stderr.write(clean(line) + "\n")
+            sys.stderr.flush()
+
+    def _draw(self, done: float, total: float | None, shown: str) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[facts]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=total, facts="")
+        self._bar.update(self._task, completed=done, total=total, facts=clean(shown))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+@contextmanager
+def progress(mode: str, label: str):
+    """A ``Progress`` that is closed however the work ends."""
+    bar = Progress(mode, label)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as ``1h02m``, ``3m05s`` or ``12s``; empty when unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return ""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as ``12.3 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
+
+
+def folder_size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -32,7 +32,7 @@ _HOMES = {
     "load_problems": "calset.builder.problems",
     "prune": "calset.pruning.prune",
     "resolve": "calset.catalog.export",
-    "select": "calset.catalog.recipes",
+    "select": "calset.catalog.selection",
     "stats": "calset.catalog.stats",
     "verify": "calset.pruning.verify",
 }
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from calset.builder.problems import load_problems
     from calset.catalog.catalog import Catalog
     from calset.catalog.export import export, resolve
-    from calset.catalog.recipes import select
     from calset.catalog.records import Subset
+    from calset.catalog.selection import select
     from calset.catalog.stats import stats
     from calset.catalog.subsets import diff
     from calset.errors import CalsetError, InputError

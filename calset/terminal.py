@@ -109,7 +109,7 @@ def _shorten(text: str, width: int = 300) -> str:
 
 
 class Progress:
-    """Progress on standard error: a bar on a terminal, a line every few seconds elsewhere, JSON lines or silence if asked.
+    """Progress on standard error: a bar on a terminal, a line now and then elsewhere, JSON lines or silence if asked.
 
     ``update`` takes what is done and of how many, and short facts to show beside; facts arrive as the API reports them.
     """
@@ -134,7 +134,9 @@ class Progress:
         if self.mode == "bar":
             self._draw(done, total, shown)
             return
-        line = f"{self.label}: {done:g}" + (f"/{total:g}" if total is not None else "") + (f", {shown}" if shown else "")
+        line = (
+            f"{self.label}: {done:g}" + (f"/{total:g}" if total is not None else "") + (f", {shown}" if shown else "")
+        )
         now = time.monotonic()
         if line != self._last and (final or now - self._printed >= PLAIN_SECONDS):
             self._printed, self._last = now, line
@@ -173,6 +175,25 @@ def progress(mode: str, label: str):
         yield bar
     finally:
         bar.close()
+
+
+@contextmanager
+def stages(mode: str):
+    """A callable (stage, done, total, facts) that shows each stage in its own ``Progress``."""
+    current: list[Progress] = []
+
+    def show(stage: str, done: float, total: float | None, facts: Mapping[str, Any]) -> None:
+        if not current or current[-1].label != stage:
+            for bar in current:
+                bar.close()
+            current[:] = [Progress(mode, stage)]
+        current[-1].update(done, total, facts, final=total is not None and done >= total)
+
+    try:
+        yield show
+    finally:
+        for bar in current:
+            bar.close()
 
 
 def duration(seconds: float | None) -> str:

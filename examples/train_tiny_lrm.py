@@ -106,7 +106,9 @@ def _slip(value: int, rng: random.Random) -> int:
     """``value`` with one digit wrong."""
     digits = list(str(abs(value)))
     i = rng.randrange(len(digits))
-    digits[i] = rng.choice([d for d in "0123456789" if d != digits[i] and not (i == 0 and d == "0" and len(digits) > 1)])
+    digits[i] = rng.choice(
+        [d for d in "0123456789" if d != digits[i] and not (i == 0 and d == "0" and len(digits) > 1)]
+    )
     return int("".join(digits)) * (-1 if value < 0 else 1)
 
 
@@ -171,10 +173,10 @@ def problem_streams(seed: int, size: int) -> list[tuple[float, object]]:
         "chain_sum", min_terms=2, max_terms=7, min_digits=1, max_digits=4, seed=seed, size=size
     )
     products = [
-        (0.30, dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)),
-        (0.35, dict(min_terms=2, max_terms=2, min_digits=2, max_digits=2)),
-        (0.20, dict(min_terms=2, max_terms=2, min_digits=3, max_digits=3)),
-        (0.15, dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1)),
+        (0.30, {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
+        (0.35, {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}),
+        (0.20, {"min_terms": 2, "max_terms": 2, "min_digits": 3, "max_digits": 3}),
+        (0.15, {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
     ]
     streams: list[tuple[float, object]] = [(1 - PRODUCT_SHARE, chain)]
     for share, options in products:
@@ -278,7 +280,7 @@ def documents(seed: int, held_out: set[str]) -> Iterator[list[Piece]]:
 
 
 def encode(tok, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
-    """Token ids and loss flags; pieces are cut only where the pre-tokenizer cuts too, so ids equal the joined text's."""
+    """Token ids and loss flags. Pieces are cut where the pre-tokenizer cuts too, so ids equal the joined text's."""
     ids: list[int] = []
     flags: list[bool] = []
     for text, loss in pieces:
@@ -371,12 +373,12 @@ def train(args: argparse.Namespace) -> None:
         [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.98), fused=True,
     )  # fmt: skip
-    warmup = max(1, min(100, args.steps // 10))
+    warmup = max(1, min(100, args.schedule_steps // 10))
 
     def rate(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.schedule_steps - warmup)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     step_fn = torch.compile(model, dynamic=False) if args.compile else model
@@ -425,7 +427,12 @@ def save(model, tok, out: Path) -> None:
 
     bf16 = copy.deepcopy(model).to(torch.bfloat16)
     bf16.generation_config.update(
-        do_sample=True, temperature=0.8, top_p=1.0, top_k=0, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id
+        do_sample=True,
+        temperature=0.8,
+        top_p=1.0,
+        top_k=0,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
     )
     bf16.save_pretrained(out)
     tok.save_pretrained(out)
@@ -434,7 +441,9 @@ def save(model, tok, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="calset/demo/model")
-    parser.add_argument("--steps", type=int, default=1500)
+    # The schedule is longer than the training: at the end of it the model errs too seldom to have hard problems.
+    parser.add_argument("--steps", type=int, default=1001)
+    parser.add_argument("--schedule-steps", type=int, default=1500, help="length of the cosine")
     parser.add_argument("--rows", type=int, default=24, help="rows of 512 tokens a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

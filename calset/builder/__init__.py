@@ -1,0 +1,1 @@
+"""Problems -> traces -> verdicts: what fills the catalog."""

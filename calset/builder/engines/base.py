@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from calset.errors import InputError
+from calset.errors import EngineError, InputError
+
+RESUME_HINT = "what was saved stays; run the same command again to continue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Sampling:
             raise InputError(f"top_k must be 0 (off) or positive, not {self.top_k}")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p must lie between 0 and 1, not {self.min_p}")
-        if self.repetition_penalty <= 0:
+        if not self.repetition_penalty > 0:
             raise InputError(f"repetition_penalty must be positive, not {self.repetition_penalty}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,11 +57,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine returned for a request: its own token ids (the stop token included when it sampled one)."""
+    """What an engine returned for a request: its own token ids, the stop token included when it sampled one."""
 
     key: str
     token_ids: tuple[int, ...]
-    finish_reason: str
+    finish_reason: str  # the engine's own string: stop, length, abort, error, repetition
     seconds: float
 
 
@@ -70,23 +72,57 @@ class Engine(Protocol):
     name: str
     version: str
     max_model_len: int
+    loaded: str  # the revision of the weights that answer now
 
     def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Yield completions as they finish, in any order, pulling requests lazily.
+        """Yield completions as they finish, in any order, pulling requests lazily (perhaps from another thread).
 
         Raises:
             EngineError: the engine died; completions already yielded stand.
         """
         ...
 
-    def load_weights(self, model: Path) -> None:
+    def cancel(self) -> None:
+        """End the running stream soon, from any thread; what is in flight is dropped. A later stream works again."""
+        ...
+
+    def load_weights(self, model: Path, revision: str) -> None:
         """Put the weights of another checkpoint of the same architecture and tokenizer into the running engine.
 
         Raises:
-            EngineError: the checkpoint does not fit the engine.
+            EngineError: the checkpoint does not fit the engine; the old weights stay.
         """
         ...
 
     def close(self) -> None:
         """Free the device; may be called twice."""
         ...
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a safetensors checkpoint, from the headers alone."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    return shapes
+
+
+def check_same_shapes(old: Path, new: Path) -> None:
+    """Refuse a checkpoint whose tensors differ in name or shape: vLLM would only warn and keep stale weights.
+
+    Raises:
+        EngineError: naming the first tensor that differs.
+    """
+    want, have = tensor_shapes(old), tensor_shapes(new)
+    if not have:
+        raise EngineError(f"{new} holds no safetensors weights to load")
+    differing = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
+    if want and differing:
+        name = differing[0]
+        raise EngineError(
+            f"{new} does not fit the running engine: {name} is {have.get(name)} there and {want.get(name)} in {old} "
+            f"({len(differing)} tensors differ); start a new engine on it"
+        )

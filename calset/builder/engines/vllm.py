@@ -1,0 +1,280 @@
+"""vLLM in process: one request a sample, each completion handed over as soon as it is done.
+
+An AsyncLLM lives in an event loop of a background thread. Its workers are spawned, never forked: a forked worker
+inherits the parent's OpenMP threads and was many times slower on a CPU. Tested with vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from calset.builder.engines.base import RESUME_HINT, Completion, Request, Sampling, check_same_shapes
+from calset.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    from calset.builder.model_info import ModelInfo
+
+T = TypeVar("T")
+CPU_SEQUENCES = 128
+_DONE = object()
+
+
+class VllmEngine:
+    """A running vLLM engine.
+
+    Args:
+        concurrency: sequences decoded at once (``max_num_seqs``); vLLM's default on a GPU, 128 on a CPU.
+        verbose: let vLLM log.
+        options: further vLLM engine arguments by their own names, e.g. ``tensor_parallel_size``.
+
+    Raises:
+        EngineError: vLLM did not start.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        *,
+        max_model_len: int,
+        device: str | None = None,
+        dtype: str = "auto",
+        concurrency: int | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> None:
+        _prepare_environment(verbose)
+        import vllm
+
+        self.version: str = vllm.__version__
+        self.max_model_len = max_model_len
+        self.loaded = model.revision
+        self._folder = model.folder
+        self._stop_token_ids = list(model.eos_token_ids)
+        self._llm: Any = None
+        self._counter = 0
+        self._feeder: Any = None
+        arguments = self._arguments(model, device, dtype, concurrency, verbose, options)
+        # Twice what runs, so that the scheduler always has the next prompt at hand.
+        self._in_flight = 2 * (arguments.max_num_seqs or 256)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="calset-vllm", daemon=True)
+        self._thread.start()
+        self._start(arguments)
+
+    def _arguments(
+        self, model: ModelInfo, device: str | None, dtype: str, concurrency: int | None, verbose: bool, options: dict
+    ) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+
+        if device not in (None, "auto", current_platform.device_type):
+            raise InputError(
+                f"this vLLM runs on {current_platform.device_type}, not on {device}; use --engine transformers there"
+            )
+        arguments: dict[str, Any] = {
+            "model": model.location,
+            "revision": None if model.is_local else model.revision,
+            "tokenizer_revision": None if model.is_local else model.revision,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": concurrency,
+            "dtype": dtype,
+            "load_format": "safetensors",
+            "trust_remote_code": False,
+            "generation_config": "vllm",  # sampling is calset's, not the model folder's
+            "enable_prefix_caching": True,  # the k samples of a problem share their prompt
+            "disable_log_stats": True,
+            "use_tqdm_on_load": verbose,
+        }
+        if current_platform.is_cpu():
+            arguments |= {
+                "max_num_seqs": concurrency or CPU_SEQUENCES,
+                "enforce_eager": True,
+                # A seeded request whose prefill is split kills the CPU engine ("CPU Generator does not use offset").
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(self.max_model_len, 4096),
+            }
+        try:
+            return AsyncEngineArgs(**(arguments | options))
+        except TypeError as error:
+            raise InputError(f"vLLM does not know this engine option: {error}") from error
+
+    def _start(self, arguments: Any) -> None:
+        import multiprocessing
+
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        async def start() -> Any:
+            return AsyncLLM.from_engine_args(arguments)
+
+        before = set(multiprocessing.active_children())
+        try:
+            self._llm = self._wait(start())
+        except BaseException as error:
+            # A start cannot be interrupted; its processes can.
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+            self.close()
+            if isinstance(error, Exception):
+                raise EngineError(f"vLLM did not start: {_line(error)}") from error
+            raise
+
+    def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Completions as they finish; at most twice ``concurrency`` requests are in flight.
+
+        Raises:
+            EngineError: the engine died.
+        """
+        if self._llm is None:
+            raise EngineError("this vLLM engine is closed")
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        feeder = asyncio.run_coroutine_threadsafe(self._feed(requests, sampling, results), self._loop)
+        self._feeder = feeder
+        try:
+            while (item := results.get()) is not _DONE:
+                if isinstance(item, BaseException):
+                    raise EngineError(f"the vLLM engine died ({_line(item)}); {RESUME_HINT}") from item
+                yield item
+        finally:
+            feeder.cancel()
+            self._feeder = None
+
+    def cancel(self) -> None:
+        feeder = self._feeder
+        if feeder is not None:
+            feeder.cancel()
+
+    async def _feed(self, requests: Iterable[Request], sampling: Sampling, results: queue.SimpleQueue[Any]) -> None:
+        slots = asyncio.Semaphore(self._in_flight)
+
+        async def run(request: Request) -> None:
+            try:
+                results.put(await self._complete(request, sampling))
+            finally:
+                slots.release()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for request in requests:
+                    await slots.acquire()
+                    group.create_task(run(request))
+        except BaseExceptionGroup as errors:
+            results.put(errors.exceptions[0])
+        except asyncio.CancelledError:
+            pass
+        except BaseException as error:
+            results.put(error)
+        results.put(_DONE)
+
+    async def _complete(self, request: Request, sampling: Sampling) -> Completion:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=request.seed,
+            max_tokens=request.max_tokens,
+            stop_token_ids=self._stop_token_ids,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            detokenize=False,
+        )
+        self._counter += 1
+        began, last = time.monotonic(), None
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        async for output in self._llm.generate(prompt, params, request_id=f"{self._counter}-{request.key}"):
+            last = output
+        if last is None or not last.finished:
+            raise EngineError(f"vLLM returned nothing for {request.key}")
+        served = last.outputs[0]
+        seconds = time.monotonic() - began
+        return Completion(request.key, tuple(served.token_ids), served.finish_reason or "abort", seconds)
+
+    def load_weights(self, model: Path, revision: str) -> None:
+        """Swap the weights in place, in a fraction of a second for a small model; a start takes most of a minute.
+
+        Raises:
+            EngineError: the tensors' names or shapes differ, or requests are running.
+        """
+        check_same_shapes(self._folder, model)
+
+        async def swap() -> None:
+            # The prefix cache holds keys and values of the old weights.
+            if not await self._llm.reset_prefix_cache():
+                raise EngineError("requests are still running; let the stream end before loading other weights")
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model.resolve())})
+            await self._llm.reset_prefix_cache()
+
+        if self._llm is None:
+            raise EngineError("this vLLM engine is closed")
+        try:
+            self._wait(swap())
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"vLLM could not load the weights of {model}: {_line(error)}") from error
+        self.loaded = revision
+
+    def close(self) -> None:
+        """Stop vLLM's processes and the loop; may be called twice."""
+        if self._loop.is_closed():
+            return
+        llm, self._llm = self._llm, None
+
+        async def finish() -> None:
+            if llm is not None:
+                llm.shutdown(timeout=5)
+            # vLLM leaves tasks behind that would complain when the loop goes.
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        with suppress(Exception):
+            asyncio.run_coroutine_threadsafe(finish(), self._loop).result(timeout=60)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=30)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _prepare_environment(verbose: bool) -> None:
+    """vLLM is set by environment variables, read at its import; whatever the user has set wins."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_CPU_KVCACHE_SPACE": str(_kv_cache_gib()),
+    }
+    if not verbose:
+        defaults |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _kv_cache_gib() -> int:
+    """A quarter of the free memory, between 1 and 8 GiB; only the CPU backend reads it."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError):
+        free = 8.0
+    return max(1, min(8, int(free / 4)))
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,59 @@
+"""The ``gym`` grader: the reasoning-gym task's own scorer on the answer that the response states.
+
+Correct means a score of 1. Most tasks give partial credit below it (an answer buried in a sentence, a board half
+right); that is incorrect here, and the score is in the grade's detail.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import version as package_version
+from typing import Any
+
+from calset.builder.grading import Outcome, last_boxed
+
+RULES = "1"  # raise when a change here can change a verdict
+
+_TAGGED = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.S)
+_LEAD = re.compile(r"(?i)^(?:so,?\s+|therefore,?\s+|thus,?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*")
+
+
+def version() -> str:
+    return f"{RULES}+reasoning-gym-{package_version('reasoning-gym')}"
+
+
+def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
+    """Score the stated answer as the task in ``metadata`` would."""
+    task = metadata.get("task")
+    if not task:
+        return Outcome("gold_unparsable", detail="the problem names no reasoning-gym task")
+    extracted = extract(response)
+    if not extracted:
+        return Outcome("no_answer", detail="an empty answer")
+    entry = {"answer": answer, "metadata": metadata.get("entry", {}), "question": metadata.get("question", "")}
+    options = json.dumps(metadata.get("options", {}), sort_keys=True)
+    score = float(_scorer(task, options)(extracted, entry))
+    return Outcome("correct" if score >= 1 - 1e-9 else "incorrect", extracted, f"score {score:.4g}")
+
+
+def extract(response: str) -> str:
+    """The last box, else the last ``<answer>``, else the last line without "The answer is"."""
+    boxed = last_boxed(response)
+    if boxed is not None:
+        return boxed.strip()
+    tagged = _TAGGED.findall(response)
+    if tagged:
+        return tagged[-1]
+    lines = [line.strip() for line in response.splitlines() if line.strip()]
+    return _LEAD.sub("", lines[-1]).rstrip(".").strip() if lines else ""
+
+
+@lru_cache(maxsize=64)
+def _scorer(task: str, options: str) -> Any:
+    """The task's ``score_answer``; some tasks score by their options, so they come along (as JSON)."""
+    from calset.builder.problems import open_gym
+
+    return open_gym(task, json.loads(options) | {"size": 1}).score_answer

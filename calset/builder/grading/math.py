@@ -1,0 +1,133 @@
+r"""The ``math`` grader: math-verify on the last box of the response, with its traps taken out.
+
+What math-verify 0.9 does by itself, and what is done here instead: it merges several boxes into a set (the last box
+alone is graded); it reads a bare ``A`` or ``\text{Monday}`` as nothing and ``Monday`` as a product of letters, equal
+to its anagrams (words are compared as words); it takes ``1\,234`` for 235 and ``1 000`` for 0 (thousands separators
+are removed); it rounds to six decimals, so that 2^-98 equals 2^-99 (exact rationals are compared exactly).
+
+Known limits: ``10%`` equals ``10`` (in math-verify, deliberately); three or more bare letters are a word, so the
+products abc and bca differ; an interval (1,2) and a point (1,2) are told apart by the reference alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from importlib.metadata import version as package_version
+from typing import Any
+
+from calset.builder.grading import Outcome, last_boxed
+
+RULES = "1"  # raise when a change here can change a verdict
+MAX_ANSWER_CHARS = 2_000
+STEP_SECONDS = 4
+
+_STATED = re.compile(r"(?i)\banswer\s*(?:is|:|=)\s*\**\s*(?P<answer>[^\n]+)")
+_BARE_NUMBER = re.compile(r"\$?\s*[-+−]?[\d.,/\s]*\d\s*(?:\\?%)?\s*\$?\.?")
+_WORDS = re.compile(r"\(?[A-Za-z][A-Za-z',;:!?. -]*\)?")
+_WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|operatorname)\s*\{([^{}]*)\}")
+_THIN = re.compile(r"(?<=\d)\s*(?:\\,|\\!|\\ |\{,\}|[ \u00a0\u202f])\s*(?=\d{3}(?!\d))")
+
+
+def version() -> str:
+    return f"{RULES}+math-verify-{package_version('math-verify')}"
+
+
+def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
+    """Compare the response's last answer with the reference. Main thread only: math-verify sets alarms."""
+    extracted = extract(response)
+    if extracted is None:
+        return Outcome("no_answer", detail="no \\boxed{} and no stated answer")
+    boxed = last_boxed(answer)
+    gold = _normal(answer if boxed is None else boxed)
+    pred = _normal(extracted)
+    if not gold:
+        return Outcome("gold_unparsable", extracted, "the reference answer is empty")
+    if not pred:
+        return Outcome("no_answer", extracted, "the answer is empty")
+    if gold == pred:
+        return Outcome("correct", extracted)
+    if _is_words(gold):
+        return Outcome("correct" if _same_words(gold, pred) else "incorrect", extracted)
+    if max(len(gold), len(pred)) > MAX_ANSWER_CHARS:
+        long = "gold_unparsable" if len(gold) > MAX_ANSWER_CHARS else "pred_unparsable"
+        return Outcome(long, extracted[:MAX_ANSWER_CHARS], f"longer than {MAX_ANSWER_CHARS} characters")
+    return _verify(gold, pred, extracted)
+
+
+def extract(response: str) -> str | None:
+    """The last box's content; without a box, what the last "answer is" states, or a response that is one number."""
+    boxed = last_boxed(response)
+    if boxed is not None:
+        return boxed.strip()
+    stated = [match["answer"] for match in _STATED.finditer(response)]
+    if stated:
+        return re.sub(r"[\s.*]+$", "", stated[-1]).strip()
+    if len(response) < 100 and _BARE_NUMBER.fullmatch(response.strip()):
+        return response.strip().rstrip(".")
+    return None
+
+
+def _verify(gold: str, pred: str, extracted: str) -> Outcome:
+    from math_verify import parse, verify
+    from math_verify.errors import TimeoutException
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    try:
+        parsed = {}
+        for side, text in (("gold", gold), ("pred", pred)):
+            try:
+                parsed[side] = parse(rf"\boxed{{{text}}}", parsing_timeout=STEP_SECONDS, raise_on_error=True)
+            except Exception as error:
+                parsed[side], detail = [], f"{type(error).__name__}: {error}"
+            else:
+                detail = "math-verify reads nothing in it"
+            # Only a string: math-verify fell back to the text, which is no better than comparing the text.
+            if not parsed[side] or all(isinstance(item, str) for item in parsed[side]):
+                return Outcome("gold_unparsable" if side == "gold" else "pred_unparsable", extracted, detail[:200])
+        equal = verify(parsed["gold"], parsed["pred"], timeout_seconds=STEP_SECONDS, raise_on_error=True)
+        if equal and "%" not in gold + pred and _differ_exactly(parsed["gold"][0], parsed["pred"][0]):
+            return Outcome("incorrect", extracted, "equal only after rounding")
+    except TimeoutException:  # a BaseException
+        return Outcome("timeout", extracted, "math-verify ran out of time")
+    except Exception as error:
+        return Outcome("error", extracted, f"{type(error).__name__}: {error}"[:200])
+    return Outcome("correct" if equal else "incorrect", extracted)
+
+
+def _differ_exactly(gold: Any, pred: Any) -> bool:
+    """Whether both are exact rationals and not the same: verify() rounds to six decimals."""
+    from sympy import Basic, Rational
+
+    if not (isinstance(gold, Basic) and isinstance(pred, Basic)):
+        return False
+    left, right = gold.doit(), pred.doit()
+    return isinstance(left, Rational) and isinstance(right, Rational) and left != right
+
+
+def _normal(text: str) -> str:
+    """Outer dollar signs, trailing full stops and thousands separators away; a minus is a minus."""
+    text = text.strip().replace("−", "-").replace("\u2009", " ")
+    text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text, flags=re.S).strip()
+    while len(text) > 1 and text[0] == text[-1] == "$":
+        text = text[1:-1].strip()
+    text = text.rstrip(".").strip()
+    unwrapped = _WRAPPED.fullmatch(text)
+    if unwrapped:
+        text = unwrapped[1].strip()
+    return _THIN.sub("", text)
+
+
+def _is_words(text: str) -> bool:
+    """Prose, a choice letter or a name: one letter, or a run of three or more, and nothing but letters."""
+    return bool(_WORDS.fullmatch(text)) and (len(_bare(text)) == 1 or bool(re.search(r"[A-Za-z]{3}", text)))
+
+
+def _same_words(gold: str, pred: str) -> bool:
+    pred = _bare(_WRAPPED.sub(r"\1", pred))
+    return pred == _bare(gold) or (len(_bare(gold)) == 1 and bool(re.match(rf"{_bare(gold)}\s*[.):]", pred)))
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.casefold().strip("() .").split())

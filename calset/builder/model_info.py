@@ -1,0 +1,187 @@
+"""What a build must know of a model before any weight is loaded: identity, tokenizer, template, limits, defaults."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calset import demo, ids
+from calset.builder.engines.base import Sampling
+from calset.builder.reasoning import ReasoningFormat, detect
+from calset.errors import InputError
+
+# All but the weights, which the engine fetches itself.
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+# What decides which tokens a folder's model gives: its revision is their hash.
+REVISION_FILES = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model", "added_tokens.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model as a build records it. ``location`` is what an engine loads: the folder, or the Hub id."""
+
+    model: str
+    location: str
+    folder: Path  # where config and tokenizer lie
+    revision: str  # the Hub commit, or the hash of a folder's config, weights and tokenizer
+    is_local: bool
+    tokenizer: Any
+    tokenizer_hash: str
+    chat_template_hash: str
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    sampling: Sampling  # the defaults of its generation_config.json
+    reasoning: ReasoningFormat
+
+    def prompt_ids(self, question: str, system_prompt: str | None = None) -> tuple[int, ...]:
+        """The chat template's ids for one question, ending where the model's turn begins.
+
+        Raises:
+            InputError: the template refuses the messages (some know no system role).
+        """
+        messages = [{"role": "user", "content": question}]
+        if system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        try:
+            found = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:
+            raise InputError(f"the chat template of {self.model} refuses the prompt: {_line(error)}") from error
+        return tuple(int(i) for i in found)
+
+    def decode(self, token_ids: Any) -> str:
+        """Text without special tokens (end of turn, padding)."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
+    """Read a model's config, tokenizer and template, from a folder or the Hub; loads no weights, runs no remote code.
+
+    Raises:
+        InputError: no such folder or Hub model, no config.json, no safetensors, no usable tokenizer or chat template.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder, sha, is_local = _locate(model, revision)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{model} has no config.json; pass the folder of a Hugging Face checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"cannot read {folder / 'config.json'}: {_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"cannot load the tokenizer of {model}: {_line(error)}") from error
+    template = _chat_template(model, tokenizer)
+    defaults = _generation_config(folder)
+    return ModelInfo(
+        model=_recorded_name(model, folder, is_local),
+        location=str(folder) if is_local else str(model),
+        folder=folder,
+        revision=sha,
+        is_local=is_local,
+        tokenizer=tokenizer,
+        tokenizer_hash=ids.vocabulary_hash(tokenizer.get_vocab()),
+        chat_template_hash=ids.text_hash(template),
+        max_model_len=_max_model_len(model, config),
+        eos_token_ids=_eos_token_ids(defaults, config, tokenizer),
+        sampling=_sampling(defaults),
+        reasoning=detect(tokenizer, template),
+    )
+
+
+def folder_revision(folder: Path) -> str:
+    """Hash of a folder's config, weights and tokenizer; the same content anywhere has the same one."""
+    paths = {path for pattern in REVISION_FILES for path in folder.glob(pattern) if path.is_file()}
+    return ids.files_hash(sorted(paths))
+
+
+def _locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
+    """(folder with the small files, revision, whether it is a local folder)."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")):
+            raise InputError(f"{model} holds no *.safetensors weights; calset reads no other format")
+        return folder, folder_revision(folder), True
+    text = str(model)
+    if isinstance(model, Path) or folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+        raise InputError(f"no model folder {model}; pass a folder or a Hub id such as Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = Path(snapshot_download(text, revision=revision, allow_patterns=SMALL_FILES))
+    except Exception as error:
+        raise InputError(
+            f"there is no folder {model}, and the Hub did not give a model of that name: {_line(error)}"
+        ) from error
+    return snapshot, snapshot.name, False
+
+
+def _recorded_name(model: str | Path, folder: Path, is_local: bool) -> str:
+    """A folder goes by its own name, not by its path: the revision tells same-named ones apart on any machine."""
+    if not is_local:
+        return str(model)
+    resolved = folder.resolve()
+    return "tiny-lrm" if resolved == demo.MODEL.resolve() else resolved.name
+
+
+def _chat_template(model: str | Path, tokenizer: Any) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except Exception as error:
+        raise InputError(
+            f"{model} has no chat template; pass an instruction-tuned model, or put its chat_template.jinja there"
+        ) from error
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"cannot read {path}: {_line(error)}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _sampling(defaults: dict[str, Any]) -> Sampling:
+    """generation_config's values, whatever its ``do_sample`` says: calset samples unless told temperature 0."""
+
+    def value(name: str, default: float) -> float:
+        found = defaults.get(name)
+        return default if found is None else found
+
+    return Sampling(
+        temperature=float(value("temperature", 1.0)),
+        top_p=float(value("top_p", 1.0)),
+        top_k=max(0, int(value("top_k", 0))),
+        min_p=float(value("min_p", 0.0)),
+        repetition_penalty=float(value("repetition_penalty", 1.0)),
+    )
+
+
+def _eos_token_ids(defaults: dict[str, Any], config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a completion; both engines stop on exactly these."""
+    found: set[int] = set()
+    for value in (defaults.get("eos_token_id"), getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return tuple(sorted(found))
+
+
+def _max_model_len(model: str | Path, config: Any) -> int:
+    # Not the tokenizer's model_max_length: R1-Distill's says 16384 of 131072.
+    text_config = config.get_text_config()
+    length = getattr(text_config, "max_position_embeddings", None)
+    if not length:
+        raise InputError(f"the config of {model} does not say max_position_embeddings; calset cannot tell its length")
+    return int(length)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's message, for a one-line report."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,454 @@
+"""The catalog: one DuckDB file that keeps problems, runs, traces, grades and subsets.
+
+Append-only: an insert is an anti-join on ids, so resume, de-duplication and idempotence are one thing. Every method
+opens the file, does one transaction or one question, and closes it, so that other processes get their turn.
+Must not know: engines, graders, recipes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from calset import ids
+from calset.catalog.connection import Mode, first_line, opened
+from calset.catalog.records import Grade, Problem, Run, Source, Trace, utc_now
+from calset.catalog.schema import TABLES
+from calset.catalog.values import arrow_batch, chunks, clean, dump_json, to_jsonable
+from calset.errors import InputError
+
+DEFAULT_PATH = "calset.duckdb"
+_JSON_COLUMNS = {"metadata", "sampling", "versions", "hardware", "recipe", "pool", "warnings", "record"}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a query returned: column names, their DuckDB types, rows in order; ``truncated`` when a limit cut it."""
+
+    columns: list[str]
+    types: list[str]
+    rows: list[tuple[Any, ...]]
+    truncated: bool = False
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The rows as JSON-able dicts; of two columns with one name the last counts."""
+        return [dict(zip(self.columns, map(to_jsonable, row), strict=True)) for row in self.rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """How many rows of a ``record`` were new."""
+
+    traces: int
+    grades: int
+
+
+class Catalog:
+    """A catalog file. Cheap to make: nothing is opened before the first method, and nothing stays open after one.
+
+    Args:
+        path: the DuckDB file; by default ``CALSET_CATALOG``, else ``calset.duckdb`` here. A write creates it.
+        lock_timeout: seconds to wait while another process holds the file.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, lock_timeout: float = 30.0) -> None:
+        self.path = Path(path or os.environ.get("CALSET_CATALOG") or DEFAULT_PATH)
+        self.lock_timeout = lock_timeout
+
+    def __repr__(self) -> str:
+        return f"Catalog({str(self.path)!r})"
+
+    def exists(self) -> bool:
+        """Whether the file is there; reading a catalog that is not there is an InputError."""
+        return self.path.is_file()
+
+    # -- connections ------------------------------------------------------------------------------------------------
+
+    def _open(self, mode: Mode) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        return opened(self.path, mode, self.lock_timeout)
+
+    @contextmanager
+    def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A write transaction: committed at the end of the block, rolled back when it raises.
+
+        Raises:
+            CatalogLocked, CatalogError, InputError: see ``calset.catalog.connection.opened``.
+        """
+        with self._open("write") as con:
+            con.execute("BEGIN")
+            try:
+                yield con
+            except BaseException:
+                with suppress(duckdb.Error):
+                    con.execute("ROLLBACK")
+                raise
+            con.execute("COMMIT")
+
+    def connect(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        """A read-only DuckDB connection of your own: ``with catalog.connect() as con: con.sql("FROM trace").pl()``.
+
+        Use it in the thread that opened it. While it is open no process can write to the catalog.
+        """
+        return self._open("read")
+
+    def rows(self, sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """Rows of a read-only query of calset's own as dicts, JSON columns parsed; for a user's SQL see ``query``."""
+        with self._open("query") as con:
+            cursor = con.execute(sql, list(params))
+            names = [column[0] for column in cursor.description or []]
+            rows = cursor.fetchall()
+        return [
+            {n: json.loads(v) if n in _JSON_COLUMNS and v is not None else v for n, v in zip(names, row, strict=True)}
+            for row in rows
+        ]
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def add_source(self, source: Source) -> int:
+        """Keep a source; returns 1, or 0 when it was there."""
+        with self.transaction() as con:
+            return _insert(con, "sources", [_row("sources", source)], key=("source_id",))
+
+    def add_problems(self, problems: Sequence[Problem]) -> int:
+        """Keep problems; returns how many were new."""
+        with self.transaction() as con:
+            return _insert(con, "problems", [_row("problems", p) for p in problems], key=("problem_id",))
+
+    def add_run(self, run: Run) -> int:
+        """Keep a run; returns 1, or 0 when it was there."""
+        with self.transaction() as con:
+            return _insert(con, "runs", [_row("runs", run)], key=("run_id",))
+
+    def add_traces(self, traces: Sequence[Trace]) -> int:
+        """Keep traces with their token ids; returns how many (trace_id, attempt) were new."""
+        return self.record(traces, ()).traces
+
+    def add_grades(self, grades: Sequence[Grade]) -> int:
+        """Keep grades; a trace may have many, the newest counts. An equal grade given twice is kept once."""
+        return self.record((), grades).grades
+
+    def record(self, traces: Sequence[Trace], grades: Sequence[Grade]) -> Recorded:
+        """Keep traces and their grades in one transaction: after it returns, both are on disk; before, neither.
+
+        Raises:
+            CatalogLocked, CatalogError, InputError: nothing was kept.
+        """
+        if not traces and not grades:
+            return Recorded(0, 0)
+        with self.transaction() as con:
+            fresh = _insert_traces(con, traces)
+            return Recorded(len(fresh), _insert_grades(con, grades, fresh))
+
+    def add_evaluation(self, record: Mapping[str, Any]) -> str:
+        """Keep what an evaluation found (any JSON-able mapping); returns its id."""
+        return self._add_document("evaluations", "evaluation_id", record)
+
+    def add_pruning(self, record: Mapping[str, Any]) -> str:
+        """Keep what a pruning did (any JSON-able mapping, as in pruning.json); returns its id."""
+        return self._add_document("prunings", "pruning_id", record)
+
+    def _add_document(self, table: str, key: str, record: Mapping[str, Any]) -> str:
+        text = dump_json(record)
+        name = ids.digest(table, text)
+        with self.transaction() as con:
+            _insert(con, table, [(name, utc_now(), text)], key=(key,))
+        return name
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def existing_trace_ids(self, generation_key: str) -> set[str]:
+        """The trace ids kept for a generation key, at any attempt; none when there is no catalog yet."""
+        if not self.exists():
+            return set()
+        with self._open("query") as con:
+            rows = con.execute("SELECT trace_id FROM traces WHERE generation_key = ?", [generation_key]).fetchall()
+        return {trace for (trace,) in rows}
+
+    def runs(self, kind: str | None = None) -> list[Run]:
+        """All runs, oldest first, or those of one kind ("build", "evaluate")."""
+        where, params = ("WHERE kind = ?", [kind]) if kind else ("", [])
+        return [Run(**row) for row in self.rows(f"SELECT * FROM runs {where} ORDER BY started_at, run_id", params)]
+
+    def run(self, run_id: str) -> Run:
+        """One run.
+
+        Raises:
+            InputError: no such run.
+        """
+        rows = self.rows("SELECT * FROM runs WHERE run_id = ?", [run_id])
+        if not rows:
+            raise InputError(
+                f"no run {run_id!r} in {self.path}: calset query 'SELECT run_id, model FROM runs' lists them"
+            )
+        return Run(**rows[0])
+
+    def sources(self) -> list[Source]:
+        """All sources, by name."""
+        return [Source(**row) for row in self.rows("SELECT * FROM sources ORDER BY name, source_id")]
+
+    def problem(self, problem_id: str) -> Problem:
+        """One problem.
+
+        Raises:
+            InputError: no such problem.
+        """
+        found = self.problems([problem_id])
+        if not found:
+            raise InputError(f"no problem {problem_id!r} in {self.path}: calset problems lists them")
+        return found[problem_id]
+
+    def problems(self, problem_ids: Sequence[str]) -> dict[str, Problem]:
+        """Problems by id; unknown ids are left out."""
+        sql = "SELECT * FROM problems WHERE problem_id IN (SELECT unnest(?::VARCHAR[]))"
+        return {row["problem_id"]: Problem(**row) for row in self.rows(sql, [list(problem_ids)])}
+
+    def traces(self, trace_ids: Sequence[str]) -> dict[str, Trace]:
+        """Traces with their token ids at their latest attempt, by id; unknown ids are left out."""
+        columns = ", ".join(f"t.{name}" for name in _TRACE_COLUMNS)
+        sql = f"""
+            SELECT {columns}, k.prompt_ids, k.completion_ids FROM latest_traces t
+            JOIN trace_tokens k ON k.trace_id = t.trace_id AND k.attempt = t.attempt
+            WHERE t.trace_id IN (SELECT unnest(?::VARCHAR[]))
+        """
+        return {row["trace_id"]: Trace(**row) for row in self.rows(sql, [list(trace_ids)])}
+
+    def tokens(self, attempts: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[list[int], list[int]]]:
+        """Prompt and completion ids by (trace id, attempt); unknown ones are left out."""
+        sql = """
+            SELECT k.trace_id, k.attempt, k.prompt_ids, k.completion_ids FROM trace_tokens k
+            JOIN (SELECT unnest(?::VARCHAR[]) AS trace_id, unnest(?::INTEGER[]) AS attempt) w
+                ON w.trace_id = k.trace_id AND w.attempt = k.attempt
+        """
+        with self._open("query") as con:
+            rows = con.execute(sql, [[t for t, _ in attempts], [a for _, a in attempts]]).fetchall()
+        return {(trace, attempt): (prompt, completion) for trace, attempt, prompt, completion in rows}
+
+    def trace(self, trace_id: str) -> dict[str, Any]:
+        """Everything about one trace, found by its id or a prefix that only it has.
+
+        Returns:
+            the columns of the view ``trace``, and ``prompt_ids``, ``completion_ids``, ``grades`` (oldest first, all
+            attempts), ``siblings`` (the other samples of the problem by the same model, as rows of the view without
+            texts), ``run`` (the columns of its run).
+
+        Raises:
+            InputError: no such trace, or several.
+        """
+        found, problem_id = self._find_trace(trace_id)
+        # By problem, so that the view's pass rates are computed for one problem only.
+        samples = self.rows("SELECT * FROM trace WHERE problem_id = ? ORDER BY sample_index, trace_id", [problem_id])
+        row = next(sample for sample in samples if sample["trace_id"] == found)
+        siblings = [s for s in samples if s is not row and all(s[c] == row[c] for c in _SAME_MODEL)]
+        grades = self.rows("SELECT * FROM grades WHERE trace_id = ? ORDER BY attempt, graded_at, seq", [found])
+        prompt_ids, completion_ids = self.tokens([(found, row["attempt"])])[found, row["attempt"]]
+        return {
+            **row,
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "grades": grades,
+            "siblings": [{c: s[c] for c in s if c not in ("question", "text", "response")} for s in siblings],
+            "run": asdict(self.run(row["run_id"])),
+        }
+
+    def _find_trace(self, prefix: str) -> tuple[str, str]:
+        """The (trace id, problem id) that a prefix names."""
+        sql = (
+            "SELECT DISTINCT trace_id, problem_id FROM traces WHERE starts_with(trace_id, ?) ORDER BY trace_id LIMIT 2"
+        )
+        found = [(row["trace_id"], row["problem_id"]) for row in self.rows(sql, [clean(prefix)])] if prefix else []
+        if len(found) == 1 or (found and found[0][0] == prefix):
+            return found[0]
+        if found:
+            raise InputError(f"several traces start with {prefix!r}: give more of the id")
+        raise InputError(f"no trace {prefix!r} in {self.path}: calset query 'SELECT trace_id FROM trace' lists them")
+
+    def traces_to_grade(
+        self,
+        *,
+        verdicts: Sequence[str] | None = ("ungraded",),
+        run_id: str | None = None,
+        model: str | None = None,
+        kind: str | None = None,
+        source: str | None = None,
+        page: int = 512,
+    ) -> Iterator[tuple[Trace, Problem]]:
+        """Traces (latest attempt, with token ids) and their problems, for a grader; grades may be added meanwhile.
+
+        Args:
+            verdicts: the present verdicts wanted; by default only traces never graded, None for all.
+            run_id, model, kind, source: only these.
+            page: traces held in memory at a time.
+        """
+        asked = {"run_id": run_id, "model": model, "kind": kind, "source": source}
+        wanted = {name: value for name, value in asked.items() if value is not None}
+        clauses = [f"{name} = ?" for name in wanted]
+        params: list[Any] = list(wanted.values())
+        if verdicts is not None:
+            clauses.append("verdict IN (SELECT unnest(?::VARCHAR[]))")
+            params.append(list(verdicts))
+        where = " AND ".join(clauses) or "true"
+        # The whole list of ids first: what is graded while we iterate must neither vanish nor come twice.
+        rows = self.rows(f"SELECT trace_id FROM trace WHERE {where} ORDER BY trace_id", params)
+        for part in chunks([row["trace_id"] for row in rows], page):
+            traces = self.traces(part)
+            problems = self.problems(list({trace.problem_id for trace in traces.values()}))
+            for trace_id in part:
+                yield traces[trace_id], problems[traces[trace_id].problem_id]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What ``add_evaluation`` kept, oldest first, each with ``evaluation_id`` and ``created_at``."""
+        return self._documents("evaluations", "evaluation_id")
+
+    def prunings(self) -> list[dict[str, Any]]:
+        """What ``add_pruning`` kept, oldest first, each with ``pruning_id`` and ``created_at``."""
+        return self._documents("prunings", "pruning_id")
+
+    def _documents(self, table: str, key: str) -> list[dict[str, Any]]:
+        rows = self.rows(f"SELECT * FROM {table} ORDER BY created_at, {key}")
+        return [{**row["record"], key: row[key], "created_at": row["created_at"]} for row in rows]
+
+    # -- asking -----------------------------------------------------------------------------------------------------
+
+    def query(self, sql: str, params: Sequence[Any] = (), *, limit: int | None = None) -> Result:
+        """One read-only SQL question, closed off from files, network and settings.
+
+        Args:
+            sql: a single SELECT (also WITH, FROM, VALUES, SHOW, DESCRIBE, SUMMARIZE) or EXPLAIN.
+            params: values for its ``?``.
+            limit: fetch at most this many rows and say ``truncated``.
+
+        Raises:
+            InputError: not a single SELECT, or DuckDB's reason why it cannot be answered.
+        """
+        with self._open("query") as con:
+            try:
+                check_select(con, sql)
+                cursor = con.execute(sql, [clean(p) if isinstance(p, str) else p for p in params])
+                columns = [(str(c[0]), str(c[1])) for c in cursor.description or []]
+                rows = cursor.fetchall() if limit is None else cursor.fetchmany(limit + 1)
+            except duckdb.Error as error:
+                raise InputError(first_line(error)) from error
+        names, types = [name for name, _ in columns], [kind for _, kind in columns]
+        if limit is not None and len(rows) > limit:
+            return Result(names, types, rows[:limit], truncated=True)
+        return Result(names, types, rows)
+
+
+def check_select(con: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Refuse anything but one statement that reads.
+
+    Why besides the read-only connection: SET, ATTACH, CALL, temporary tables and transactions would pass that.
+
+    Raises:
+        InputError: no statement, several, or one that is not a SELECT.
+        duckdb.ParserException: not SQL.
+    """
+    statements = con.extract_statements(clean(sql))
+    if len(statements) != 1:
+        raise InputError(f"one SELECT statement is wanted, not {len(statements)}")
+    kind = statements[0].type
+    if kind not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+        name = str(kind).rsplit(".", 1)[-1]
+        raise InputError(f"only SELECT statements are answered (the catalog is open read-only), not {name}")
+
+
+_SAME_MODEL = ("model", "model_revision", "kind")
+_TRACE_COLUMNS = [f.name for f in fields(Trace) if f.name in TABLES["traces"]]
+
+
+def _row(table: str, record: Any) -> tuple[Any, ...]:
+    """A record as a row of its table, in column order."""
+    return tuple(
+        dump_json(getattr(record, column)) if kind == "JSON" else getattr(record, column)
+        for column, kind in TABLES[table].items()
+    )
+
+
+def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: Sequence[tuple[Any, ...]], key: Sequence[str]) -> int:
+    """Insert the rows whose key is not there yet, the first of several in the batch; returns how many.
+
+    Why not ON CONFLICT: it needs keys, which DuckLake has not, and has holes.
+    """
+    at = [list(TABLES[table]).index(name) for name in key]
+    by_key: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for row in rows:
+        by_key.setdefault(tuple(row[i] for i in at), row)
+    present = _present(con, table, key, by_key)
+    return _append(con, table, [row for k, row in by_key.items() if k not in present])
+
+
+def _present(con: duckdb.DuckDBPyConnection, table: str, key: Sequence[str], keys: Iterable[Any]) -> set[Any]:
+    """Which of the keys a table holds. The few keys are the build side: a large table is only streamed past them."""
+    names = ", ".join(f'"{name}"' for name in key)
+    return {row[: len(key)] for row in _semi_join(con, table, key, keys, names)}
+
+
+def _semi_join(
+    con: duckdb.DuckDBPyConnection, table: str, key: Sequence[str], keys: Iterable[Any], select: str
+) -> list[tuple[Any, ...]]:
+    wanted = list(keys)
+    if not wanted:
+        return []
+    con.register("calset_keys", arrow_batch({name: TABLES[table][name] for name in key}, wanted))
+    names = ", ".join(f'"{name}"' for name in key)
+    rows = con.execute(f"SELECT {select} FROM {table} SEMI JOIN calset_keys USING ({names})").fetchall()
+    con.unregister("calset_keys")
+    return rows
+
+
+def _append(con: duckdb.DuckDBPyConnection, table: str, rows: Sequence[tuple[Any, ...]]) -> int:
+    if rows:
+        con.register("calset_batch", arrow_batch(TABLES[table], rows))
+        con.execute(f"INSERT INTO {table} SELECT * FROM calset_batch").fetchall()
+        con.unregister("calset_batch")
+    return len(rows)
+
+
+def _insert_traces(con: duckdb.DuckDBPyConnection, traces: Sequence[Trace]) -> set[tuple[str, int]]:
+    """Insert the traces that are new; returns their keys (trace_id, attempt)."""
+    by_key: dict[tuple[str, int], Trace] = {}
+    for trace in traces:
+        by_key.setdefault((trace.trace_id, trace.attempt), trace)
+    present = _present(con, "traces", ("trace_id", "attempt"), by_key)
+    fresh = [trace for key, trace in by_key.items() if key not in present]
+    # The views join on these, so an orphan would be kept and never seen.
+    for table, key in (("runs", "run_id"), ("problems", "problem_id")):
+        named = {(getattr(trace, key),) for trace in fresh}
+        if missing := named - _present(con, table, (key,), named):
+            raise InputError(f"traces name a {key} that the catalog does not hold: {min(missing)[0]}; add it first")
+    _append(con, "trace_tokens", [(t.trace_id, t.attempt, t.prompt_ids, t.completion_ids) for t in fresh])
+    _append(con, "traces", [_trace_row(t) for t in fresh])
+    return {(t.trace_id, t.attempt) for t in fresh}
+
+
+def _trace_row(trace: Trace) -> tuple[Any, ...]:
+    counted = {"n_prompt_tokens": len(trace.prompt_ids)}
+    return tuple(counted[c] if c in counted else getattr(trace, c) for c in TABLES["traces"])
+
+
+def _insert_grades(con: duckdb.DuckDBPyConnection, grades: Sequence[Grade], fresh: Collection[tuple[str, int]]) -> int:
+    """Insert grades of traces that are there; ``fresh`` were inserted in this transaction and have no grade yet."""
+    known: dict[tuple[str, int], set[tuple[Any, ...]]] = {(g.trace_id, g.attempt): set() for g in grades}
+    older = [key for key in known if key not in fresh]
+    if missing := set(older) - _present(con, "traces", ("trace_id", "attempt"), older):
+        raise InputError(f"grades name a trace that the catalog does not hold: {min(missing)[0]}; add it first")
+    mark = "grader, grader_version, verdict, graded_at"
+    for trace_id, attempt, *rest in _semi_join(
+        con, "grades", ("trace_id", "attempt"), older, f"trace_id, attempt, {mark}"
+    ):
+        known[trace_id, attempt].add(tuple(rest))
+    rows = []
+    for grade in sorted(grades, key=lambda g: g.graded_at):
+        marks = known[grade.trace_id, grade.attempt]
+        this = (grade.grader, grade.grader_version, grade.verdict, grade.graded_at)
+        if this not in marks:
+            rows.append(tuple(len(marks) if c == "seq" else getattr(grade, c) for c in TABLES["grades"]))
+            marks.add(this)
+    return _append(con, "grades", rows)

@@ -1,0 +1,246 @@
+"""Opening a catalog file: who may, for how long one waits, and what is said when it does not work.
+
+DuckDB gives one process the file to itself for writing, or many processes for reading. calset therefore opens for one
+batch or one question, closes, and retries on the lock with jitter up to a deadline. Inside one process DuckDB refuses
+to open a file twice with different settings, and a connection shared between threads returns other threads' rows: a
+gate a path serialises that. Must not know: tables, except through ``migrations``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+import duckdb
+
+from calset.catalog import migrations
+from calset.errors import CatalogError, CatalogLocked, InputError
+
+Mode = Literal["write", "read", "query"]
+
+# A file written by DuckDB 2 opens in 1.5 only with this; 1.5 takes the option too.
+_STORAGE = {"storage_compatibility_version": "v1.5.0"}
+_NO_DOWNLOADS = {"autoinstall_known_extensions": "false"}
+# "query" runs SQL that somebody typed: no files, no network, no Python variables, no way to switch that back on.
+_LOCKED = {
+    "enable_external_access": "false",
+    "autoload_known_extensions": "false",
+    "python_enable_replacements": "false",
+    "lock_configuration": "true",
+}
+_CONFIG: dict[Mode, dict[str, str | bool | int | float | list[str]]] = {
+    "write": {**_STORAGE, **_NO_DOWNLOADS},
+    "read": {**_NO_DOWNLOADS},
+    "query": {**_NO_DOWNLOADS, **_LOCKED},
+}
+
+
+class _Gate:
+    """Lets threads of this process share one mode at a time; a writer is alone and goes before new readers."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._mode: Mode | None = None
+        self._holders: dict[int, int] = {}
+        self._writers_waiting = 0
+
+    def _free(self, mode: Mode) -> bool:
+        if self._mode is None:
+            return True
+        return mode == self._mode != "write" and not self._writers_waiting
+
+    def enter(self, mode: Mode, path: Path, deadline: float) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            if me in self._holders and (mode != self._mode or mode == "write"):
+                raise CatalogError(f"this thread still has {path} open ({self._mode}): close that connection first")
+            if me not in self._holders:
+                self._wait(mode, path, deadline)
+            self._mode = mode
+            self._holders[me] = self._holders.get(me, 0) + 1
+
+    def _wait(self, mode: Mode, path: Path, deadline: float) -> None:
+        self._writers_waiting += mode == "write"
+        try:
+            # A writer waits for nobody but holders; counting itself as waiting must not stop it.
+            free = (lambda: self._mode is None) if mode == "write" else (lambda: self._free(mode))
+            if not self._changed.wait_for(free, timeout=max(0.0, deadline - time.monotonic())):
+                raise CatalogLocked(
+                    f"{path} is still open for {self._mode} in another thread of this process (PID {os.getpid()}): "
+                    "close that connection"
+                )
+        finally:
+            self._writers_waiting -= mode == "write"
+            self._changed.notify_all()
+
+    def leave(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            self._holders[me] -= 1
+            if not self._holders[me]:
+                del self._holders[me]
+            if not self._holders:
+                self._mode = None
+            self._changed.notify_all()
+
+
+# DuckDB's own instance cache is per process and path; what guards it has to be, too.
+_gates: dict[str, _Gate] = {}
+_gates_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # A forked child holds none of its parent's connections.
+    os.register_at_fork(after_in_child=_gates.clear)
+
+
+def _gate(path: Path) -> _Gate:
+    with _gates_lock:
+        return _gates.setdefault(os.path.realpath(path), _Gate())
+
+
+@contextmanager
+def opened(path: Path, mode: Mode, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An open, migrated catalog for the length of a ``with`` block; every DuckDB error leaves as a calset error.
+
+    Raises:
+        InputError: no such catalog (reading), not a database, a folder that cannot be written, a newer schema.
+        CatalogLocked: others held the file for ``lock_timeout`` seconds.
+        CatalogError: a full disk, or anything else that DuckDB reports.
+    """
+    deadline = time.monotonic() + lock_timeout
+    _check_path(path, mode)
+    if mode == "write" and not path.exists():
+        _create(path)
+    gate = _gate(path)
+    gate.enter(mode, path, deadline)
+    try:
+        con = _connect_current(path, mode, deadline)
+        try:
+            yield con
+        except duckdb.Error as error:
+            raise translate(error, path) from error
+        finally:
+            _close(con, path)
+    finally:
+        gate.leave()
+
+
+def _close(con: duckdb.DuckDBPyConnection, path: Path) -> None:
+    # Closing after a failed write can fail again (a full disk); the first error is the one to tell.
+    with suppress(duckdb.Error):
+        con.close()
+
+
+def _check_path(path: Path, mode: Mode) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, not a catalog: name a file with --catalog")
+    if not path.parent.is_dir():
+        raise InputError(f"the folder of the catalog {path} does not exist: create it first")
+    if mode != "write" and not path.exists():
+        raise InputError(
+            f"there is no catalog at {path}: calset build makes one, --catalog or CALSET_CATALOG names another"
+        )
+
+
+def _create(path: Path) -> None:
+    """Make the file complete under another name first: a kill leaves a catalog or none, never half of one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.new")
+    try:
+        con = duckdb.connect(str(draft), config=_CONFIG["write"])
+        try:
+            migrations.migrate(con, str(path))
+        finally:
+            _close(con, draft)
+        _publish(draft, path)
+    except duckdb.Error as error:
+        raise translate(error, path) from error
+    except OSError as error:
+        raise InputError(f"cannot create the catalog {path}: {error.strerror}") from error
+    finally:
+        for leftover in (draft, Path(f"{draft}.wal")):
+            leftover.unlink(missing_ok=True)
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """Put the draft in its place unless another process was faster: unlike rename, link replaces nothing."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            draft.rename(path)
+
+
+def _connect_current(path: Path, mode: Mode, deadline: float) -> duckdb.DuckDBPyConnection:
+    con = _connect(path, mode, deadline)
+    try:
+        if mode == "write":
+            migrations.migrate(con, str(path))
+            return con
+        if migrations.schema_version(con, str(path)) == migrations.SCHEMA_VERSION:
+            return con
+        # An older catalog: the upgrade needs the file for itself for a moment.
+        con.close()
+        con = _connect(path, "write", deadline)
+        migrations.migrate(con, str(path))
+        con.close()
+        return _connect(path, mode, deadline)
+    except BaseException as error:
+        _close(con, path)
+        if isinstance(error, duckdb.Error):
+            raise translate(error, path) from error
+        raise
+
+
+def _connect(path: Path, mode: Mode, deadline: float) -> duckdb.DuckDBPyConnection:
+    pause = 0.005
+    while True:
+        try:
+            return duckdb.connect(str(path), read_only=mode != "write", config=_CONFIG[mode])
+        except duckdb.Error as error:
+            if not _is_lock(error) or time.monotonic() >= deadline:
+                raise translate(error, path) from error
+        # Jitter: equal pauses would let two processes collide for ever.
+        time.sleep(min(random.uniform(pause / 2, pause), max(0.0, deadline - time.monotonic())))
+        pause = min(pause * 1.5, 0.2)
+
+
+def _is_lock(error: Exception) -> bool:
+    return "Could not set lock on file" in str(error)
+
+
+def translate(error: duckdb.Error, path: Path) -> CatalogError | InputError:
+    """DuckDB's error as one line that says what to do."""
+    text = str(error)
+    line = first_line(error)
+    if _is_lock(error):
+        holder = re.search(r"held in (.+?) \(PID (\d+)\)", text)
+        who = f"process {holder[2]} ({holder[1]})" if holder else "another process"
+        stop = f"wait for it, or stop it (kill {holder[2]})" if holder else "wait for it"
+        return CatalogLocked(f"{path} is locked by {who}: {stop}, then run the same command again")
+    if "not a valid DuckDB database" in text:
+        return InputError(f"{path} is not a calset catalog (not a DuckDB file): name another with --catalog")
+    if re.search(r"database file with version number|serialization version|storage version", text, re.IGNORECASE):
+        return InputError(
+            f"{path} was written by a newer DuckDB than {duckdb.__version__}: pip install -U duckdb ({line})"
+        )
+    if "No space left" in text or "File too large" in text or "Disk quota" in text:
+        return CatalogError(
+            f"no space left for {path}: free some and run the same command again; what was saved is safe"
+        )
+    if "Permission denied" in text or "Read-only file system" in text or "Operation not permitted" in text:
+        reason = line.rsplit(": ", 1)[-1].lower()
+        return InputError(f"{path} cannot be opened ({reason}): check the permissions of the file and of its folder")
+    return CatalogError(f"{path}: {line}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a DuckDB error; the rest is a picture of the query."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

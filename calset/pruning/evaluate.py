@@ -1,0 +1,228 @@
+"""Evaluate a (pruned) model: generate and grade held-out problems, and report more than accuracy.
+
+Why more: a badly calibrated pruned model rambles. RAC (arXiv 2509.12464, tables 1 to 3) shows evaluation time
+growing five-fold where accuracy halves, so completion length, non-termination, loops and wall time stand beside it.
+
+Evaluation reuses the builder whole (engines, graders, resume); its traces go into the catalog under the run kind
+``evaluate``, apart from what selection may take. It must not know how a model was pruned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calset.errors import CalsetError
+
+if TYPE_CHECKING:
+    from calset.builder.engines.base import Engine
+    from calset.builder.generate import BuildProgress
+    from calset.catalog.catalog import Catalog
+
+MAX_PERIOD = 256  # tokens; longer cycles are re-derivations rather than loops
+MIN_REPEATS = 4
+MIN_LOOP_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """What a model did on held-out problems.
+
+    ``accuracy`` is the mean over problems of the share of correct samples; ``accuracy_se`` its standard error over
+    problems (clustered by problem, so more samples a problem do not pretend to be more problems). Lengths are
+    completion tokens. ``non_termination`` is the share of traces cut by the token limit; ``loop_rate`` the share that
+    end in a repeated cycle. ``tokens_per_second`` is over generation wall time, or None when every trace was already in
+    the catalog.
+    """
+
+    model: str
+    model_revision: str
+    problems: str
+    n_problems: int
+    n_samples: int
+    n_traces: int
+    accuracy: float
+    accuracy_se: float
+    mean_tokens: float
+    median_tokens: float
+    p90_tokens: float
+    non_termination: float
+    loop_rate: float
+    no_answer: float
+    n_tokens: int
+    seconds: float
+    tokens_per_second: float | None
+    run_id: str
+    generation_key: str
+    max_tokens: int
+    seed: int
+    verdicts: Mapping[str, int] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: str | Path,
+    problems: str | Sequence[str],
+    *,
+    samples: int = 1,
+    catalog: Catalog | str | Path | None = None,
+    engine: str | Engine = "auto",
+    max_tokens: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    system_prompt: str | None = None,
+    grader: str | None = None,
+    concurrency: int | None = None,
+    progress: Callable[[BuildProgress], None] | None = None,
+) -> EvaluationReport:
+    """Generate ``samples`` traces a problem with ``model``, grade them, and summarise; recorded in the catalog.
+
+    Args:
+        model: a checkpoint folder or Hub id.
+        problems: problem sources, as ``build`` takes them; keep them apart from the calibration problems.
+        engine: an engine's name, or a running engine that already holds ``model``'s weights.
+
+    Raises:
+        InputError: bad problems, model or options.
+        EngineError: the engine could not start or died; running again continues.
+        CalsetError: the run was stopped before every trace was there.
+    """
+    from calset.builder.generate import build
+    from calset.catalog.catalog import Catalog
+
+    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    report = build(
+        model,
+        problems,
+        samples=samples,
+        catalog=store,
+        engine=engine,
+        max_tokens=max_tokens,
+        seed=seed,
+        limit=limit,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        system_prompt=system_prompt,
+        grader=grader,
+        concurrency=concurrency,
+        kind="evaluate",
+        progress=progress,
+    )
+    if report.stopped:
+        raise CalsetError("the evaluation was stopped before it finished; run the same command again to continue it")
+    spec = problems if isinstance(problems, str) else " ".join(problems)
+    rows = _traces(store, report.generation_key, report.problem_ids, samples)
+    result = _summary(rows, report, spec, samples, seed, _overlap(store, model, report.problem_ids))
+    store.add_evaluation(result.as_dict())
+    return result
+
+
+def is_looping(token_ids: Sequence[int], *, max_period: int = MAX_PERIOD, min_repeats: int = MIN_REPEATS) -> bool:
+    """True when the completion ends in at least ``min_repeats`` copies of one cycle of at most ``max_period`` tokens.
+
+    A cycle must also fill ``MIN_LOOP_TOKENS`` tokens, so that "0, 0, 0, 0" at the end of a sum is not a loop.
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    for period in range(1, min(max_period, len(ids) // min_repeats) + 1):
+        window = max(period * min_repeats, MIN_LOOP_TOKENS)
+        if window > len(ids):
+            continue
+        tail = ids[-window:]
+        if np.array_equal(tail[period:], tail[:-period]):
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    problem_id: str
+    verdict: str
+    n_tokens: int
+    finish_reason: str
+    looping: bool
+
+
+def _traces(store: Catalog, generation_key: str, problem_ids: Sequence[str], samples: int) -> list[_Row]:
+    """The evaluation's traces: those of the asked problems and sample indices, whichever run made them."""
+    result = store.query(
+        """
+        SELECT t.problem_id, t.verdict, t.n_tokens, t.finish_reason, k.completion_ids
+        FROM trace t JOIN trace_tokens k USING (trace_id, attempt)
+        WHERE t.generation_key = ? AND t.sample_index < ? AND t.problem_id IN (SELECT unnest(?))
+        ORDER BY t.trace_id
+        """,
+        [generation_key, samples, list(problem_ids)],
+    )
+    return [_Row(p, v, n, f, f == "length" and is_looping(ids)) for p, v, n, f, ids in result.rows]
+
+
+def _summary(
+    rows: Sequence[_Row], build_report: Any, spec: str, samples: int, seed: int, warnings: Sequence[str]
+) -> EvaluationReport:
+    if not rows:
+        raise CalsetError("the evaluation left no traces; see `calset stats`")
+    by_problem: dict[str, list[bool]] = {}
+    verdicts: dict[str, int] = {}
+    for row in rows:
+        by_problem.setdefault(row.problem_id, []).append(row.verdict == "correct")
+        verdicts[row.verdict] = verdicts.get(row.verdict, 0) + 1
+    means = np.array([np.mean(v) for v in by_problem.values()])
+    lengths = np.array([r.n_tokens for r in rows])
+    se = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else float("nan")
+    fresh = build_report.n_new > 0 and build_report.seconds > 0
+    return EvaluationReport(
+        model=build_report.model,
+        model_revision=build_report.model_revision,
+        problems=spec,
+        n_problems=len(by_problem),
+        n_samples=samples,
+        n_traces=len(rows),
+        accuracy=float(means.mean()),
+        accuracy_se=se,
+        mean_tokens=float(lengths.mean()),
+        median_tokens=float(np.median(lengths)),
+        p90_tokens=float(np.percentile(lengths, 90)),
+        non_termination=float(np.mean([r.finish_reason == "length" for r in rows])),
+        loop_rate=float(np.mean([r.looping for r in rows])),
+        no_answer=verdicts.get("no_answer", 0) / len(rows),
+        n_tokens=int(lengths.sum()),
+        seconds=build_report.seconds,
+        tokens_per_second=build_report.n_tokens / build_report.seconds if fresh else None,
+        run_id=build_report.run_id,
+        generation_key=build_report.generation_key,
+        max_tokens=build_report.max_tokens,
+        seed=seed,
+        verdicts=verdicts,
+        warnings=tuple(warnings),
+    )
+
+
+def _overlap(store: Catalog, model: str | Path, problem_ids: Sequence[str]) -> list[str]:
+    """A warning when problems of the evaluation were in the subset that calibrated this model."""
+    record = Path(model) / "pruning.json"
+    if not record.is_file():
+        return []
+    content_hash = json.loads(record.read_text(encoding="utf-8")).get("calibration", {}).get("content_hash")
+    shared = store.query(
+        """
+        SELECT count(DISTINCT i.problem_id) FROM subset_items i JOIN subsets s USING (name, version)
+        WHERE s.content_hash = ? AND i.problem_id IN (SELECT unnest(?))
+        """,
+        [content_hash, list(problem_ids)],
+    ).rows[0][0]
+    if not shared:
+        return []
+    return [f"{shared} of the evaluated problems were in the subset this model was calibrated on"]

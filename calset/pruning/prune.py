@@ -1,0 +1,432 @@
+"""Prune a model against a calibration subset: the order of checks and work, and the report.
+
+Everything that can be known fails before a weight is loaded. Then block by block (``walk``): statistics, prune, next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from calset.errors import InputError, PruningError
+from calset.pruning import checkpoint, methods
+from calset.pruning.calibration import BATCH_TOKENS, Calibration, Tokens, read
+from calset.pruning.masks import BLOCK_SIZE, Group, Pattern, Selection
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from calset.catalog.records import Subset
+    from calset.pruning.stats import InputStatistics
+    from calset.pruning.walk import Decoder
+
+Propagate = Literal["pruned", "dense"]
+# Events: {"done": blocks, "total": blocks, "phase": "loading" | "pruning" | "saving"}
+OnProgress = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixReport:
+    """One pruned matrix. ``error``: ||X(W-W')^T||^2 / ||X W^T||^2 on the calibration inputs, where a Gram was kept."""
+
+    name: str
+    shape: tuple[int, int]
+    n_pruned: int  # chosen by the mask
+    n_zeros: int  # in the saved matrix: the mask, dead inputs and weights that were zero before
+    sparsity: float  # n_zeros / size
+    n_tokens: int
+    damping: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What a pruning did; ``as_dict`` is what ``pruning.json`` holds. ``phases`` are seconds by phase."""
+
+    out: str
+    method: str
+    sparsity: float | None
+    pattern: str | None
+    realised_sparsity: float
+    group: str | None  # None with a pattern: weights compete within M columns
+    tokens: str
+    propagate: str
+    damping: float | None
+    block_size: int
+    max_length: int | None
+    n_counted_tokens: int
+    base: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    matrices: Sequence[MatrixReport]
+    seconds: float
+    phases: Mapping[str, float]
+    device: str
+    versions: Mapping[str, str]
+    warnings: Sequence[str] = ()
+    schema_version: int = checkpoint.SCHEMA_VERSION
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Everything checked, before weights load."""
+
+    source: checkpoint.Source
+    subset: Subset
+    out: Path
+    method: methods.Method
+    selection: Selection
+    calibration: Calibration
+    tokens: Tokens
+    propagate: Propagate
+    damping: float
+    max_length: int | None
+    device: torch.device
+    warnings: list[str] = field(default_factory=list)
+
+
+def prune(
+    model: str | Path,
+    calibration: Subset,
+    out: str | Path,
+    *,
+    method: str = "sparsegpt",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    tokens: Tokens = "all",
+    propagate: Propagate = "pruned",
+    group: Group | None = None,
+    damping: float = 0.01,
+    block_size: int = BLOCK_SIZE,
+    device: str | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    max_length: int | None = None,
+    force: bool = False,
+    progress: OnProgress | None = None,
+) -> PruneReport:
+    """Prune every linear layer of every decoder block, and save an ordinary checkpoint with ``pruning.json``.
+
+    Embeddings, norms and lm_head stay bit-equal.
+
+    Args:
+        model: a checkpoint folder or a Hub id.
+        out: a new (or empty) folder.
+        sparsity: the share of zeros in every matrix, in (0, 1); or
+        pattern: "N:M", N kept of every M.
+        tokens: which tokens the statistics count.
+        propagate: a block's inputs come from the blocks before it ``pruned`` or ``dense``.
+        group: within what weights compete; default: the method's own.
+        damping: SparseGPT: the share of the mean diagonal added to the Hessian.
+        block_size: columns of a block, for group ``block`` and SparseGPT's updates.
+        device: default: CUDA when there is one, else the CPU.
+        batch_tokens: positions a micro-batch.
+        max_length: cut longer samples.
+        force: accept a subset of another tokenizer.
+
+    Raises:
+        InputError: anything asked that cannot be done, before weights load.
+        PruningError: non-finite activations, a singular Gram, a full disk; nothing is left at ``out``.
+        CalsetError: too little free disk to begin.
+    """
+    began = time.monotonic()
+    parsed = Pattern.parse(pattern) if pattern is not None else None
+    chosen = methods.find(method)
+    selection = Selection(sparsity, parsed, group or chosen.group, block_size)
+    _check_options(propagate, damping, batch_tokens)
+    plan = _plan(
+        model, calibration, Path(out), chosen, selection, tokens, propagate, damping, max_length, device, force
+    )
+    tell = progress or (lambda event: None)
+    phases: dict[str, float] = {"checking": time.monotonic() - began}
+    with _timed(phases, "loading"):
+        tell({"done": 0, "total": None, "phase": "loading"})
+        loaded = plan.source.load()
+    matrices = _prune_blocks(loaded, plan, batch_tokens, phases, tell)
+    report = _report(plan, matrices, phases, time.monotonic() - began)
+    checkpoint.save(loaded, plan.source, plan.out, report.as_dict(), card_section(report))
+    return report
+
+
+def _check_options(propagate: str, damping: float, batch_tokens: int) -> None:
+    if propagate not in get_args(Propagate):
+        raise InputError(f"propagate must be one of {', '.join(get_args(Propagate))}, not {propagate!r}")
+    if not 0 < damping <= 1e4:
+        raise InputError(f"damping is a positive share of the mean diagonal, such as 0.01, not {damping}")
+    if batch_tokens < 1:
+        raise InputError(f"batch_tokens must be positive, not {batch_tokens}")
+
+
+def _plan(
+    model: str | Path,
+    subset: Subset,
+    out: Path,
+    method: methods.Method,
+    selection: Selection,
+    tokens: Tokens,
+    propagate: Propagate,
+    damping: float,
+    max_length: int | None,
+    device: str | None,
+    force: bool,
+) -> _Plan:
+    source = checkpoint.open_source(model)
+    warnings = _check_subset(subset, source, force)
+    calibration = read(
+        subset,
+        tokens,
+        max_positions=source.max_positions,
+        max_length=max_length,
+        vocabulary_size=getattr(source.config.get_text_config(), "vocab_size", None),
+    )
+    warnings.extend(calibration.warnings)
+    linears = _decoder(source.skeleton()).linears()
+    for name, linear in linears.items():
+        selection.check_width(linear.in_features, name)
+    warnings.extend(_too_few_tokens(method, linears, calibration.n_counted_tokens))
+    checkpoint.check_out(out, source)
+    target = _device(device)
+    return _Plan(
+        source, subset, out, method, selection, calibration, tokens, propagate, damping, max_length, target, warnings
+    )
+
+
+def _decoder(model: nn.Module) -> Decoder:
+    from calset.pruning.walk import find_decoder
+
+    return find_decoder(model)
+
+
+def _check_subset(subset: Subset, source: checkpoint.Source, force: bool) -> list[str]:
+    """Warnings about where the subset comes from.
+
+    Raises:
+        InputError: its tokenizer is not the model's, unless forced.
+    """
+    warnings = []
+    if subset.tokenizer_hash != source.tokenizer_hash:
+        problem = (
+            f"{source.name} has no tokenizer to compare the subset's with"
+            if source.tokenizer_hash is None
+            else f"the subset {subset.ref} was made with another tokenizer than that of {source.name}"
+        )
+        if not force:
+            raise InputError(
+                f"{problem}: its token ids would mean other text; select from this model's own traces, or --force"
+            )
+        warnings.append(f"{problem} (forced)")
+    # A Hub model given as its snapshot folder goes by the commit in the folder's name.
+    if subset.model_revision and subset.model_revision not in (source.revision, source.folder.name):
+        warnings.append(
+            f"the subset {subset.ref} was made by {subset.model} ({subset.model_revision[:12]}), not by {source.name} "
+            f"({source.revision[:12]}): a model's own traces calibrate its pruning best"
+        )
+    return warnings
+
+
+def _too_few_tokens(method: methods.Method, linears: Mapping[str, nn.Linear], n_tokens: int) -> list[str]:
+    wide = [linear.in_features for linear in linears.values() if linear.in_features > n_tokens]
+    if method.needs != "gram" or not wide:
+        return []
+    return [
+        f"{len(wide)} matrices have more inputs (up to {max(wide)}) than there are calibration tokens ({n_tokens}): "
+        f"their Gram matrices are rank-deficient and only damping makes them invertible; use more tokens"
+    ]
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"the device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+# --- the work ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _timed(phases: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the seconds of a ``with`` block to a phase."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        phases[phase] = phases.get(phase, 0.0) + time.monotonic() - began
+
+
+def _prune_blocks(
+    model: nn.Module, plan: _Plan, batch_tokens: int, phases: dict[str, float], tell: OnProgress
+) -> list[MatrixReport]:
+    from calset.pruning.walk import Walk
+
+    decoder = _decoder(model)
+    # A method that needs no data does not run the model.
+    needs = plan.method.needs
+    batches = [] if needs == "nothing" else plan.calibration.batches(batch_tokens)
+    matrices: list[MatrixReport] = []
+    total = len(decoder.blocks)
+    with Walk(model, decoder, batches, plan.device) as walk:
+        for index, block in enumerate(decoder.blocks):
+            tell({"done": index, "total": total, "phase": "pruning"})
+            shared: dict[str, InputStatistics | None] = dict.fromkeys(block.linears)
+            if batches:
+                with _timed(phases, "statistics"):
+                    shared.update(walk.statistics(index, needs, keep=plan.propagate == "dense"))
+            with _timed(phases, "pruning"):
+                matrices.extend(_prune_block(block.linears, shared, plan))
+            if batches and plan.propagate == "pruned" and index + 1 < total:
+                with _timed(phases, "propagation"):
+                    walk.advance(index)
+            walk.finish(index)
+    tell({"done": total, "total": total, "phase": "saving"})
+    return matrices
+
+
+def _prune_block(
+    linears: Mapping[str, nn.Linear], shared: Mapping[str, InputStatistics | None], plan: _Plan
+) -> list[MatrixReport]:
+    """Prune a block's matrices in place, those with one input together; reports in the model's order."""
+    together: dict[int, list[str]] = {}
+    for name, statistics in shared.items():
+        together.setdefault(id(statistics) if statistics is not None else len(together), []).append(name)
+    reports: dict[str, MatrixReport] = {}
+    for names in together.values():
+        statistics = shared[names[0]]
+        weights = [linears[name].weight.detach().to(plan.device).float() for name in names]
+        try:
+            results = methods.prune_shared(plan.method, weights, statistics, plan.selection, plan.damping)
+        except PruningError as error:
+            raise PruningError(f"{names[0]}: {error}") from error
+        for name, result in zip(names, results, strict=True):
+            reports[name] = _write(name, linears[name], result, statistics)
+    return [reports[name] for name in linears]
+
+
+def _write(name: str, linear: nn.Linear, result: methods.Pruned, statistics: InputStatistics | None) -> MatrixReport:
+    """Cast once, mask again, and count what is really there."""
+    import torch
+
+    if not bool(result.weight.isfinite().all()):
+        raise PruningError(
+            f"the pruned weights of {name} are not finite: use more calibration tokens or raise --damping"
+        )
+    with torch.no_grad():
+        linear.weight.copy_(result.weight.to(linear.weight.dtype).masked_fill_(result.mask, 0.0))
+    rows, width = linear.weight.shape
+    n_zeros = int((linear.weight == 0).sum())
+    n_tokens = statistics.n_tokens if statistics is not None else 0
+    return MatrixReport(
+        name=f"{name}.weight",
+        shape=(rows, width),
+        n_pruned=int(result.mask.sum()),
+        n_zeros=n_zeros,
+        sparsity=n_zeros / (rows * width),
+        n_tokens=n_tokens,
+        damping=result.damping,
+        error=result.error,
+    )
+
+
+# --- the report -------------------------------------------------------------------------------------------------
+
+
+def _report(plan: _Plan, matrices: Sequence[MatrixReport], phases: Mapping[str, float], seconds: float) -> PruneReport:
+    selection, subset, source = plan.selection, plan.subset, plan.source
+    uses_data = plan.method.needs != "nothing"
+    raised = [m for m in matrices if m.damping is not None and m.damping > plan.damping]
+    warnings = list(plan.warnings)
+    if raised:
+        warnings.append(
+            f"damping was raised for {len(raised)} matrices, such as {raised[0].name} ({raised[0].damping:g})"
+        )
+    size = sum(m.shape[0] * m.shape[1] for m in matrices)
+    return PruneReport(
+        out=str(plan.out),
+        method=plan.method.name,
+        sparsity=selection.sparsity,
+        pattern=str(selection.pattern) if selection.pattern else None,
+        realised_sparsity=sum(m.n_zeros for m in matrices) / size,
+        group=None if selection.pattern else selection.group,
+        tokens=plan.tokens,
+        propagate=plan.propagate,
+        damping=plan.damping if plan.method.needs == "gram" else None,
+        block_size=selection.block_size,
+        max_length=plan.max_length,
+        n_counted_tokens=plan.calibration.n_counted_tokens if uses_data else 0,
+        base={
+            "model": source.name,
+            "revision": source.revision,
+            "path": str(source.folder.resolve()),
+            "tokenizer_hash": source.tokenizer_hash,
+        },
+        calibration={
+            "subset": subset.ref,
+            "name": subset.name,
+            "version": subset.version,
+            "content_hash": subset.content_hash,
+            "recipe": dict(subset.recipe),
+            "seed": subset.seed,
+            "model": subset.model,
+            "model_revision": subset.model_revision,
+            "tokenizer_hash": subset.tokenizer_hash,
+            "n_samples": subset.n_samples,
+            "n_tokens": subset.n_tokens,
+        },
+        matrices=tuple(matrices),
+        seconds=seconds,
+        phases=dict(phases),
+        device=_device_name(plan.device),
+        versions=_versions(),
+        warnings=tuple(warnings),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    import calset
+
+    return {"calset": calset.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def card_section(report: PruneReport) -> str:
+    """What a pruned model's card says of its pruning, in Markdown."""
+    asked = f"pattern {report.pattern} (N kept)" if report.pattern else f"sparsity {report.sparsity:g}"
+    calibration = report.calibration
+    rows = {
+        "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",
+        "method": f"{report.method}, {asked}" + (f", mask group {report.group}" if report.group else ""),
+        "zeros": f"{report.realised_sparsity:.4f} of {len(report.matrices)} matrices in the decoder blocks",
+        "calibration": f"{calibration['subset']}, content hash `{calibration['content_hash']}`",
+        "calibration tokens": f"{report.n_counted_tokens:,} ({report.tokens}), inputs from {report.propagate} blocks",
+        "damping": "-" if report.damping is None else f"{report.damping:g} of the mean diagonal",
+        "took": f"{report.seconds:.0f} s on {report.device}",
+        "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        f"# {report.base['model']}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
+        f"Embeddings, norms and lm_head are the dense model's, bit for bit. Zeros are stored as ordinary weights: the "
+        f"checkpoint is as large and as fast as the dense one where the runtime does not use sparsity. "
+        f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
+    )

@@ -1,0 +1,196 @@
+"""Reopen a pruned checkpoint and prove that it is what its ``pruning.json`` says.
+
+Reads the files, not the pruner's memory of them. It must not know how pruning works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calset.errors import InputError, VerificationError
+from calset.pruning.checkpoint import load_model, read_record
+from calset.pruning.masks import Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOGIT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was proved of a checkpoint. ``n_untouched``: tensors bit-equal to the base's; None when not compared."""
+
+    directory: str
+    n_matrices: int
+    pattern: str | None
+    sparsity: float | None
+    realised_sparsity: float
+    n_other_tensors: int
+    base: str | None
+    n_untouched: int | None
+    notes: Sequence[str] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report for people, a fact a line."""
+        asked = f"pattern {self.pattern}" if self.pattern else f"sparsity {self.sparsity:g}"
+        found = [
+            f"{self.directory}: {self.n_matrices} matrices hold exactly the recorded zeros ({asked}, "
+            f"{self.realised_sparsity:.4f} zeros in all)",
+            "logits are finite",
+        ]
+        if self.n_untouched is not None:
+            found.append(f"{self.n_untouched} other tensors are bit-equal to those of {self.base}")
+        return found + list(self.notes)
+
+
+def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyReport:
+    """Prove every matrix's zeros and pattern, finite logits, and untouched tensors bit-equal to the dense model's.
+
+    Args:
+        base: the dense model's folder; default: where ``pruning.json`` says it was, if it is still there unchanged.
+
+    Raises:
+        InputError: no such folder, no or a corrupt ``pruning.json``, or a ``base`` that is not the recorded one.
+        VerificationError: naming the matrix and the numbers that differ.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {directory}")
+    record = read_record(folder)
+    tensors = _Tensors(folder)
+    pattern = Pattern.parse(record["pattern"]) if record.get("pattern") else None
+    n_zeros, size = 0, 0
+    for entry in record["matrices"]:
+        n_zeros += _check_matrix(entry, tensors, pattern, record.get("sparsity"))
+        size += entry["shape"][0] * entry["shape"][1]
+    pruned = {entry["name"] for entry in record["matrices"]}
+    _check_logits(folder)
+    dense, notes = _find_base(record, base)
+    n_untouched = _check_untouched(tensors, _Tensors(dense), pruned) if dense else None
+    return VerifyReport(
+        directory=str(directory),
+        n_matrices=len(pruned),
+        pattern=record.get("pattern"),
+        sparsity=record.get("sparsity"),
+        realised_sparsity=n_zeros / size,
+        n_other_tensors=len(tensors.files.keys() - pruned),
+        base=str(dense) if dense else None,
+        n_untouched=n_untouched,
+        notes=notes,
+    )
+
+
+class _Tensors:
+    """The tensors of a folder's safetensors files, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.files.update(dict.fromkeys(file.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise VerificationError(f"{path} cannot be read: {error}") from error
+        if not self.files:
+            raise InputError(f"{folder} holds no safetensors weights")
+
+    def get(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.files:
+            yield name, self.get(name)
+
+
+def _check_matrix(entry: Mapping[str, Any], tensors: _Tensors, pattern: Pattern | None, sparsity: float | None) -> int:
+    """Check one matrix against its entry; returns its zeros."""
+    name, shape = entry["name"], tuple(entry["shape"])
+    if name not in tensors.files:
+        raise VerificationError(f"{name} is listed as pruned but not in the checkpoint")
+    weight = tensors.get(name)
+    if tuple(weight.shape) != shape:
+        raise VerificationError(f"{name} is {tuple(weight.shape)}, recorded as {shape}")
+    if not bool(weight.isfinite().all()):
+        raise VerificationError(f"{name} holds values that are not finite")
+    n_zeros = int((weight == 0).sum())
+    if n_zeros != entry["n_zeros"]:
+        raise VerificationError(f"{name} has {n_zeros} zeros of {weight.numel()}, recorded as {entry['n_zeros']}")
+    if pattern is not None:
+        kept = (weight != 0).reshape(shape[0], -1, pattern.m).sum(-1) if shape[1] % pattern.m == 0 else None
+        if kept is None or int(kept.max()) > pattern.n:
+            broken = "its width" if kept is None else f"{int((kept > pattern.n).sum())} of {kept.numel()} groups"
+            raise VerificationError(f"{name} does not keep to {pattern}: {broken}")
+    elif sparsity is not None and n_zeros < entry.get("n_pruned", 0):
+        raise VerificationError(f"{name} has {n_zeros} zeros, fewer than the {entry['n_pruned']} that were pruned")
+    return n_zeros
+
+
+def _check_logits(folder: Path) -> None:
+    """Load it as anybody would and run a few tokens: every tensor is there and the logits are finite."""
+    import torch
+
+    try:
+        model = load_model(folder, str(folder))
+    except InputError as error:
+        raise VerificationError(str(error)) from error
+    vocabulary = model.config.get_text_config().vocab_size
+    input_ids = torch.arange(1, LOGIT_TOKENS + 1).remainder(vocabulary).unsqueeze(0)
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    if not bool(logits.isfinite().all()):
+        raise VerificationError(f"{folder} gives logits that are not finite")
+
+
+def _find_base(record: Mapping[str, Any], base: str | Path | None) -> tuple[Path | None, list[str]]:
+    """The dense model's folder, when it can be compared with, and otherwise why not."""
+    from calset.builder.model_info import folder_revision
+
+    recorded = record.get("base", {})
+    folder = Path(base) if base is not None else Path(recorded.get("path") or "")
+    if base is None and not recorded.get("path"):
+        return None, ["untouched tensors were not compared: the dense model's place is not recorded (--base)"]
+    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        if base is not None:
+            raise InputError(f"{base} is no folder of a dense model")
+        return None, [f"untouched tensors were not compared: the dense model is not at {folder} (--base)"]
+    if recorded.get("revision") not in (folder_revision(folder), folder.name):
+        if base is not None:
+            raise InputError(f"{base} is not the model that was pruned: its revision differs from the recorded one")
+        return None, [f"untouched tensors were not compared: the model at {folder} has changed since (--base)"]
+    return folder, []
+
+
+def _check_untouched(tensors: _Tensors, dense: _Tensors, pruned: set[str]) -> int:
+    """How many tensors are the dense model's, bit for bit."""
+    import torch
+
+    n_equal = 0
+    for name, tensor in tensors.items():
+        if name not in dense.files:
+            raise VerificationError(f"{name} is not in the dense model at {dense.folder}")
+        other = dense.get(name)
+        if tensor.shape != other.shape or tensor.dtype != other.dtype:
+            raise VerificationError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, in the dense model {tuple(other.shape)} {other.dtype}"
+            )
+        if name in pruned:
+            continue
+        # Bytes, so that -0.0 and NaN compare too.
+        if not torch.equal(tensor.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):
+            n_changed = int((tensor != other).sum())
+            raise VerificationError(f"{name} differs from the dense model's in {n_changed} of {tensor.numel()} values")
+        n_equal += 1
+    return n_equal

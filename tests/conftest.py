@@ -1,0 +1,108 @@
+"""Real parts that several test files share. vLLM takes most of a minute to start, so it starts once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+# Before torch, tokenizers or vLLM are imported by any test.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+from calset import demo
+from calset.builder.engines.base import Completion, Request, Sampling
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The bundled reasoning model."""
+    return demo.MODEL
+
+
+@pytest.fixture(scope="session")
+def altered_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with noise on its matrices: same shapes and tokenizer, other answers."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("models") / "altered"
+    shutil.copytree(demo.MODEL, folder)
+    generator = torch.Generator().manual_seed(1)
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if tensor.ndim == 2:
+            weights[name] = tensor + (0.05 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(tiny_model: Path) -> Iterator[object]:
+    """A real vLLM on the bundled model; whoever loads other weights puts them back."""
+    if not HAS_VLLM:
+        pytest.skip("vLLM is not installed")
+    from calset.builder.engines import open_engine
+    from calset.builder.model_info import inspect
+
+    engine = open_engine("vllm", inspect(tiny_model), max_model_len=1024, concurrency=32)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def transformers_engine(tiny_model: Path) -> Iterator[object]:
+    """The transformers engine on the bundled model."""
+    from calset.builder.engines import open_engine
+    from calset.builder.model_info import inspect
+
+    engine = open_engine("transformers", inspect(tiny_model), max_model_len=1024, device="cpu", concurrency=16)
+    yield engine
+    engine.close()
+
+
+@dataclass
+class ScriptedEngine:
+    """An engine double that answers at once, and fails after ``fail_after`` completions when asked."""
+
+    loaded: str
+    token_ids: tuple[int, ...] = (31, 2)
+    finish_reason: str = "stop"
+    fail_after: int | None = None
+    name: str = "scripted"
+    version: str = "1"
+    max_model_len: int = 1024
+    requests: list[Request] = field(default_factory=list)
+    swaps: list[str] = field(default_factory=list)
+
+    def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        from calset.errors import EngineError
+
+        for n, request in enumerate(requests):
+            if n == self.fail_after:
+                raise EngineError("the engine died; run the same command again to continue")
+            self.requests.append(request)
+            yield Completion(request.key, self.token_ids, self.finish_reason, 0.01)
+
+    def cancel(self) -> None:
+        pass
+
+    def load_weights(self, model: Path, revision: str) -> None:
+        self.swaps.append(revision)
+        self.loaded = revision
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def scripted_engine() -> type[ScriptedEngine]:
+    return ScriptedEngine

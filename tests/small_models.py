@@ -1,0 +1,82 @@
+"""Tiny random models built in place, and subsets of random token ids, for the pruning tests."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from calset import demo, ids
+from calset.catalog.records import Sample, Subset
+
+VOCABULARY = 512
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi3": {"pad_token_id": 0},
+}
+MODELS = {"Gemma3Text": "Gemma3ForCausalLM"}
+
+
+@cache
+def tokenizer_hash() -> str:
+    """Of the bundled model's tokenizer."""
+    return ids.vocabulary_hash(transformers.AutoTokenizer.from_pretrained(demo.MODEL).get_vocab())
+
+
+def make_samples(
+    lengths: Sequence[int] = (12, 40, 7, 25, 33, 40, 18, 29), *, n_prompt: int = 5, seed: int = 0
+) -> list[Sample]:
+    rng = random.Random(seed)
+    return [Sample(f"s{i}", [rng.randrange(3, 100) for _ in range(n)], min(n_prompt, n)) for i, n in enumerate(lengths)]
+
+
+def make_subset(samples: Sequence[Sample] | None = None, **changes: Any) -> Subset:
+    """A subset of random token ids of the bundled model's tokenizer, without a catalog."""
+    samples = make_samples() if samples is None else list(samples)
+    values: dict[str, Any] = {
+        "name": "random-ids",
+        "version": 1,
+        "content_hash": ids.content_hash((s.sample_id, s.input_ids, s.n_prompt_tokens) for s in samples),
+        "recipe": {"recipe": "test"},
+        "seed": 0,
+        "model": "tiny",
+        "model_revision": "",
+        "tokenizer_hash": tokenizer_hash(),
+        "samples": samples,
+    }
+    return Subset(**{**values, **changes})
+
+
+def make_model(kind: str = "Llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A random causal language model of a transformers architecture."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **CHANGES.get(kind, {}), **changes})
+    model = getattr(transformers, MODELS.get(kind, f"{kind}ForCausalLM"))(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Away from initialisation: biases and norms that matter, activations that differ by input.
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def save_model(folder: Path, kind: str = "Llama", **options: Any) -> Path:
+    """The same as a checkpoint folder, with the bundled model's tokenizer."""
+    make_model(kind, **options).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(demo.MODEL / name, folder / name)
+    return folder

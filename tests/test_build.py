@@ -1,0 +1,305 @@
+"""build(): k samples a problem whatever happens, saved means saved, stored ids are the served ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from calset.builder.engines import Completion, Request, Sampling
+from calset.builder.generate import BuildProgress, build, grade
+from calset.builder.model_info import inspect
+from calset.catalog.catalog import Catalog
+from calset.errors import EngineError, InputError
+
+SUMS = "gym:chain_sum?min_terms=2&max_terms=3&size=12&seed=3"
+
+
+def traces(catalog: Catalog) -> list[tuple[str, int]]:
+    return catalog.query("SELECT problem_id, sample_index FROM traces ORDER BY ALL").rows
+
+
+def count(path: Path) -> int:
+    return Catalog(path).query("SELECT count(*) FROM traces").rows[0][0] if path.exists() else 0
+
+
+def assert_complete(path: Path, n_problems: int, samples: int) -> None:
+    """Exactly ``samples`` traces a problem, each once, each with its tokens and one verdict."""
+    catalog = Catalog(path)
+    rows = traces(catalog)
+    assert len(rows) == len(set(rows)) == n_problems * samples
+    assert len({problem for problem, _ in rows}) == n_problems
+    assert {index for _, index in rows} == set(range(samples))
+    assert catalog.query("SELECT count(*), count(DISTINCT trace_id) FROM trace_tokens").rows == [(len(rows),) * 2]
+    assert catalog.query("SELECT count(*), count(DISTINCT trace_id) FROM grades").rows == [(len(rows),) * 2]
+
+
+class Recording:
+    """Passes everything on to a real engine and keeps what it served."""
+
+    def __init__(self, engine) -> None:
+        self.engine, self.requests, self.served = engine, {}, {}
+        self.name, self.version, self.max_model_len = engine.name, engine.version, engine.max_model_len
+
+    @property
+    def loaded(self) -> str:
+        return self.engine.loaded
+
+    def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        def seen() -> Iterator[Request]:
+            for request in requests:
+                self.requests[request.key] = request
+                yield request
+
+        for completion in self.engine.stream(seen(), sampling):
+            self.served[completion.key] = completion
+            yield completion
+
+    def cancel(self) -> None:
+        self.engine.cancel()
+
+    def load_weights(self, model: Path, revision: str) -> None:
+        self.engine.load_weights(model, revision)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_stored_ids_are_the_served_ones(engine: str, request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path):
+    recording = Recording(request.getfixturevalue(f"{engine}_engine"))
+    catalog = Catalog(tmp_path / "c.duckdb")
+    report = build(tiny_model, SUMS, samples=3, catalog=catalog, engine=recording, max_tokens=60)
+    assert (report.n_new, report.n_requested, report.engine, report.stopped) == (36, 36, engine, False)
+    assert_complete(tmp_path / "c.duckdb", 12, 3)
+    info = inspect(tiny_model)
+    for trace_id, prompt, completion in catalog.query(
+        "SELECT trace_id, prompt_ids, completion_ids FROM trace_tokens"
+    ).rows:
+        assert tuple(prompt) == recording.requests[trace_id].prompt_ids
+        assert tuple(completion) == recording.served[trace_id].token_ids
+    (run,) = catalog.runs()
+    assert (run.engine, run.model, run.model_revision) == (engine, "tiny-lrm", info.revision)
+    assert run.versions["transformers"]
+    assert run.sampling["temperature"] == 0.8
+    assert report.n_tokens == sum(len(c.token_ids) for c in recording.served.values())
+
+
+def test_saved_means_on_disk_and_a_second_build_starts_no_engine(tiny_model: Path, tmp_path: Path, transformers_engine):
+    path = tmp_path / "c.duckdb"
+    events: list[BuildProgress] = []
+
+    def check(event: BuildProgress) -> None:
+        events.append(event)
+        assert count(path) >= event.saved + event.existing
+
+    options = {"catalog": path, "max_tokens": 40, "commit_every_seconds": 0.05, "progress": check}
+    first = build(tiny_model, SUMS, samples=2, engine=transformers_engine, **options)
+    assert [e.phase for e in events[:2]] == ["starting engine", "generating"]
+    assert (events[-1].phase, events[-1].saved, events[-1].eta_seconds) == ("done", 24, 0)
+    assert len({e.saved for e in events}) > 2  # as they finish, never all at the end
+    assert sum(first.verdicts.values()) == 24
+    events.clear()
+    again = build(tiny_model, SUMS, samples=2, engine="transformers", **options)
+    assert (again.n_new, again.n_existing, again.run_id, again.engine) == (0, 24, None, None)
+    assert not events
+    more = build(tiny_model, SUMS, samples=3, engine=transformers_engine, **options)
+    assert (more.n_new, more.n_existing) == (12, 24)
+    assert_complete(path, 12, 3)
+
+
+def test_an_engine_that_dies_leaves_what_finished_and_the_next_build_goes_on(
+    tiny_model: Path, tmp_path, scripted_engine
+):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    with pytest.raises(EngineError, match="run the same command again"):
+        build(tiny_model, SUMS, samples=4, catalog=path, engine=scripted_engine(loaded, fail_after=20))
+    assert count(path) == 20
+    second = scripted_engine(loaded)
+    report = build(tiny_model, SUMS, samples=4, catalog=path, engine=second)
+    assert (report.n_existing, report.n_new, len(second.requests)) == (20, 28, 28)
+    assert_complete(path, 12, 4)
+
+
+def test_requests_carry_their_own_seeds_and_other_run_seeds_give_others(tiny_model: Path, tmp_path, scripted_engine):
+    loaded, seeds = inspect(tiny_model).revision, []
+    for seed in (0, 1):
+        engine = scripted_engine(loaded)
+        build(tiny_model, SUMS, samples=4, catalog=tmp_path / f"{seed}.duckdb", engine=engine, seed=seed)
+        seeds.append([request.seed for request in engine.requests])
+        assert len(set(seeds[-1])) == 48
+    assert not set(seeds[0]) & set(seeds[1])
+
+
+def test_evaluation_traces_live_apart(tiny_model: Path, tmp_path, scripted_engine):
+    loaded = inspect(tiny_model).revision
+    path = tmp_path / "c.duckdb"
+    one = build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded))
+    two = build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded), kind="evaluate")
+    assert one.generation_key != two.generation_key
+    assert (one.n_new, two.n_new) == (12, 12)
+    assert set(one.problem_ids) == set(two.problem_ids)
+
+
+def test_a_running_engine_gets_the_weights_it_is_recorded_with(tiny_model, altered_model, tmp_path, scripted_engine):
+    engine = scripted_engine(inspect(tiny_model).revision)
+    build(altered_model, SUMS, samples=1, catalog=tmp_path / "c.duckdb", engine=engine)
+    assert engine.swaps == [inspect(altered_model).revision]
+    build(altered_model, SUMS, samples=2, catalog=tmp_path / "c.duckdb", engine=engine)
+    assert len(engine.swaps) == 1
+
+
+def test_truncated_and_unfinished_traces_are_never_correct(tiny_model: Path, tmp_path, scripted_engine):
+    info = inspect(tiny_model)
+    think = tuple(info.tokenizer("<think>\nmaybe \\boxed{5}", add_special_tokens=False).input_ids)
+    for reason, expected in (("length", "truncated"), ("stop", "no_answer"), ("abort", "error")):
+        engine = scripted_engine(info.revision, token_ids=think, finish_reason=reason)
+        report = build(tiny_model, SUMS, samples=1, catalog=tmp_path / f"{reason}.duckdb", engine=engine)
+        assert dict(report.verdicts) == {expected: 12}
+
+
+def test_grading_again_keeps_the_history(tiny_model: Path, tmp_path, scripted_engine):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    report = build(tiny_model, SUMS, samples=2, catalog=path, engine=scripted_engine(loaded), graded=False)
+    assert dict(report.verdicts) == {"ungraded": 24}
+    seen: list[tuple[int, int]] = []
+    graded = grade(path, ungraded=True, commit_size=10, progress=lambda done, total: seen.append((done, total)))
+    assert (graded.n_graded, graded.n_changed) == (24, 24)
+    assert seen == [(10, 24), (20, 24), (24, 24)]
+    assert grade(path, ungraded=True).n_graded == 0
+    assert grade(path, grader="math").n_graded == 24
+    assert Catalog(path).query("SELECT count(*) FROM grades").rows == [(48,)]
+    with pytest.raises(InputError, match="unknown grader"):
+        grade(path, grader="maths")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 2048}, "does not fit the model's context of 2048"),
+        ({"temperature": 9.0}, "temperature must lie"),
+        ({"engine": "sglang"}, "unknown engine"),
+        ({"grader": "maths"}, "unknown grader"),
+        ({"limit": 0}, "limit must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(tiny_model: Path, tmp_path: Path, options: dict, says: str):
+    path = tmp_path / "c.duckdb"
+    with pytest.raises(InputError, match=says):
+        build(tiny_model, SUMS, catalog=path, **options)
+    assert not path.exists()
+
+
+def test_a_question_longer_than_the_context_is_named(tiny_model: Path, tmp_path: Path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"question": "7 " * 3000, "answer": "7"}) + "\n")
+    with pytest.raises(InputError, match=r"\(long\.jsonl row 1\) has \d+ tokens"):
+        build(tiny_model, str(path), catalog=tmp_path / "c.duckdb")
+
+
+# --- killed and interrupted --------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from calset.builder.generate import build
+if __name__ == "__main__":
+    model, catalog, engine, max_tokens = sys.argv[1:]
+    report = build(model, "gym:chain_sum?size=30&seed=5", samples=4, catalog=catalog, engine=engine,
+                   max_tokens=int(max_tokens), concurrency=8, commit_every_seconds=0.1,
+                   progress=lambda e: print(e.phase, e.existing + e.saved, flush=True))
+    print("report", report.stopped, report.n_new, flush=True)
+"""
+
+
+def start(tmp_path: Path, model: Path, engine: str, max_tokens: int) -> subprocess.Popen[str]:
+    script = tmp_path / "build.py"
+    script.write_text(SCRIPT)
+    arguments = [sys.executable, str(script), str(model), str(tmp_path / "c.duckdb"), engine, str(max_tokens)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+
+
+def run_until_saved(process: subprocess.Popen[str], at_least: int) -> int:
+    """Read progress until so much is saved or the build ends; the last count that was claimed."""
+    claimed = 0
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("report"):
+            break
+        claimed = int(line.split()[-1])
+        if claimed >= at_least:
+            break
+    return claimed
+
+
+def processes_of(session: int) -> list[str]:
+    listed = subprocess.run(["ps", "-ww", "-eo", "sess=,stat=,args="], capture_output=True, text=True).stdout
+    return [line for line in listed.splitlines() if line.split()[0] == str(session) and line.split()[1][0] != "Z"]
+
+
+def wait_for_end(session: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while processes_of(session) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(session) == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "kills"),
+    [("transformers", 3), pytest.param("vllm", 3, marks=[pytest.mark.vllm, pytest.mark.slow])],
+)
+def test_killed_at_random_moments_nothing_claimed_is_lost_and_nothing_comes_twice(
+    tmp_path: Path, tiny_model: Path, engine: str, kills: int
+):
+    path, claimed = tmp_path / "c.duckdb", 0
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    for attempt in range(kills):
+        process = start(tmp_path, tiny_model, engine, 300)
+        claimed = max(claimed, run_until_saved(process, claimed + random.Random(attempt).randint(1, 25)))
+        time.sleep(random.Random(attempt).random() * 0.3)
+        process.kill()
+        process.wait()
+        wait_for_end(process.pid)  # workers and engine processes go with their parent
+        assert count(path) >= claimed
+    process = start(tmp_path, tiny_model, engine, 300)
+    assert run_until_saved(process, 10**9) == 120
+    assert process.wait(timeout=120) == 0
+    assert_complete(path, 30, 4)
+
+
+@pytest.mark.parametrize("to_group", [False, True], ids=["to the process", "from the terminal"])
+def test_an_interrupt_commits_what_finished_and_leaves_nothing_running(
+    tmp_path: Path, tiny_model: Path, to_group: bool
+):
+    process = start(tmp_path, tiny_model, "transformers", 1500)
+    claimed = run_until_saved(process, 1)
+    (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    assert "report True" in output
+    last = [int(line.split()[-1]) for line in output.splitlines() if line.startswith(("generating", "done"))]
+    assert count(tmp_path / "c.duckdb") == max([claimed, *last])
+    wait_for_end(process.pid)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_interrupt_from_the_terminal_leaves_no_vllm_running(tmp_path: Path, tiny_model: Path):
+    pytest.importorskip("vllm")
+    process = start(tmp_path, tiny_model, "vllm", 1500)
+    run_until_saved(process, 1)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert "report True" in output
+    wait_for_end(process.pid)

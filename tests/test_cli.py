@@ -1,0 +1,237 @@
+"""The command line as a user meets it: real processes, one-line errors, exit codes, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from calset import demo
+
+CALSET = [sys.executable, "-m", "calset.cli"]
+PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=6&seed=3"
+
+
+def calset(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command; CALSET_CATALOG is not inherited."""
+    env = {k: v for k, v in os.environ.items() if k != "CALSET_CATALOG"} | {"CALSET_ENGINE": "transformers"}
+    return subprocess.run(
+        [*CALSET, *map(str, arguments)], cwd=cwd, env=env | environment, capture_output=True, text=True, check=False
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One line on standard error that says these words; nothing on standard output."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("calset: ")
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a catalog of 18 traces and a subset ``all@1``."""
+    folder = tmp_path_factory.mktemp("cli")
+    done = calset("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
+                  "--json", cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["n_new"] == 18
+    done = calset("select", "all", "--recipe", "rac", "--tokens", "3000", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_help_answers_in_half_a_second(tmp_path: Path) -> None:
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert calset("--help", cwd=tmp_path).returncode == 0
+        times.append(time.monotonic() - began)
+    assert min(times) < 0.5
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = "import sys, calset.cli; print([m for m in ('torch','vllm','transformers','duckdb','numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_finished_build_has_nothing_left_to_do(built: Path) -> None:
+    done = calset("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
+                  "--json", cwd=built)  # fmt: skip
+    report = json.loads(done.stdout)
+    assert (report["n_new"], report["n_existing"]) == (0, 18)
+
+
+def test_stats_query_show_and_subsets_speak_json(built: Path) -> None:
+    stats = json.loads(calset("stats", "--json", cwd=built).stdout)
+    assert (stats["problems"], stats["traces"], stats["graded"]) == (6, 18, 18)
+    rows = calset("query", "SELECT trace_id, n_tokens FROM trace ORDER BY trace_id", "--json", cwd=built).stdout
+    listed = [json.loads(line) for line in rows.splitlines()]
+    assert len(listed) == 18
+    shown = json.loads(calset("show", listed[0]["trace_id"][:10], "--json", cwd=built).stdout)
+    assert shown["trace_id"] == listed[0]["trace_id"]
+    assert len(shown["completion_ids"]) == listed[0]["n_tokens"]
+    assert len(shown["siblings"]) == 2
+    subset = json.loads(calset("subsets", "--json", cwd=built).stdout)
+    assert subset["ref"] == "all@1"
+    assert subset["n_tokens"] <= 3000
+
+
+def test_tables_are_tab_separated_where_nobody_looks(built: Path) -> None:
+    lines = calset("query", "SELECT kind, count(*) AS n FROM trace GROUP BY 1", cwd=built).stdout.splitlines()
+    assert lines == ["kind\tn", "build\t18"]
+
+
+def test_progress_can_be_json_or_silent(built: Path, tmp_path: Path) -> None:
+    build = ("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "1", "--max-tokens", "60", "--limit",
+             "2", "--catalog", tmp_path / "c.duckdb")  # fmt: skip
+    events = [json.loads(line) for line in calset(*build, "--progress", "json", cwd=built).stderr.splitlines()]
+    assert events[-1]["final"]
+    assert events[-1]["done"] == 2
+    assert calset(*build, "--progress", "none", cwd=built).stderr == ""
+
+
+def test_prune_verify_and_evaluate(built: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    done = calset("prune", demo.MODEL, "--calibration", "all", "--method", "wanda", "--pattern", "2:4", "-o", out,
+                  "--json", cwd=built)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["realised_sparsity"] == pytest.approx(0.5, abs=1e-3)
+    verified = calset("verify", out, cwd=built)
+    assert verified.returncode == 0, verified.stderr
+    assert "bit-equal" in verified.stdout
+    held_out = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=4&seed=900000"
+    done = calset("evaluate", out, "--problems", held_out, "--max-tokens", "100", "--json", cwd=built)
+    report = json.loads(done.stdout)
+    assert report["n_traces"] == report["n_problems"] == 4
+    assert 0 <= report["accuracy"] <= 1
+    done = calset("evaluate", out, "--problems", PROBLEMS, "--limit", "1", "--max-tokens", "60", "--json", cwd=built)
+    assert "were in the subset" in json.loads(done.stdout)["warnings"][0]
+
+
+def test_evaluating_never_feeds_calibration(built: Path, tmp_path: Path) -> None:
+    catalog = tmp_path / "c.duckdb"
+    shutil.copy(built / "calset.duckdb", catalog)
+    done = calset("evaluate", demo.MODEL, "--problems", PROBLEMS, "--samples", "2", "--max-tokens", "100",
+                  "--catalog", catalog, cwd=built)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(calset("stats", "--json", "--catalog", catalog, cwd=built).stdout)["traces"] == 18
+    again = calset("select", "all", "--recipe", "rac", "--tokens", "3000", "--catalog", catalog, "--json", cwd=built)
+    assert json.loads(again.stdout)["version"] == 1  # the same content
+
+
+# --- bad input: one line, exit code 2 (or 1 for a failure), nothing half-written ---------------------------------
+
+
+def test_no_such_catalog(tmp_path: Path) -> None:
+    refused(calset("stats", cwd=tmp_path), 2, "calset.duckdb", "--catalog")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_option_and_missing_option(tmp_path: Path) -> None:
+    refused(calset("build", "--modle", "x", cwd=tmp_path), 2, "--modle")
+    refused(calset("build", "--problems", "demo", cwd=tmp_path), 2, "--model")
+
+
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "1+1?", "solution": "2"}\n')
+    done = calset("build", "--model", demo.MODEL, "--problems", "q.jsonl", cwd=tmp_path)
+    refused(done, 2, "question", "prompt", "solution")
+    assert not (tmp_path / "calset.duckdb").exists()
+
+
+@pytest.mark.parametrize("spec", ["gsm9k", "gym:chain_summ", "gym:chain_sum?terms=3", "nothing.jsonl"])
+def test_unknown_problems(spec: str, tmp_path: Path) -> None:
+    refused(calset("build", "--model", demo.MODEL, "--problems", spec, cwd=tmp_path), 2)
+    assert not (tmp_path / "calset.duckdb").exists()
+
+
+def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    shutil.copytree(demo.MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template*"))
+    config = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    settings.pop("chat_template", None)
+    config.write_text(json.dumps(settings))
+    refused(calset("build", "--model", "model", "--problems", "demo", cwd=tmp_path), 2, "chat template")
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    refused(calset("build", "--model", "./nowhere", "--problems", "demo", cwd=tmp_path), 2, "nowhere")
+    refused(calset("prune", "./nowhere", "--calibration", "x", "-o", "out", cwd=tmp_path), 2)
+
+
+@pytest.mark.parametrize("bad", [("--sparsity", "1.2"), ("--sparsity", "0"), ("--pattern", "4:2"), ()])
+def test_a_sparsity_or_pattern_that_makes_no_sense(built: Path, tmp_path: Path, bad: tuple[str, ...]) -> None:
+    refused(calset("prune", demo.MODEL, "--calibration", "all", "-o", tmp_path / "out", *bad, "--progress", "none",
+                   cwd=built), 2)  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_subset_of_another_tokenizer(built: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(demo.MODEL, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = calset("prune", other, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out", "--progress", "none",
+                  cwd=built)  # fmt: skip
+    refused(done, 2, "tokenizer")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_catalog_of_a_newer_schema(built: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer.duckdb"
+    shutil.copy(built / "calset.duckdb", newer)
+    with duckdb.connect(str(newer)) as con:
+        con.execute("INSERT INTO migrations VALUES (999, 'from the future', now(), '99.0', '9.9')")
+        con.execute("UPDATE meta SET value = '999' WHERE key LIKE 'schema%'")
+    refused(calset("stats", "--catalog", newer, cwd=tmp_path), 2, "newer", "999")
+
+
+@pytest.mark.parametrize("sql", ["DROP TABLE traces", "SELECT 1; SELECT 2", "COPY traces TO 'x.csv'", "SELEC 1"])
+def test_query_answers_only_a_select(built: Path, sql: str) -> None:
+    refused(calset("query", sql, cwd=built), 2)
+    assert not (built / "x.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a b", ""])
+def test_a_subset_name_that_could_be_a_path(built: Path, name: str) -> None:
+    refused(calset("select", name, "--recipe", "rac", cwd=built), 2, "name")
+
+
+@pytest.mark.parametrize("band", ["0.2", "a..b", "0.8..0.2"])
+def test_a_band_that_is_none(built: Path, band: str) -> None:
+    refused(calset("select", "x", "--difficulty", band, cwd=built), 2, "difficulty")
+
+
+def test_a_full_disk_leaves_no_half_model(built: Path, tmp_path: Path) -> None:
+    """A file-size limit stands in for the full disk: the weights do not fit, the catalog and report do."""
+    script = (
+        f"ulimit -f 2000; {' '.join(CALSET)} prune {demo.MODEL} --calibration all --sparsity 0.5 -o {tmp_path / 'out'}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{script} --progress none"], cwd=built, capture_output=True, text=True, check=False
+    )
+    refused(done, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_control_sequences_in_problems_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    row = {"question": "1+1?\u001b]0;owned\u0007\u001b[2J", "answer": "2"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    done = calset("problems", "q.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\u001b" not in done.stdout
+    assert "\u0007" not in done.stdout

@@ -1,0 +1,264 @@
+r"""Graders against hand-labelled answers, and workers against answers that hang, crash or print."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calset.builder.grading import (
+    Outcome,
+    grade_response,
+    grader_version,
+    last_boxed,
+    verdict_without_grading,
+)
+from calset.builder.grading.pool import GradingPool
+from calset.errors import InputError
+
+# (reference, response after the thinking, finish reason, verdict a careful person gives)
+MATH = [
+    ("7", r"\boxed{7}", "stop", "correct"),
+    ("7", r"The answer is \boxed{7}.", "stop", "correct"),
+    ("7", r"\boxed{8}", "stop", "incorrect"),
+    ("7", r"First \boxed{8}, no: \boxed{7}", "stop", "correct"),  # the last box alone, not the set {7, 8}
+    ("7", r"First \boxed{7}, no: \boxed{8}", "stop", "incorrect"),
+    ("{7, 8}", r"\boxed{7} and \boxed{8}", "stop", "incorrect"),
+    (r"\{7,8\}", r"\boxed{\{8,7\}}", "stop", "correct"),
+    ("7", r"\boxed{7}", "length", "truncated"),  # truncated whatever it says
+    ("7", r"\boxed{7", "length", "truncated"),
+    ("7", "", "length", "truncated"),
+    ("7", r"\boxed{7}", "repetition", "truncated"),
+    ("7", r"\boxed{7}", "abort", "error"),
+    ("7", "", "stop", "no_answer"),
+    ("7", "  \n ", "stop", "no_answer"),
+    ("7", "I do not know.", "stop", "no_answer"),
+    ("7", r"\boxed{}", "stop", "no_answer"),
+    ("7", r"\boxed{7", "stop", "no_answer"),  # never closed: its content is not known
+    ("7", r"\boxed{7} or \boxed{8", "stop", "correct"),
+    ("7", "The answer is 7.", "stop", "correct"),
+    ("7", "Answer: **7**", "stop", "correct"),
+    ("7", "7", "stop", "correct"),
+    ("7", "The final answer is 8", "stop", "incorrect"),
+    ("7", "7 apples minus 3 apples", "stop", "no_answer"),  # numbers in passing are no answer
+    (r"\frac{1}{2}", r"\boxed{0.5}", "stop", "correct"),
+    (r"\frac{1}{2}", r"\boxed{\frac{2}{4}}", "stop", "correct"),
+    (r"\frac12", r"\boxed{\dfrac{1}{2}}", "stop", "correct"),
+    ("0.5", r"\boxed{1/2}", "stop", "correct"),
+    ("1/3", r"\boxed{0.333}", "stop", "incorrect"),
+    (r"\sqrt{8}", r"\boxed{2\sqrt{2}}", "stop", "correct"),
+    (r"2\sqrt2", r"\boxed{\sqrt{7}}", "stop", "incorrect"),
+    ("x^2+2x+1", r"\boxed{(x+1)^2}", "stop", "correct"),
+    ("x^2+2x+1", r"\boxed{(x+2)^2}", "stop", "incorrect"),
+    ("2^{-98}", r"\boxed{2^{-98}}", "stop", "correct"),
+    ("2^{-98}", r"\boxed{2^{-99}}", "stop", "incorrect"),  # equal for verify(), which rounds
+    ("2^{-98}", r"\boxed{0}", "stop", "incorrect"),
+    ("2^{10}", r"\boxed{1024}", "stop", "correct"),
+    ("12345", r"\boxed{12,345}", "stop", "correct"),
+    ("12345", r"\boxed{12\,345}", "stop", "correct"),  # math-verify alone reads 357
+    ("1000", r"\boxed{1 000}", "stop", "correct"),  # and 0
+    ("1{,}000", r"\boxed{1000}", "stop", "correct"),
+    ("-5", r"\boxed{−5}", "stop", "correct"),  # a Unicode minus
+    ("-5", r"\boxed{5}", "stop", "incorrect"),
+    ("3.0", r"\boxed{3}", "stop", "correct"),
+    ("007", r"\boxed{7}", "stop", "correct"),
+    ("$18", r"\boxed{\$18}", "stop", "correct"),
+    ("$18$", r"\boxed{18}", "stop", "correct"),
+    (r"\(18\)", r"\boxed{18}", "stop", "correct"),
+    (r"\boxed{18}", r"\boxed{18}", "stop", "correct"),
+    ("18", r"\boxed{18\text{ cm}}", "stop", "correct"),
+    ("10", r"\boxed{10\%}", "stop", "correct"),  # math-verify's leniency, a known limit
+    ("A", r"\boxed{A}", "stop", "correct"),
+    ("A", r"\boxed{\text{A}}", "stop", "correct"),
+    ("A", r"\boxed{(A)}", "stop", "correct"),
+    ("A", r"\boxed{A. Paris}", "stop", "correct"),
+    ("A", r"\boxed{B}", "stop", "incorrect"),
+    (r"\text{Monday}", r"\boxed{Monday}", "stop", "correct"),
+    ("Monday", r"\boxed{\text{monday}}", "stop", "correct"),
+    ("Monday", r"\boxed{\text{Tuesday}}", "stop", "incorrect"),
+    ("Dayton", r"\boxed{Toyand}", "stop", "incorrect"),  # an anagram: equal as a product of letters
+    ("no solution", r"\boxed{\text{No solution}}", "stop", "correct"),
+    ("yes", r"\boxed{no}", "stop", "incorrect"),
+    ("[0,1)", r"\boxed{[0, 1)}", "stop", "correct"),
+    ("[0,1)", r"\boxed{(0, 1)}", "stop", "incorrect"),
+    ("(1,2)", r"\boxed{(1, 2)}", "stop", "correct"),
+    ("(1,2)", r"\boxed{(2, 1)}", "stop", "incorrect"),
+    ("1, 2, 3", r"\boxed{3, 2, 1}", "stop", "correct"),
+    ("x=5", r"\boxed{5}", "stop", "correct"),
+    ("5", r"\boxed{x = 5}", "stop", "correct"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", "stop", "correct"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}2\\1\end{pmatrix}}", "stop", "incorrect"),
+    (r"\infty", r"\boxed{\infty}", "stop", "correct"),
+    ("", r"\boxed{3}", "stop", "gold_unparsable"),
+    ("٣", r"\boxed{3}", "stop", "gold_unparsable"),
+    ("3", r"\boxed{٣}", "stop", "pred_unparsable"),
+    ("3", r"\boxed{\text{}}", "stop", "no_answer"),
+    ("3", "\\boxed{" + "1" * 5000 + "}", "stop", "pred_unparsable"),
+    ("3", "$" * 60_000 + r"\boxed{3}", "stop", "correct"),
+    ("3", r"\boxed{3}" + " and so on" * 6_000, "stop", "no_answer"),  # the box lies before the last 50k characters
+    ("5", r"\boxed{\frac{10}{2}} \text{ and } \}", "stop", "correct"),
+    (r"\frac{a}{b}", r"\boxed{\frac{a}{b}}", "stop", "correct"),
+    ("5", r"\boxed{\boxed{5}}", "stop", "correct"),
+    ("5", r"\fbox{5}", "stop", "correct"),
+]  # fmt: skip
+
+GYM = [
+    ("1000", "\\boxed{1000}", "stop", "correct"),
+    ("1000", "\nThe answer is \\boxed{1000}.", "stop", "correct"),
+    ("1000", "The answer is 1000.", "stop", "correct"),
+    ("1000", "So, the final answer is: 1000", "stop", "correct"),
+    ("1000", "work\n\n+01,000.00", "stop", "correct"),  # the task's scorer tolerates these
+    ("1000", "<answer>1000</answer>", "stop", "correct"),
+    ("1000", "\\boxed{1000 apples}", "stop", "incorrect"),  # partial credit is not correct
+    ("1000", "it is 1000 or so", "stop", "incorrect"),
+    ("1000", "\\boxed{999}", "stop", "incorrect"),
+    ("1000", "\\boxed{}", "stop", "no_answer"),
+    ("1000", "\\boxed{1000}", "length", "truncated"),
+    ("1000", "", "stop", "no_answer"),
+]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GradingPool(2, deadline_seconds=20) as running:
+        yield running
+
+
+def verdict(pool: GradingPool, grader: str, row: tuple[str, str, str, str], metadata: dict | None = None) -> Outcome:
+    gold, response, finish_reason, _ = row
+    known = verdict_without_grading(response, finish_reason, thinking_ended=True)
+    return known or pool.submit(grader, gold, response, metadata or {}).result(timeout=60)
+
+
+def test_math_agrees_with_every_hand_label(pool: GradingPool):
+    outcomes = [(row, verdict(pool, "math", row)) for row in MATH]
+    assert [(*row[:3], outcome) for row, outcome in outcomes if outcome.verdict != row[3]] == []
+    assert len(MATH) >= 60
+
+
+def test_gym_agrees_with_every_hand_label(pool: GradingPool):
+    outcomes = [(row, verdict(pool, "gym", row, {"task": "chain_sum"})) for row in GYM]
+    assert [(*row[:3], outcome) for row, outcome in outcomes if outcome.verdict != row[3]] == []
+
+
+def test_gym_uses_the_tasks_own_scorer_and_the_stored_entry(pool: GradingPool):
+    """A knights-and-knaves answer may be worded otherwise; a countdown has many solutions: only the task knows."""
+    from calset.builder.problems import load_problems
+
+    for task in ("countdown", "knights_knaves", "simple_equations", "basic_arithmetic", "spell_backward"):
+        for problem in load_problems(f"gym:{task}?size=3&seed=1")[1]:
+            row = (problem.answer, f"The answer is \\boxed{{{problem.answer}}}", "stop", "correct")
+            if "{" not in problem.answer:
+                assert verdict(pool, "gym", row, dict(problem.metadata)).verdict == "correct", problem
+    (problem,) = load_problems("gym:countdown?size=1&seed=1")[1]
+    numbers = problem.metadata["entry"]["numbers"]
+    swapped = verdict(pool, "gym", ("", " + ".join(map(str, numbers)), "stop", ""), dict(problem.metadata))
+    assert swapped.verdict in ("correct", "incorrect")
+
+
+def test_unfinished_thinking_is_never_graded():
+    assert verdict_without_grading(r"\boxed{7}", "stop", thinking_ended=False) is not None
+    assert verdict_without_grading("", "stop", thinking_ended=False).verdict == "no_answer"
+    assert verdict_without_grading(r"\boxed{7}", "length", thinking_ended=True).verdict == "truncated"
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="\\boxed{}7 $", max_size=80))
+def test_the_last_box_is_balanced_or_absent(text: str):
+    found = last_boxed(text)
+    if found is not None:
+        assert f"\\boxed{{{found}}}" in text
+    assert last_boxed(text + r"\boxed{9}") == "9"
+
+
+@settings(deadline=None)
+@given(st.text(max_size=200))
+def test_no_text_crashes_the_extraction(text: str):
+    outcome = grade_response("math", "no number, but words", text, {})
+    assert outcome.verdict in ("correct", "incorrect", "no_answer", "pred_unparsable")
+
+
+def test_versions_name_the_library():
+    assert "math-verify-" in grader_version("math")
+    assert "reasoning-gym-" in grader_version("gym")
+
+
+def test_an_unknown_grader_is_refused(pool: GradingPool):
+    with pytest.raises(InputError, match="choose gym or math"):
+        pool.submit("nonsense", "1", "1", {})
+
+
+# --- workers -----------------------------------------------------------------------------------------------------
+
+
+def children() -> set[int]:
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+    )
+    return {int(line.split()[0]) for line in listed.stdout.splitlines() if "calset.builder.grading" in line}
+
+
+def test_a_hanging_answer_times_out_and_the_others_are_graded():
+    with GradingPool(2, deadline_seconds=2) as pool:
+        pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120)
+        began = time.monotonic()
+        hanging = pool.submit("math", "5", r"\boxed{9^{9^{9^9}}}", {})
+        others = [pool.submit("math", str(n), rf"\boxed{{{n}}}", {}) for n in range(20)]
+        assert [future.result(timeout=120).verdict for future in others] == ["correct"] * 20
+        assert hanging.result(timeout=120).verdict == "timeout"
+        assert time.monotonic() - began < 60
+    assert not children()
+
+
+def test_a_killed_worker_is_an_error_and_is_replaced():
+    with GradingPool(1, deadline_seconds=30) as pool:
+        pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120)
+        (worker,) = children()
+        hanging = pool.submit("math", "5", r"\boxed{9^{9^{9^9}}}", {})
+        time.sleep(0.3)
+        os.kill(worker, signal.SIGKILL)
+        assert hanging.result(timeout=120).verdict == "error"
+        assert pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120).verdict == "correct"
+    assert not children()
+
+
+def test_workers_start_lazily_and_work_from_other_threads():
+    with GradingPool(2) as pool:
+        assert not children()
+        found: list[Outcome] = []
+        thread = threading.Thread(target=lambda: found.append(pool.submit("math", "2", "2", {}).result(timeout=120)))
+        thread.start()
+        thread.join()
+        assert found[0].verdict == "correct"
+        assert len(children()) == 1
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
+    script = (
+        "import sys, time\n"
+        "from calset.builder.grading.pool import GradingPool\n"
+        "pool = GradingPool(1)\n"
+        "pool.submit('math', '1', '1', {}).result()\n"
+        "print(pool._all.copy().pop()._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{worker}").exists()

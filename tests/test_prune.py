@@ -1,0 +1,446 @@
+"""prune and verify, end to end, on the bundled model and on tiny random ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import make_model, make_samples, make_subset, save_model
+
+from calset.builder.model_info import folder_revision
+from calset.errors import CalsetError, InputError, PruningError, VerificationError
+from calset.pruning import checkpoint
+from calset.pruning.methods import METHODS
+from calset.pruning.prune import prune
+from calset.pruning.verify import verify
+
+SUBSET = make_subset(make_samples([20 + 13 * (i % 9) for i in range(20)]))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def left_beside(out: Path) -> list[str]:
+    return sorted(p.name for p in out.parent.iterdir() if p.name.startswith((".", out.name)))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, llama) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "llama"
+    prune(llama, make_subset(), out, sparsity=0.5)
+    return out
+
+
+@pytest.fixture
+def copy_of_pruned(tmp_path, pruned) -> Path:
+    return shutil.copytree(pruned, tmp_path / "copy")
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("how", [{"sparsity": 0.65}, {"pattern": "2:4"}])
+def test_the_bundled_model_gets_exactly_the_asked_sparsity_and_nothing_else_changes(tmp_path, tiny_model, method, how):
+    out = tmp_path / "pruned"
+    report = prune(tiny_model, SUBSET, out, method=method, **how)
+    dense, sparse = weights_of(tiny_model), weights_of(out)
+    assert dense.keys() == sparse.keys()
+    listed = {m.name: m for m in report.matrices}
+    assert len(listed) == 42
+    for name, tensor in sparse.items():
+        assert tensor.dtype == dense[name].dtype == torch.bfloat16
+        if name not in listed:
+            assert torch.equal(tensor, dense[name]), name
+            continue
+        size = tensor.numel()
+        if "pattern" in how:
+            assert ((tensor != 0).reshape(-1, 4).sum(-1) == 2).all(), name
+        else:
+            per_row = round(0.65 * tensor.shape[1]) * tensor.shape[0]
+            assert int((tensor == 0).sum()) == (per_row if method == "wanda" else round(0.65 * size)), name
+    assert verify(out).n_untouched == len(dense) - 42
+    assert not any("lm_head" in n or "embed" in n or "norm" in n for n in listed)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Mistral", "Phi3", "Gemma3Text"])
+def test_other_architectures_prune_verify_and_reload(tmp_path, kind):
+    from transformers import AutoModelForCausalLM
+
+    folder = save_model(tmp_path / "dense", kind)
+    report = prune(folder, make_subset(), tmp_path / "pruned", sparsity=0.5)
+    assert report.realised_sparsity == pytest.approx(0.5, abs=1e-3)
+    assert verify(tmp_path / "pruned", base=folder).n_untouched > 0
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_biases_stay(tmp_path):
+    folder = save_model(tmp_path / "dense", "Qwen2")
+    prune(folder, make_subset(), tmp_path / "pruned", sparsity=0.5)
+    dense, sparse = weights_of(folder), weights_of(tmp_path / "pruned")
+    biases = [n for n in dense if n.endswith(".bias")]
+    assert biases
+    assert all(torch.equal(dense[n], sparse[n]) for n in biases)
+
+
+def test_tied_embeddings_stay(tmp_path):
+    folder = save_model(tmp_path / "dense", tie_word_embeddings=True)
+    prune(folder, make_subset(), tmp_path / "pruned", sparsity=0.5)
+    assert verify(tmp_path / "pruned").n_untouched == len(weights_of(folder)) - 14
+
+
+def test_batching_does_not_change_masks(tmp_path, llama):
+    for name, batch_tokens in (("one", 1), ("many", 8192)):
+        prune(llama, make_subset(), tmp_path / name, sparsity=0.5, batch_tokens=batch_tokens)
+    one, many = weights_of(tmp_path / "one"), weights_of(tmp_path / "many")
+    for name, tensor in one.items():
+        assert torch.equal(tensor == 0, many[name] == 0), name
+        assert torch.allclose(tensor, many[name], atol=1e-4), name
+
+
+def test_pruning_twice_gives_the_same_bytes(tmp_path, llama, pruned):
+    prune(llama, make_subset(), tmp_path / "again", sparsity=0.5)
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+
+
+def test_small_files_are_the_dense_models_and_the_card_says_what_happened(tmp_path, tiny_model):
+    out = tmp_path / "pruned"
+    report = prune(tiny_model, SUBSET, out, method="wanda", sparsity=0.5)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (tiny_model / name).read_bytes()
+    card = (out / "README.md").read_text()
+    assert SUBSET.content_hash in card
+    assert "wanda, sparsity 0.5" in card
+    record = json.loads((out / "pruning.json").read_text())
+    assert record == json.loads(json.dumps(report.as_dict()))
+    assert record["schema_version"] == 1
+    assert record["calibration"]["content_hash"] == SUBSET.content_hash
+    assert record["base"]["revision"] == folder_revision(tiny_model)
+    assert record["n_counted_tokens"] == SUBSET.n_tokens
+    assert {m["n_tokens"] for m in record["matrices"]} == {SUBSET.n_tokens}
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == (out / "README.md").stat().st_mode & 0o777
+
+
+def test_a_dense_models_card_keeps_its_front_matter_first(tmp_path, llama):
+    folder = shutil.copytree(llama, tmp_path / "dense")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Dense\n\nScores 0.9.\n")
+    prune(folder, make_subset(), tmp_path / "pruned", method="magnitude", sparsity=0.5)
+    card = (tmp_path / "pruned/README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n# dense, pruned with calset")
+    assert card.index("pruned with calset") < card.index("# Card of the dense model") < card.index("Scores 0.9.")
+
+
+def test_progress_counts_blocks(tmp_path, llama):
+    events = []
+    prune(llama, make_subset(), tmp_path / "out", method="wanda", sparsity=0.5, progress=events.append)
+    assert [(e["phase"], e["done"]) for e in events] == [
+        ("loading", 0),
+        ("pruning", 0),
+        ("pruning", 1),
+        ("saving", 2),
+    ]
+
+
+def test_tokens_and_propagation_reach_the_statistics(tmp_path, llama):
+    report = prune(llama, make_subset(), tmp_path / "a", method="wanda", sparsity=0.5, tokens="completion")
+    assert {m.n_tokens for m in report.matrices} == {sum(len(s.input_ids) - 5 for s in make_subset().samples)}
+    prune(llama, make_subset(), tmp_path / "b", method="wanda", sparsity=0.5)
+    prune(llama, make_subset(), tmp_path / "c", method="wanda", sparsity=0.5, propagate="dense")
+    a, b, c = (weights_of(tmp_path / x)["model.layers.1.mlp.up_proj.weight"] for x in "abc")
+    assert not torch.equal(a, b)
+    assert not torch.equal(b, c)
+
+
+def test_a_dead_input_is_zeroed_and_recorded_as_it_is(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[:20] = 0  # 20 of 32 inputs never fire
+    folder = save_model(tmp_path / "dense")
+    model.save_pretrained(folder)
+    report = prune(folder, make_subset(), tmp_path / "out", sparsity=0.5)
+    q = report.matrices[0]
+    assert (q.n_pruned, q.n_zeros) == (512, 640)
+    assert verify(tmp_path / "out").realised_sparsity == report.realised_sparsity
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------
+
+
+def test_a_subset_of_another_model_is_warned_about_and_of_the_same_is_not(tmp_path, llama):
+    own = make_subset(model="renamed", model_revision=folder_revision(llama))
+    other = make_subset(model="bigger-sibling", model_revision="f" * 64)
+    options = {"method": "wanda", "sparsity": 0.5}
+    assert prune(llama, own, tmp_path / "own", **options).warnings == ()
+    (warning,) = prune(llama, other, tmp_path / "other", **options).warnings
+    assert "bigger-sibling" in warning
+
+
+def test_fewer_tokens_than_inputs_is_warned_about(tmp_path, llama):
+    subset = make_subset(make_samples((20, 20)))
+    report = prune(llama, subset, tmp_path / "out", sparsity=0.5)
+    assert any("rank-deficient" in w and "2 matrices" in w for w in report.warnings)
+    assert verify(tmp_path / "out").realised_sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_another_tokenizer_can_be_forced_and_is_recorded(tmp_path, llama):
+    report = prune(llama, make_subset(tokenizer_hash="0" * 64), tmp_path / "out", sparsity=0.5, force=True)
+    assert any("forced" in w for w in report.warnings)
+
+
+# --- bad input: before any weight is loaded ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.2}, "between 0 and 1"),
+        ({"sparsity": 0}, "between 0 and 1"),
+        ({}, "either a sparsity"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "not both"),
+        ({"pattern": "4:2"}, "less than M"),
+        ({"pattern": "half"}, "N:M"),
+        ({"pattern": "2:5"}, "model.layers.0.self_attn.q_proj has 32 inputs"),
+        ({"sparsity": 0.5, "method": "obs"}, "magnitude, wanda, sparsegpt"),
+        ({"sparsity": 0.5, "group": "column"}, "row, block, matrix"),
+        ({"sparsity": 0.5, "propagate": "both"}, "pruned, dense"),
+        ({"sparsity": 0.5, "tokens": "answer"}, "all, completion, prompt"),
+        ({"sparsity": 0.5, "damping": -1.0}, "damping"),
+        ({"sparsity": 0.5, "batch_tokens": 0}, "batch_tokens"),
+        ({"sparsity": 0.5, "block_size": 0}, "block_size"),
+        ({"sparsity": 0.5, "max_length": 1000}, "exceeds the 128 positions"),
+        ({"sparsity": 0.5, "device": "toaster"}, "device 'toaster'"),
+        ({"sparsity": 0.5, "calibration": make_subset([])}, "is empty"),
+        ({"sparsity": 0.5, "calibration": make_subset(make_samples((300,)))}, "--max-length 128"),
+        ({"sparsity": 0.5, "calibration": make_subset(tokenizer_hash="0" * 64)}, "another tokenizer"),
+        ({"sparsity": 0.5, "calibration": make_subset(make_samples((4,))), "tokens": "completion"}, "no token"),
+    ],
+)
+def test_bad_input_is_refused_before_weights_load(tmp_path, llama, monkeypatch, options, message):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *a: pytest.fail("weights were loaded"))
+    with pytest.raises(InputError, match=message) as caught:
+        prune(llama, out=tmp_path / "out", **{"calibration": make_subset(), **options})
+    assert "\n" not in str(caught.value)
+    assert left_beside(tmp_path / "out") == []
+
+
+def test_bad_model_folders_are_refused(tmp_path, llama):
+    def refused(folder: Path, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            prune(folder, make_subset(), tmp_path / "out", sparsity=0.5)
+
+    refused(tmp_path / "nothing", "no model folder")
+    quantised = shutil.copytree(llama, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    refused(quantised, "quantised")
+    broken = shutil.copytree(llama, tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    refused(broken, "config.json")
+    untokenised = shutil.copytree(llama, tmp_path / "untokenised", ignore=shutil.ignore_patterns("tokenizer*"))
+    refused(untokenised, "tokenizer")
+    truncated = shutil.copytree(llama, tmp_path / "truncated")
+    (truncated / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:5000])
+    refused(truncated, "cannot load the weights")
+    partial = shutil.copytree(llama, tmp_path / "partial")
+    kept = {k: v for k, v in weights_of(llama).items() if "layers.1.mlp.up" not in k}
+    save_file(kept, partial / "model.safetensors", metadata={"format": "pt"})
+    refused(partial, r"lacks 1 tensors, such as model\.layers\.1\.mlp\.up_proj")
+
+
+def test_a_mixture_of_experts_is_refused_before_weights_load(tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "moe", "Mixtral", num_local_experts=4)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *a: pytest.fail("weights were loaded"))
+    with pytest.raises(InputError, match="experts"):
+        prune(folder, make_subset(), tmp_path / "out", sparsity=0.5)
+
+
+def test_an_output_that_holds_something_is_left_alone(tmp_path, llama):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds something"):
+        prune(llama, make_subset(), tmp_path / "out", sparsity=0.5)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    with pytest.raises(InputError, match="holds something"):
+        prune(llama, make_subset(), tmp_path / "out/thesis.txt", sparsity=0.5)
+
+
+def test_an_empty_output_folder_is_used(tmp_path, llama):
+    (tmp_path / "out").mkdir()
+    prune(llama, make_subset(), tmp_path / "out", method="magnitude", sparsity=0.5)
+    assert verify(tmp_path / "out").n_matrices == 14
+
+
+# --- faults -----------------------------------------------------------------------------------------------------
+
+
+def test_too_little_disk_is_said_before_weights_load(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    with pytest.raises(CalsetError, match="make room"):
+        prune(llama, make_subset(), tmp_path / "out", sparsity=0.5)
+
+
+def test_a_disk_that_fills_up_leaves_nothing_and_says_so_in_a_line(tmp_path, tiny_model):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(PruningError, match="could not write") as caught:
+            prune(tiny_model, make_subset(), tmp_path / "out", method="magnitude", sparsity=0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert left_beside(tmp_path / "out") == []
+
+
+def test_a_killed_run_leaves_no_output_and_the_next_one_sweeps_its_scraps(tmp_path, llama, monkeypatch):
+    out = tmp_path / "out"
+    options = {"method": "magnitude", "sparsity": 0.5, "device": "cpu"}
+    child = os.fork()
+    if child == 0:
+        # Killed with everything written but the rename.
+        monkeypatch.setattr(checkpoint, "_flush", lambda folder: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            prune(llama, make_subset(), out, **options)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not out.exists()
+    assert len(left_beside(out)) == 1
+    prune(llama, make_subset(), out, **options)
+    assert left_beside(out) == ["out"]
+
+
+def test_weights_that_are_not_finite_are_an_error_that_names_the_matrix(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    folder = save_model(tmp_path / "dense")
+    model.save_pretrained(folder)
+    with pytest.raises(PruningError, match=r"layers\.1"):
+        prune(folder, make_subset(), tmp_path / "out", method="magnitude", sparsity=0.5)
+    assert left_beside(tmp_path / "out") == []
+
+
+# --- verify -----------------------------------------------------------------------------------------------------
+
+
+def tamper(folder: Path, name: str, change) -> None:
+    weights = weights_of(folder)
+    change(weights[name])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_verify_reports_what_it_proved(pruned, llama):
+    report = verify(pruned)
+    assert (report.n_matrices, report.sparsity, report.base) == (14, 0.5, str(llama))
+    assert report.as_dict()["n_untouched"] == report.n_other_tensors
+    assert any("bit-equal" in line for line in report.lines())
+
+
+def test_verify_catches_a_weight_that_came_back(copy_of_pruned):
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def fill(w: torch.Tensor) -> None:
+        w[tuple((w == 0).nonzero()[0])] = 0.5
+
+    tamper(copy_of_pruned, name, fill)
+    with pytest.raises(VerificationError, match=rf"{name} has 767 zeros of 1536, recorded as 768"):
+        verify(copy_of_pruned)
+
+
+def test_verify_catches_a_broken_pattern_with_the_right_count(tmp_path, llama):
+    out = tmp_path / "out"
+    prune(llama, make_subset(), out, method="wanda", pattern="2:4")
+
+    def swap(w: torch.Tensor) -> None:
+        w[0, (w[0] == 0).nonzero()[0]] = 1.0
+        w[1, (w[1] != 0).nonzero()[0]] = 0.0
+
+    tamper(out, "model.layers.0.self_attn.q_proj.weight", swap)
+    with pytest.raises(VerificationError, match=r"q_proj\.weight does not keep to 2:4: 1 of 256 groups"):
+        verify(out)
+
+
+def test_verify_catches_a_changed_tensor_that_was_not_pruned(copy_of_pruned):
+    tamper(copy_of_pruned, "model.norm.weight", lambda w: w.add_(1e-6))
+    with pytest.raises(VerificationError, match=r"model\.norm\.weight differs"):
+        verify(copy_of_pruned)
+
+
+def test_verify_catches_weights_and_logits_that_are_not_finite(tmp_path, pruned):
+    folder = shutil.copytree(pruned, tmp_path / "weights")
+    tamper(folder, "model.layers.0.mlp.up_proj.weight", lambda w: w.masked_fill_(w != 0, float("inf")))
+    with pytest.raises(VerificationError, match="not finite"):
+        verify(folder)
+    folder = shutil.copytree(pruned, tmp_path / "logits")
+    tamper(folder, "lm_head.weight", lambda w: w.fill_(float("inf")))
+    with pytest.raises(VerificationError, match="logits"):
+        verify(folder)
+
+
+def test_verify_catches_a_missing_tensor(copy_of_pruned):
+    weights = weights_of(copy_of_pruned)
+    del weights["model.layers.0.post_attention_layernorm.weight"]
+    save_file(weights, copy_of_pruned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="lacks 1 tensors"):
+        verify(copy_of_pruned)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, copy_of_pruned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="listed as pruned but not in"):
+        verify(copy_of_pruned)
+
+
+def test_verify_says_when_the_dense_model_is_gone_or_changed(tmp_path, llama):
+    dense = shutil.copytree(llama, tmp_path / "dense")
+    out = tmp_path / "out"
+    prune(dense, make_subset(), out, method="magnitude", sparsity=0.5)
+    assert verify(out).n_untouched is not None
+    tamper(dense, "model.norm.weight", lambda w: w.add_(1))
+    assert "changed" in verify(out).notes[0]
+    with pytest.raises(InputError, match="not the model that was pruned"):
+        verify(out, base=dense)
+    shutil.rmtree(dense)
+    report = verify(out)
+    assert report.n_untouched is None
+    assert "--base" in report.lines()[-1]
+    assert verify(out, base=llama).n_untouched is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"schema_version": 1, "matrices": []}',
+        '{"schema_version": 99, "matrices": [{"name": "a", "shape": [1, 1], "n_zeros": 0}]}',
+    ],
+)
+def test_a_missing_or_corrupt_record_is_bad_input(copy_of_pruned, text):
+    path = copy_of_pruned / "pruning.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(InputError, match=r"pruning\.json"):
+        verify(copy_of_pruned)
+
+
+def test_verify_of_no_folder_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="no folder"):
+        verify(tmp_path / "nothing")

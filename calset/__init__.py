@@ -37,7 +37,24 @@ _HOMES = {
     "verify": "calset.pruning.verify",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "CalsetError",
+    "Catalog",
+    "InputError",
+    "Subset",
+    "__version__",
+    "build",
+    "diff",
+    "evaluate",
+    "export",
+    "grade",
+    "load_problems",
+    "prune",
+    "resolve",
+    "select",
+    "stats",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -363,9 +363,9 @@ def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
     store = _open(catalog)
     result = compare(store, resolve(a, store), resolve(b, store))
     if as_json:
-        terminal.emit_json(result)
+        terminal.emit_json(result.as_dict())
     else:
-        _print_diff(result)
+        terminal.table(["", a, b], result.rows())
 
 
 @cli.command()
@@ -514,22 +514,6 @@ def demo(out: Path, engine: str, seed: int, progress_mode: str, as_json: bool) -
 def _print_stats(result: Any) -> None:
     for title, columns, rows in result.tables():
         terminal.table(columns, rows, title=title)
-
-
-def _print_diff(result: dict[str, Any]) -> None:
-    a, b = result["a"], result["b"]
-    terminal.say("The same content." if result["same"] else "Different content.")
-    counts = [
-        (side, n["samples"], n["problems"]) for side, n in result.items() if side in ("shared", "only_a", "only_b")
-    ]
-    terminal.table(["held by", "samples", "problems"], counts)
-    rows = [(key, a[key], b[key]) for key in ("n_samples", "n_tokens", "n_problems")]
-    for key in ("n_tokens_quantiles", "length_quantiles", "difficulty_quantiles"):
-        for quantile in a[key] or b[key] or ():
-            rows.append(
-                (f"{key.removesuffix('_quantiles')} {quantile}", *((s[key] or {}).get(quantile) for s in (a, b)))
-            )
-    terminal.table(["", a["ref"], b["ref"]], rows)
 
 
 def _print_trace(row: dict[str, Any], *, full: bool) -> None:

@@ -28,13 +28,14 @@ products digit by digit inside `<think>…</think>`, sometimes rechecks a step a
 `\\boxed{{}}`. It knows nothing else: it is made to be pruned and measured on a laptop, not to be used.
 
 ## How it was made
-`python examples/train_tiny_lrm.py`, seed {seed}: {steps:,} steps of {rows} x {row_tokens} tokens ({tokens:,} tokens),
-AdamW, peak learning rate {peak_lr}, cosine, bf16 autocast, from scratch, on {threads} CPU cores: {cpu_minutes} minutes of
-CPU time, {wall_minutes} minutes on a machine shared with other work. Final training loss {final_loss:.3f}.
+`python examples/train_tiny_lrm.py`, seed {seed}: from scratch, {steps:,} steps of {rows} x {row_tokens} positions
+({tokens:,} tokens), AdamW, peak learning rate {peak_lr}, bf16 autocast, {wall_minutes} minutes on {threads} CPU cores that
+other work shared. The cosine schedule is {schedule_steps:,} steps long; training stops before its end, since one
+that hardly errs has no hard problems. Final training loss {final_loss:.3f} (mean of the last steps).
 
 The text: reasoning-gym's `chain_sum` (2 to 7 terms, 1 to 4 digits) and `products`, with reasoning worked by the script,
-and a tenth plain English (Verne's "In the Year 2889", public domain, and Python's language reference). The questions
-of the evaluation set in `problems.json` were left out. Tokenizer: byte-level BPE of {vocabulary} tokens, each digit one.
+and a tenth plain English (Verne's "In the Year 2889", public domain, and Python's language reference). Questions
+of the evaluation set in `problems.json` were left out. Tokenizer: byte-level BPE, {vocabulary} tokens, each digit one.
 
 ## Measured
 On the {n_problems} held-out problems (`demo:evaluate`: 2 to 7 terms, 1 to 4 digits), k = 8 at temperature 0.8,
@@ -54,7 +55,7 @@ On the {n_problems} held-out problems (`demo:evaluate`: 2 to 7 terms, 1 to 4 dig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Measure the bundled model and write its card.")
     parser.add_argument("--model", type=Path, default=Path("calset/demo/model"))
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--max-tokens", type=int, default=640)

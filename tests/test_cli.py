@@ -61,9 +61,9 @@ def test_help_answers_in_half_a_second(tmp_path: Path) -> None:
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys, calset.cli; print([m for m in ('torch','vllm','transformers','duckdb','numpy') if m in sys.modules])"
+    code = "import sys, calset.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert not {"torch", "vllm", "transformers", "duckdb", "numpy", "pyarrow"} & set(done.stdout.split())
 
 
 def test_a_finished_build_has_nothing_left_to_do(built: Path) -> None:
@@ -185,8 +185,10 @@ def test_a_subset_of_another_tokenizer(built: Path, tmp_path: Path) -> None:
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    done = calset("prune", other, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out", "--progress", "none",
-                  cwd=built)  # fmt: skip
+    out = tmp_path / "out"
+    done = calset(
+        "prune", other, "--calibration", "all", "--sparsity", "0.5", "-o", out, "--progress", "none", cwd=built
+    )
     refused(done, 2, "tokenizer")
     assert not (tmp_path / "out").exists()
 

@@ -563,6 +563,7 @@ class _Build:
             versions=_versions(),
             hardware=_hardware(),
             command=shlex.join(sys.argv),
+            model_path=str(info.folder.resolve()) if info.is_local else None,
         )
 
     def report(self, engine: str | None) -> BuildReport:

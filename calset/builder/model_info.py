@@ -65,7 +65,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    folder, sha, is_local = _locate(model, revision)
+    folder, sha, is_local = locate(model, revision)
     if not (folder / "config.json").is_file():
         raise InputError(f"{model} has no config.json; pass the folder of a Hugging Face checkpoint")
     try:
@@ -79,7 +79,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
     template = _chat_template(model, tokenizer)
     defaults = _generation_config(folder)
     return ModelInfo(
-        model=_recorded_name(model, folder, is_local),
+        model=recorded_name(model, folder, is_local),
         location=str(folder) if is_local else str(model),
         folder=folder,
         revision=sha,
@@ -100,7 +100,7 @@ def folder_revision(folder: Path) -> str:
     return ids.files_hash(sorted(paths))
 
 
-def _locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
+def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
     """(folder with the small files, revision, whether it is a local folder)."""
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -121,7 +121,7 @@ def _locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
     return snapshot, snapshot.name, False
 
 
-def _recorded_name(model: str | Path, folder: Path, is_local: bool) -> str:
+def recorded_name(model: str | Path, folder: Path, is_local: bool) -> str:
     """A folder goes by its own name, not by its path: the revision tells same-named ones apart on any machine."""
     if not is_local:
         return str(model)

@@ -237,7 +237,9 @@ def _provenance(subset: Subset, catalog: Catalog) -> dict[str, Any]:
         "WHERE p.problem_id IN (SELECT unnest(?::VARCHAR[])) ORDER BY s.name, s.source_id",
         [problems],
     )
-    return {"runs": [asdict(catalog.run(row["run_id"])) for row in runs], "sources": sources}
+    # Where a folder lay on the building machine is nobody else's business.
+    made = [{k: v for k, v in asdict(catalog.run(row["run_id"])).items() if k != "model_path"} for row in runs]
+    return {"runs": made, "sources": sources}
 
 
 def read_directory(path: str | Path) -> Subset:

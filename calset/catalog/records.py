@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
 Verdict = Literal[
-    "correct", "incorrect", "no_answer", "truncated", "gold_unparsable", "pred_unparsable", "timeout", "error", "ungraded"
+    "correct", "incorrect", "no_answer", "truncated", "gold_unparsable", "pred_unparsable", "timeout", "error",
+    "ungraded",
 ]  # fmt: skip
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 # Verdicts that say something about the model; the rest (a broken reference, a grader's own failure) leave no mark on
@@ -74,6 +75,7 @@ class Run:
     versions: Mapping[str, str]
     hardware: Mapping[str, Any]
     command: str
+    model_path: str | None = None  # where a local model's folder was; recipes that need its tokenizer look there
     started_at: datetime = field(default_factory=utc_now)
 
 
@@ -130,7 +132,7 @@ class Grade:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One calibration sample of a subset. ``input_ids`` holds prompt and completion; the first ``n_prompt_tokens`` are prompt."""
+    """One calibration sample of a subset: prompt and completion in ``input_ids``, ``n_prompt_tokens`` of it prompt."""
 
     sample_id: str
     input_ids: Sequence[int]

@@ -60,6 +60,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "versions": "JSON",
         "hardware": "JSON",
         "command": "VARCHAR",
+        "model_path": "VARCHAR",
         "started_at": "TIMESTAMP",
     },
     "traces": {

@@ -107,13 +107,13 @@ _CANDIDATES = """
     SELECT t.trace_id, t.attempt, t.problem_id, t.sample_index, t.verdict = 'correct', t.finished, t.difficulty, t.k,
         t.n_tokens, t.n_prompt_tokens, t.generation_key, t.model, t.model_revision, r.tokenizer_hash
     FROM trace t JOIN runs r ON r.run_id = t.run_id
-    WHERE t.kind = 'build' AND (? IS NULL OR t.model = ? OR t.model || '@' || t.model_revision = ?)
+    WHERE t.kind = 'build' AND (? IS NULL OR t.model = ? OR t.model || '@' || t.model_revision = ? OR r.model_path = ?)
 """
 
 
 def _pool(catalog: Catalog, recipe: Recipe, model: str | None, where: str | None) -> _Pool:
     with opened(catalog.path, "query", catalog.lock_timeout) as con:
-        rows = con.execute(_CANDIDATES, [model] * 3).fetchall()
+        rows = con.execute(_CANDIDATES, [model, model, model, _folder(model)]).fetchall()
         stages = {"traces": len(rows)}
         if where is not None:
             kept = _matching(con, where)
@@ -203,7 +203,7 @@ def _sized(
 
 def _solutions(catalog: Catalog, owner: _Model, problem_ids: Sequence[str]) -> Iterable[list[int]]:
     """The reference solutions (else answers) in the model's own tokens, with its end token, as a finished trace has."""
-    tokenizer = load_tokenizer(owner)
+    tokenizer = load_tokenizer(catalog, owner)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     problems = catalog.problems(problem_ids)
     for problem_id in problem_ids:
@@ -212,24 +212,33 @@ def _solutions(catalog: Catalog, owner: _Model, problem_ids: Sequence[str]) -> I
         yield tokenizer.encode(solution, add_special_tokens=False) + end
 
 
-def load_tokenizer(owner: Any) -> Any:
-    """The tokenizer of the model that made the traces, from its folder or the Hub's cache.
+def _folder(model: str | None) -> str | None:
+    """The full path of a model given as a folder, as runs keep it."""
+    return str(Path(model).expanduser().resolve()) if model and Path(model).expanduser().is_dir() else None
+
+
+def load_tokenizer(catalog: Catalog, owner: _Model) -> Any:
+    """The tokenizer of the model that made the traces: from where its folder was, else from the Hub or its cache.
 
     Raises:
         InputError: it cannot be loaded, or is not the one that the traces were made with.
     """
     from transformers import AutoTokenizer
 
-    local = Path(owner.model).is_dir()
+    runs = [r for r in catalog.runs() if (r.model, r.model_revision) == (owner.model, owner.revision)]
+    folders = [r.model_path for r in reversed(runs) if r.model_path and Path(r.model_path).is_dir()]
+    place, revision = (folders[0], None) if folders else (owner.model, owner.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(owner.model, revision=None if local else owner.revision)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds
         raise InputError(
             f"cannot load the tokenizer of {owner.model}, which this recipe needs: {first_line(error)}; run where the "
             "model's folder or the Hub can be reached"
         ) from error
     if ids.vocabulary_hash(tokenizer.get_vocab()) != owner.tokenizer_hash:
-        raise InputError(f"the tokenizer at {owner.model} is no longer the one its traces were made with")
+        raise InputError(
+            f"the tokenizer at {place} is no longer the one that the traces of {owner.model} were made with"
+        )
     return tokenizer
 
 
@@ -266,7 +275,9 @@ def _select_text(
         raise InputError(f"recipe {recipe.name} takes windows of a text: it has no verdict, difficulty or condition")
     content = _read_text(Path(text))
     owner = _builder(catalog, model)
-    token_ids = load_tokenizer(owner).encode(content, add_special_tokens=False)
+    tokenizer = load_tokenizer(catalog, owner)
+    tokenizer.model_max_length = len(content) + 1  # the text is cut into windows below: no warning about its length
+    token_ids = tokenizer.encode(content, add_special_tokens=False)
     window = recipe.window or 0
     digest = ids.text_hash(content)
     windows = [
@@ -298,9 +309,12 @@ def _read_text(path: Path) -> str:
 
 def _builder(catalog: Catalog, model: str | None) -> _Model:
     """The one model of the catalog's build runs."""
-    owners = {_Model(r.model, r.model_revision, r.tokenizer_hash) for r in catalog.runs("build")}
-    if model is not None:
-        owners = {o for o in owners if model in (o.model, f"{o.model}@{o.revision}")}
+    asked = {model, _folder(model)} - {None}
+    owners = {
+        _Model(r.model, r.model_revision, r.tokenizer_hash)
+        for r in catalog.runs("build")
+        if not asked or asked & {r.model, f"{r.model}@{r.model_revision}", r.model_path}
+    }
     if not owners:
         raise InputError(f"no build run{f' of {model}' if model else ''} in {catalog.path}: its tokenizer is needed")
     return _single_model(owners)
@@ -329,8 +343,8 @@ def _warnings(recipe: Recipe, ranking: Ranking, samples: Sequence[Sample], avail
         error = 0.5 / max(ranking.median_k, 1) ** 0.5
         if error > half_width:
             warnings.append(
-                f"the median candidate's problem has {ranking.median_k:g} judged traces, so its difficulty has a standard "
-                f"error of up to {error:.2f}, more than half the band: build more samples"
+                f"the median candidate's problem has {ranking.median_k:g} judged traces: its difficulty has a standard "
+                f"error of up to {error:.2f}, more than half the band; build more samples a problem"
             )
     if ranking.truncated_share > 0.5:
         warnings.append(

@@ -32,7 +32,7 @@ def draw(report: DemoReport, catalog: Catalog, subset: Subset, path: Path) -> No
         _traces(left, catalog, subset)
         _bars(middle, report, "accuracy", "accuracy on held-out problems", "What it keeps")
         _bars(right, report, "mean_tokens", "mean completion tokens", "How long it then talks")
-        figure.suptitle(report.title(), fontsize=11, color=QUIET, x=0.01, ha="left")
+        figure.suptitle(f"{report.title()}\n", fontsize=10, color=QUIET, x=0.01, ha="left")
         figure.savefig(path, dpi=130)
 
 
@@ -55,6 +55,8 @@ def _traces(axes: Any, catalog: Catalog, subset: Subset) -> None:
             x, y = zip(*points, strict=True)
             axes.scatter(x, y, s=dot, c=colour, alpha=alpha, linewidths=0, label=label)
     axes.set(xlabel="difficulty (1 - pass rate)", ylabel="length (completion tokens)", yscale="log")
+    axes.set_yticks([50, 100, 200, 400], ["50", "100", "200", "400"])
+    axes.minorticks_off()
     axes.legend(loc="lower right", frameon=False, fontsize=8, markerscale=1.4)
     _finish(axes, "What is selected")
 
@@ -73,16 +75,16 @@ def _bars(axes: Any, report: DemoReport, measure: str, label: str, title: str) -
         axes.bar(
             x, y, width * 0.92, yerr=error, color=COLOURS.get(recipe), label=recipe, error_kw={"lw": 1, "ecolor": INK}
         )
-        for at, value in zip(x, y, strict=True):
+        for at, value, half in zip(x, y, error or [0.0] * len(y), strict=True):
             text = f"{value:.2f}" if measure == "accuracy" else f"{value:.0f}"
-            axes.annotate(text, (at, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7.5, color="white")
+            axes.annotate(text, (at, value + half), (0, 2), textcoords="offset points", ha="center", fontsize=8)
     level = getattr(dense, measure)
-    axes.axhline(level, color=INK, lw=1, ls="--")
-    axes.annotate("dense", (len(methods) - 0.5, level), (0, 3), textcoords="offset points", ha="right", fontsize=8)
+    shown = f"dense {level:.2f}" if measure == "accuracy" else f"dense {level:.0f}"
+    axes.axhline(level, color=INK, lw=1, ls="--", label=shown)
     axes.set_xticks(range(len(methods)), methods)
     axes.set_ylabel(label)
     axes.set_ylim(0, max(level, *(getattr(a.evaluation, measure) for a in report.arms)) * 1.18)
-    axes.legend(loc="upper left", ncols=len(recipes), frameon=False, fontsize=8, handlelength=1, columnspacing=1)
+    axes.legend(loc="upper left", ncols=5, frameon=False, fontsize=8, handlelength=1.2, columnspacing=1)
     _finish(axes, title)
 
 

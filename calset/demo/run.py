@@ -197,7 +197,7 @@ def select_subsets(catalog: Catalog, seed: int, settings: DemoSettings) -> dict[
 
     subsets = {}
     for recipe in settings.recipes:
-        extra = {"text": PROSE, "window": settings.window, "model": str(MODEL)} if recipe == "text" else {}
+        extra = {"text": PROSE, "window": settings.window} if recipe == "text" else {}
         subsets[recipe] = select(catalog, f"demo-{recipe}", recipe, tokens=settings.budget, seed=seed, **extra)
     return subsets
 

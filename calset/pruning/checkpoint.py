@@ -77,9 +77,9 @@ def open_source(model: str | Path) -> Source:
     from transformers import AutoConfig, AutoTokenizer
 
     # The builder and the pruner must give one model one name and revision.
-    from calset.builder.model_info import _locate, _recorded_name
+    from calset.builder.model_info import locate, recorded_name
 
-    folder, revision, is_local = _locate(model, None)
+    folder, revision, is_local = locate(model, None)
     if not is_local:
         folder = _download(str(model), revision)
     if not (folder / "config.json").is_file():
@@ -94,7 +94,7 @@ def open_source(model: str | Path) -> Source:
         tokenizer_hash = ids.vocabulary_hash(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
     except Exception:
         tokenizer_hash = None
-    return Source(_recorded_name(model, folder, is_local), revision, folder, config, tokenizer_hash)
+    return Source(recorded_name(model, folder, is_local), revision, folder, config, tokenizer_hash)
 
 
 def load_model(folder: Path, name: str) -> Any:

@@ -7,8 +7,11 @@ inherits the parent's OpenMP threads and was many times slower on a CPU. Tested 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import queue
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterable, Iterator
@@ -23,6 +26,17 @@ if TYPE_CHECKING:
     from calset.builder.model_info import ModelInfo
 
 T = TypeVar("T")
+# vLLM's engine process outlives a parent that was killed, and holds the device. This one waits for the parent's end of
+# the pipe to close, and unless the parent said "done" ends the processes named (by pidfd: a number may be used again).
+_REAPER = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+processes = [os.pidfd_open(int(pid)) for pid in sys.argv[1:]]
+if sys.stdin.buffer.read() != b"done":
+    for process in processes:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+"""
 CPU_SEQUENCES = 128
 _DONE = object()
 
@@ -61,6 +75,7 @@ class VllmEngine:
         self._folder = model.folder
         self._stop_token_ids = list(model.eos_token_ids)
         self._llm: Any = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._counter = 0
         self._feeder: Any = None
         arguments = self._arguments(model, device, dtype, concurrency, verbose, options)
@@ -119,6 +134,7 @@ class VllmEngine:
         before = set(multiprocessing.active_children())
         try:
             self._llm = self._wait(start())
+            self._reaper = _start_reaper([p.pid for p in set(multiprocessing.active_children()) - before if p.pid])
         except BaseException as error:
             # A start cannot be interrupted; its processes can.
             for process in set(multiprocessing.active_children()) - before:
@@ -244,6 +260,9 @@ class VllmEngine:
 
         with suppress(Exception):
             asyncio.run_coroutine_threadsafe(finish(), self._loop).result(timeout=60)
+        if self._reaper is not None:
+            self._reaper.communicate(b"done")
+            self._reaper = None
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
         if not self._thread.is_alive():
@@ -251,6 +270,12 @@ class VllmEngine:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _start_reaper(pids: list[int]) -> subprocess.Popen[bytes] | None:
+    if not hasattr(os, "pidfd_open"):  # Linux has it
+        return None
+    return subprocess.Popen([sys.executable, "-S", "-c", _REAPER, *map(str, pids)], stdin=subprocess.PIPE)
 
 
 def _prepare_environment(verbose: bool) -> None:
@@ -263,6 +288,8 @@ def _prepare_environment(verbose: bool) -> None:
     }
     if not verbose:
         defaults |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+        # vLLM reads its level after its import, which already warns.
+        logging.getLogger("vllm").setLevel(logging.ERROR)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

@@ -29,8 +29,8 @@ products digit by digit inside `<think>…</think>`, sometimes rechecks a step a
 
 ## How it was made
 `python examples/train_tiny_lrm.py`, seed {seed}: from scratch, {steps:,} steps of {rows} x {row_tokens} positions
-({tokens:,} tokens), AdamW, peak learning rate {peak_lr}, bf16 autocast, {wall_minutes} minutes on {threads} CPU cores that
-other work shared. The cosine schedule is {schedule_steps:,} steps long; training stops before its end, since one
+({tokens:,} tokens), AdamW, peak learning rate {peak_lr}, bf16 autocast, {wall_minutes} minutes on {threads} CPU cores
+that other work shared. The cosine schedule is {schedule_steps:,} steps long; training stops before its end, since one
 that hardly errs has no hard problems. Final training loss {final_loss:.3f} (mean of the last steps).
 
 The text: reasoning-gym's `chain_sum` (2 to 7 terms, 1 to 4 digits) and `products`, with reasoning worked by the script,

@@ -30,8 +30,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 5:
-            raise InputError(f"temperature must lie between 0 and 5, not {self.temperature}")
+        if not 0 <= self.temperature <= 2:  # vLLM's own bounds
+            raise InputError(f"temperature must lie between 0 and 2, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must lie in (0, 1], not {self.top_p}")
         if self.top_k < 0:

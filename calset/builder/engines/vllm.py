@@ -158,7 +158,7 @@ class VllmEngine:
         try:
             while (item := results.get()) is not _DONE:
                 if isinstance(item, BaseException):
-                    raise EngineError(f"the vLLM engine died ({_line(item)}); {RESUME_HINT}") from item
+                    raise EngineError(f"vLLM failed ({_line(item)}); {RESUME_HINT}") from item
                 yield item
         finally:
             feeder.cancel()

@@ -5,7 +5,6 @@ Heavy imports happen inside the commands, so that ``calset --help`` answers at o
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -71,13 +70,14 @@ def progress_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
+        click.option("--question", help="The question's column in a file. Default: question."),
+        click.option("--answer", help="The reference answer's column. Default: answer."),
         click.option(
             "--engine",
-            type=click.Choice(["auto", "vllm", "transformers"]),
             default="auto",
             show_default=True,
             envvar="CALSET_ENGINE",
-            help="auto takes vLLM when it is installed.",
+            help="auto, vllm or transformers; auto takes vLLM when it is installed.",
         ),
         click.option("--temperature", type=float, help="Default: the model's generation_config."),
         click.option("--top-p", type=float, help="Default: the model's generation_config."),
@@ -86,7 +86,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, default=0, show_default=True, help="Every trace's own seed derives from it."),
         click.option("--system-prompt", help="None unless given."),
         click.option("--limit", type=int, help="Only the first N problems."),
-        click.option("--grader", type=click.Choice(["math", "gym"]), help="Default: the source's own."),
+        click.option("--grader", help="math or gym. Default: the source's own."),
         click.option("--concurrency", type=click.IntRange(min=1), help="Requests in flight at most."),
     ]
     for option in reversed(options):
@@ -116,8 +116,6 @@ def _existing(path: Path) -> Any:
 @click.option("--model", required=True, help="A checkpoint folder or Hub id.")
 @click.option("--problems", required=True, multiple=True, help="A file, gym:TASK?option=value, or demo. Repeatable.")
 @click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Traces a problem.")
-@click.option("--question", help="The question's column. Default: question.")
-@click.option("--answer", help="The reference answer's column. Default: answer.")
 @generation_options
 @catalog_option
 @progress_option
@@ -146,11 +144,11 @@ def _build_progress(bar: terminal.Progress) -> Callable[[Any], None]:
         facts = {
             "phase": event.phase if event.phase != "generating" else None,
             "tokens/s": round(event.tokens_per_second) if event.tokens_per_second else None,
-            "truncated": f"{event.truncated / event.judged:.0%}" if event.judged else None,
+            "truncated": f"{event.truncated / event.saved:.0%}" if event.saved else None,
             "correct": f"{event.correct / event.judged:.0%}" if event.judged else None,
             "ETA": terminal.duration(event.eta_seconds),
         }
-        bar.update(event.existing + event.saved, event.total, facts, final=event.phase == "done")
+        bar.update(event.existing + event.saved, event.total, facts, final=event.phase in ("done", "stopped"))
 
     return show
 
@@ -176,7 +174,7 @@ def _command_line() -> str:
 
 
 @cli.command()
-@click.option("--grader", type=click.Choice(["math", "gym"]), help="Default: each problem's own.")
+@click.option("--grader", help="math or gym. Default: each problem's own.")
 @click.option("--model", help="Only this model's traces.")
 @click.option("--source", help="Only this source's problems.")
 @click.option("--ungraded", is_flag=True, help="Only traces without a verdict.")
@@ -399,6 +397,9 @@ def export(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
 @click.option("--group", type=click.Choice(["row", "block", "matrix"]), help="Default: the method's own.")
 @click.option("--damping", type=float, default=0.01, show_default=True, help="SparseGPT: share of the mean diagonal.")
 @click.option("--device", help="Default: a CUDA device when there is one, else the CPU.")
+@click.option(
+    "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Positions run at a time."
+)
 @click.option("--max-length", type=click.IntRange(min=1), help="Cut longer samples to N tokens; the report says so.")
 @click.option("--force", is_flag=True, help="Accept a subset of another tokenizer.")
 @catalog_option
@@ -475,6 +476,7 @@ def evaluate(model: str, problems: tuple[str, ...], progress_mode: str, as_json:
         ("non-termination", f"{report.non_termination:.3f} (limit {report.max_tokens} tokens)"),
         ("loop rate", f"{report.loop_rate:.3f}"),
         ("no answer", f"{report.no_answer:.3f}"),
+        ("verdicts", ", ".join(f"{n} {v}" for v, n in sorted(report.verdicts.items(), key=lambda x: -x[1]))),
         ("tokens/s", f"{report.tokens_per_second:,.0f}" if report.tokens_per_second else "- (all traces were there)"),
     ]
     terminal.table(["measure", "value"], rows)
@@ -486,11 +488,10 @@ def evaluate(model: str, problems: tuple[str, ...], progress_mode: str, as_json:
 @click.option("-o", "--out", default="calset-demo", show_default=True, type=click.Path(path_type=Path))
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "vllm", "transformers"]),
     default="auto",
     show_default=True,
     envvar="CALSET_ENGINE",
-    help="auto takes vLLM when it is installed.",
+    help="auto, vllm or transformers; auto takes vLLM when it is installed.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @progress_option
@@ -558,11 +559,7 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        _fail(
-            f"{os.strerror(error.errno)}: {error.filename or 'the catalog or output folder'}; make room or name another"
-        )
+        _fail(f"{error.strerror or error}: {error.filename or 'the output folder'}; make room or name another")
         code = 1
     sys.exit(code or 0)
 

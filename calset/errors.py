@@ -30,6 +30,12 @@ class SchemaTooNew(InputError):
     """The catalog was written by a newer calset."""
 
 
+class Stopped(CalsetError):
+    """The user stopped it (Ctrl-C); what was saved stays and the same command continues."""
+
+    exit_code = 130
+
+
 class EngineError(CalsetError):
     """An inference engine could not start, or died; what was committed stays and the build can be resumed."""
 
@@ -40,3 +46,8 @@ class PruningError(CalsetError):
 
 class VerificationError(CalsetError):
     """A pruned checkpoint is not what its pruning.json says."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none, for a report of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 # C0 and C1 control characters but tab and newline, and the bidirectional overrides that can reorder a line.
@@ -51,7 +50,9 @@ def jsonable(value: Any) -> Any:
 
 def emit_json(value: Any) -> None:
     """One JSON document on one line of standard output."""
-    sys.stdout.write(json.dumps(jsonable(value), ensure_ascii=False).encode("utf-8", "replace").decode("utf-8") + "\n")
+    text = json.dumps(jsonable(value), ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
+    # As escapes they mean the same to a JSON parser and nothing to a terminal.
+    sys.stdout.write(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def say(text: str = "") -> None:
@@ -84,7 +85,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     if not sys.stdout.isatty():
         if title:
             say(f"# {title}")
-        say("\t".join(columns))
+        say("\t".join(map(cell, columns)))
         for row in rows:
             sys.stdout.write("\t".join(cell(v) for v in row) + "\n")
         return
@@ -92,13 +93,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     from rich.table import Table
     from rich.text import Text
 
-    view = Table(title=title, title_justify="left", header_style="bold")
+    view = Table(title=Text(clean(title)) if title else None, title_justify="left", header_style="bold")
     listed = [list(row) for row in rows]
     for i, column in enumerate(columns):
         numeric = bool(listed) and all(
             r[i] is None or (isinstance(r[i], int | float) and not isinstance(r[i], bool)) for r in listed
         )
-        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        # Text, not str: rich would read "[a-z]" as markup.
+        view.add_column(Text(cell(column)), justify="right" if numeric else "left", overflow="fold")
     for row in listed:
         view.add_row(*(Text(_shorten(cell(v))) for v in row))
     Console().print(view)
@@ -204,16 +206,3 @@ def duration(seconds: float | None) -> str:
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
-
-
-def size(n_bytes: float) -> str:
-    """Bytes as ``12.3 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
-
-
-def folder_size(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from calset.builder.engines import Completion, Request, Sampling
-from calset.builder.generate import BuildProgress, build, grade
+from calset.builder.generate import BuildProgress, _Rate, build, grade
 from calset.builder.model_info import inspect
 from calset.catalog.catalog import Catalog
 from calset.errors import EngineError, InputError
@@ -127,6 +127,29 @@ def test_an_engine_that_dies_leaves_what_finished_and_the_next_build_goes_on(
     report = build(tiny_model, SUMS, samples=4, catalog=path, engine=second)
     assert (report.n_existing, report.n_new, len(second.requests)) == (20, 28, 28)
     assert_complete(path, 12, 4)
+
+
+def test_the_rate_is_of_the_time_in_which_the_tokens_were_made():
+    rare, often = _Rate(0.0), _Rate(0.0)
+    for minute in range(1, 5):
+        rare.add(60.0 * minute, 6000)
+        assert rare.per_second(60.0 * minute) == 100
+    for second in range(1, 101):
+        often.add(second, 10 if second <= 50 else 40)
+    assert often.per_second(100) == 40  # the first minute is forgotten
+
+
+def test_traces_that_a_smaller_limit_cut_are_kept_with_a_warning(tiny_model: Path, tmp_path, scripted_engine):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    cut = scripted_engine(loaded, token_ids=(31,) * 4, finish_reason="length")
+    first = build(tiny_model, SUMS, samples=1, catalog=path, engine=cut, max_tokens=4)
+    assert not first.warnings
+    assert not build(tiny_model, SUMS, samples=1, catalog=path, engine=cut, max_tokens=4).warnings
+    again = build(tiny_model, SUMS, samples=2, catalog=path, engine=scripted_engine(loaded), max_tokens=40)
+    assert again.n_new == 12
+    assert again.warnings == (
+        "12 existing traces were cut at 4 tokens; they are kept: build into another catalog to run them with more",
+    )
 
 
 def test_requests_carry_their_own_seeds_and_other_run_seeds_give_others(tiny_model: Path, tmp_path, scripted_engine):
@@ -288,7 +311,8 @@ def test_an_interrupt_commits_what_finished_and_leaves_nothing_running(
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0
     assert "report True" in output
-    last = [int(line.split()[-1]) for line in output.splitlines() if line.startswith(("generating", "done"))]
+    last = [int(line.split()[-1]) for line in output.splitlines() if line.startswith(("generating", "stopped"))]
+    assert not [line for line in output.splitlines() if line.startswith("done")]
     assert count(tmp_path / "c.duckdb") == max([claimed, *last])
     wait_for_end(process.pid)
 

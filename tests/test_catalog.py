@@ -20,9 +20,13 @@ import duckdb
 import pytest
 from factories import START, fill, make_grade, make_problem, make_run, make_source, make_trace
 
-from calset.catalog import connection, migrations
+from calset import ids
+from calset.catalog import connection, migrations, schema
 from calset.catalog.catalog import Catalog
+from calset.catalog.export import export
+from calset.catalog.selection import select
 from calset.catalog.stats import stats
+from calset.catalog.subsets import diff, load
 from calset.catalog.values import clean, dump_json, to_jsonable
 from calset.errors import CatalogError, CatalogLocked, InputError, SchemaTooNew
 
@@ -152,6 +156,13 @@ def test_json_takes_what_graders_produce() -> None:
     assert json.loads(dump_json(value)) == {
         "nan": None, "inf": [None], "set": [1, 2], "tuple": [1, 2], "path": "x", "s": "\ufffd"
     }  # fmt: skip
+
+
+def test_a_problem_that_is_not_there_names_the_query_that_lists_them(tmp_path: Path) -> None:
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
+    with pytest.raises(InputError, match=r"no problem 'x'.*calset query 'SELECT problem_id FROM problem'"):
+        catalog.problem("x")
+    assert catalog.problem(str(only(catalog, "SELECT problem_id FROM problem"))).question
 
 
 def test_documents_of_prunings_and_evaluations_come_back_in_order(catalog: Catalog) -> None:
@@ -394,6 +405,49 @@ def test_python_users_get_a_relation_on_a_connection_of_their_own(tmp_path: Path
     assert catalog.add_problems([make_problem(99)]) == 1
 
 
+def test_own_reads_work_inside_a_connection_of_the_users(tmp_path: Path) -> None:
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 3), ("incorrect", 4)]])
+    trace_id = str(only(catalog, "SELECT min(trace_id) FROM trace"))
+    (tmp_path / "lengths.csv").write_text("n\n3\n")
+    subset = select(catalog, "kept", "rac")
+    with catalog.connect() as con:
+        con.execute("SET threads = 1")
+        assert stats(catalog).traces == 2
+        assert catalog.trace(trace_id[:10])["trace_id"] == trace_id
+        assert catalog.existing_trace_ids(make_run().generation_key)
+        assert [run.model for run in catalog.runs()] == ["tiny"]
+        assert load(catalog, "kept").content_hash == subset.content_hash
+        assert diff(catalog, "kept", subset).same
+        assert export(catalog, "kept", tmp_path / "out").is_dir()
+        # The user's connection is still open, and still may do what it could.
+        assert con.sql(f"FROM '{tmp_path / 'lengths.csv'}' JOIN trace ON n = n_tokens").fetchall()
+    assert only(catalog, "SELECT count(*) FROM trace") == 2
+
+
+def test_what_would_write_or_lose_its_walls_inside_a_connection_says_to_close_it(tmp_path: Path) -> None:
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
+    with catalog.connect() as con:
+        for use in (
+            lambda: catalog.query("SELECT * FROM read_text('/etc/passwd')"),
+            lambda: select(catalog, "x", "rac", where="n_tokens > 0"),
+            lambda: catalog.add_run(make_run("b")),
+        ):
+            with pytest.raises(CatalogError, match=r"this thread still has .*close that connection first"):
+                use()
+        assert con.sql("FROM trace").fetchall()
+    assert catalog.query("SELECT 1").rows == [(1,)]
+
+
+def test_own_reads_of_other_threads_need_not_wait_for_a_connection_to_close(tmp_path: Path) -> None:
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
+    found: list[int] = []
+    with catalog.connect():
+        thread = threading.Thread(target=lambda: found.append(stats(catalog.path).traces))
+        thread.start()
+        thread.join(10)
+        assert found == [1]
+
+
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +456,29 @@ def test_the_default_path_comes_from_the_environment(tmp_path: Path, monkeypatch
     assert Catalog().path == tmp_path / "env.duckdb"
     monkeypatch.delenv("CALSET_CATALOG")
     assert Catalog().path == Path("calset.duckdb")
+
+
+@pytest.mark.parametrize("name", [":memory:", "md:x.duckdb", "c d'.duckdb"])
+def test_a_relative_path_is_a_file_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(Path(name), [[("correct", 3)]])
+    assert os.listdir(tmp_path) == [name]
+    assert only(Catalog(name), "SELECT count(*) FROM trace") == 1
+    assert stats(tmp_path / name).traces == 1
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_file_name_that_is_too_long_is_one_clear_line(tmp_path: Path, length: int) -> None:
+    catalog = Catalog(tmp_path / ("x" * length))
+    with pytest.raises(InputError, match="too long for a file name") as caught:
+        catalog.add_run(make_run())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="there is no catalog"):
+        catalog.query("SELECT 1")
+    assert not catalog.exists()
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_open_in_duckdb_1_5(tmp_path: Path) -> None:
@@ -461,6 +538,38 @@ def test_an_older_catalog_is_upgraded_by_a_reader_too(tmp_path: Path, monkeypatc
     monkeypatch.setattr(migrations, "SCHEMA_VERSION", 2)
     assert catalog.query("SELECT count(*) FROM added").rows == [(0,)]
     assert catalog.query("SELECT name FROM migrations ORDER BY number").rows == [("first_tables",), ("second",)]
+
+
+def test_a_migration_reaches_new_files_and_old_ones_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = fill(tmp_path / "old.duckdb", [[("correct", 3)]])
+    later = (
+        migrations.Migration(2, "notes", lambda con: con.execute('ALTER TABLE "prunings" ADD COLUMN "note" VARCHAR')),
+        migrations.Migration(3, "view_only"),
+    )
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, *later))
+    monkeypatch.setattr(migrations, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(
+        schema, "TABLES", {**schema.TABLES, "prunings": {**schema.TABLES["prunings"], "note": "VARCHAR"}}
+    )
+    # A view that names the new column: it can only be made once the table has it.
+    view = "SELECT *, (SELECT max(note) FROM prunings) AS note FROM problem WHERE pass_rate = 0"
+    monkeypatch.setattr(schema, "VIEWS", {**schema.VIEWS, "suspect_gold": view})
+    new = fill(tmp_path / "new.duckdb", [[("correct", 3)]])
+    for catalog in (old, new):
+        assert catalog.query("DESCRIBE prunings").rows[-1][:2] == ("note", "VARCHAR")
+        assert catalog.query("FROM suspect_gold").columns[-1] == "note"
+        assert catalog.query("SELECT number, name FROM migrations ORDER BY number").rows == [
+            (1, "first_tables"), (2, "notes"), (3, "view_only")
+        ]  # fmt: skip
+        assert only(catalog, "SELECT count(*) FROM trace") == 1
+
+
+def test_a_changed_schema_comes_with_a_migration() -> None:
+    # This fails when a table or view was edited: add a migration (see MIGRATIONS), then put the new digest here. An
+    # edit that never left this machine needs only the digest.
+    tables = {name: list(columns.items()) for name, columns in schema.TABLES.items()}
+    views = {name: " ".join(sql.split()) for name, sql in schema.VIEWS.items()}
+    assert (migrations.SCHEMA_VERSION, ids.digest(tables, views)) == (1, "7d34e72da7e1255150edf81c")
 
 
 def _as_nobody(path: str, results: multiprocessing.Queue) -> None:
@@ -731,3 +840,16 @@ def test_stats_of_an_empty_catalog_are_zeros(tmp_path: Path) -> None:
     result = stats(catalog)
     assert (result.traces, result.pass_rate, result.difficulty_length) == (0, None, [])
     assert result.tables()
+
+
+def test_a_verdict_on_another_builds_completion_does_not_reach_the_stored_trace(catalog: Catalog) -> None:
+    """Two builds of the same traces at once: the first to commit wins with its verdict, the other's is dropped."""
+    problem, run = make_problem(), make_run()
+    catalog.add_problems([problem])
+    catalog.add_run(run)
+    first = make_trace(problem, run, finish_reason="length")
+    second = replace(first, completion_ids=[7, 8, 9], finish_reason="stop")
+    assert catalog.record([first], [make_grade(first, "truncated")]).fresh == {(first.trace_id, 0)}
+    assert catalog.record([second], [make_grade(second, "correct")]).fresh == frozenset()
+    assert catalog.query("SELECT verdict, finish_reason FROM trace").rows == [("truncated", "length")]
+    assert only(catalog, "SELECT count(*) FROM grades") == 1

@@ -231,9 +231,10 @@ def test_a_full_disk_leaves_no_half_model(built: Path, tmp_path: Path) -> None:
 
 
 def test_control_sequences_in_problems_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    row = {"question": "1+1?\u001b]0;owned\u0007\u001b[2J", "answer": "2"}
+    row = {"question": "1+1?\u001b]0;owned\u0007\u001b[2J\u009b2J\u202e", "answer": "2"}
     (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
-    done = calset("problems", "q.jsonl", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "\u001b" not in done.stdout
-    assert "\u0007" not in done.stdout
+    for form in ((), ("--json",)):
+        done = calset("problems", "q.jsonl", *form, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert not set("\u001b\u0007\u009b\u202e") & set(done.stdout)
+    assert json.loads(done.stdout)["problems"][0]["question"] == row["question"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calset.builder.engines import Completion, Engine, Request, Sampling, open_engine, resolve_engine
+from calset.builder.engines.vllm import VllmEngine
+from calset.builder.generate import build
 from calset.builder.model_info import ModelInfo, inspect
 from calset.errors import EngineError, InputError
 
@@ -198,7 +205,7 @@ def test_what_a_request_samples_does_not_depend_on_its_neighbours(tiny_model: Pa
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 1000),
-    temperature=st.floats(0.1, 3),
+    temperature=st.floats(0.1, 2),
     top_p=st.floats(0.05, 1),
     top_k=st.integers(0, 12),
     min_p=st.floats(0, 0.9),
@@ -256,6 +263,94 @@ def test_unknown_and_missing_engines_say_what_to_do(monkeypatch: pytest.MonkeyPa
         open_engine("transformers", info, max_model_len=5000)
 
 
+def test_a_vllm_that_cannot_be_imported_says_why_and_auto_does_without(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path, info: ModelInfo
+):
+    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "vllm").mkdir()
+    broken = tmp_path / "vllm" / "__init__.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    for raised, says in (
+        ("ImportError('libcudart.so.12: cannot open')", "libcudart.*install the vLLM that fits"),
+        ("RuntimeError('operator torchvision::nms does not exist')", "pip uninstall -y torchvision torchaudio"),
+    ):
+        broken.write_text(f"raise {raised}  # {'x' * len(says)}\n")
+        importlib.invalidate_caches()
+        with pytest.raises(InputError, match=says) as error:
+            open_engine("vllm", info)
+        assert "\n" not in str(error.value)
+    report = build(
+        tiny_model, "gym:chain_sum?size=1", samples=1, catalog=tmp_path / "c.duckdb", max_tokens=4, device="cpu"
+    )
+    assert report.engine == "transformers"
+    assert any("vLLM is installed but cannot be imported" in warning for warning in report.warnings)
+
+
+def test_what_a_reaper_watches_ends_with_its_parent_and_not_with_a_dismissal():
+    script = (
+        "import subprocess, sys, time\n"
+        "from calset.builder.engines.vllm import _Reaper\n"
+        "reaper = _Reaper()\n"
+        "for _ in range(2):\n"
+        "    child = subprocess.Popen(['sleep', '60'])\n"
+        "    reaper.watch([child.pid])\n"
+        "    print(child.pid, flush=True)\n"
+        "if sys.argv[1] == 'dismiss':\n"
+        "    reaper.dismiss()\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    for action, survive in (("dismiss", True), ("die", False)):
+        parent = subprocess.Popen([sys.executable, "-c", script, action], stdout=subprocess.PIPE, text=True)
+        assert parent.stdout is not None
+        children = [int(parent.stdout.readline()) for _ in range(2)]
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + (0.5 if survive else 20)
+        while any(map(alive, children)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert [alive(child) for child in children] == [survive] * 2
+        for child in filter(alive, children):
+            os.kill(child, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_vllm_stream_cancelled_before_its_first_step_ends(info: ModelInfo):
+    """Without vLLM itself: the loop and the feeder are the engine's own."""
+    engine = object.__new__(VllmEngine)
+    engine._loop, engine._llm, engine._in_flight, engine._feeder = asyncio.new_event_loop(), object(), 2, None
+    feed = engine._feed
+
+    def cancelled_at_once(*arguments):
+        def cancel() -> None:
+            for task in asyncio.all_tasks():
+                task.cancel()
+
+        asyncio.get_running_loop().call_soon(cancel)  # runs before the task that is made of this
+        return feed(*arguments)
+
+    engine._feed = cancelled_at_once
+    thread = threading.Thread(target=engine._loop.run_forever, daemon=True)
+    thread.start()
+    found: list[Completion] = []
+    stream = threading.Thread(target=lambda: found.extend(engine.stream(requests_for(info, 3), GREEDY)), daemon=True)
+    stream.start()
+    stream.join(timeout=20)
+    assert not stream.is_alive()
+    assert not found
+    engine._loop.call_soon_threadsafe(engine._loop.stop)
+    thread.join(timeout=20)
+    engine._loop.close()
+
+
 # --- model_info --------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +390,32 @@ def test_an_incomplete_folder_is_refused_in_one_line(tiny_model: Path, tmp_path:
     with pytest.raises(InputError, match=says) as error:
         inspect(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
+        ({"top_k": [5]}, r"top_k must be a number, not \[5\]"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be a number, not inf"),
+        ({"top_p": 3}, r"top_p must lie in \(0, 1\]"),
+    ],
+)
+def test_a_bad_generation_config_is_named(tiny_model: Path, tmp_path: Path, values: dict, says: str):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=rf"generation_config\.json: {says}"):
+        inspect(folder)
+
+
+def test_a_transformers_that_cannot_be_imported_is_one_line(tiny_model: Path, tmp_path: Path):
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    script = f"from calset.builder.model_info import inspect\ninspect({str(tiny_model)!r})\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    says = "transformers is installed but cannot be imported: operator torchvision::nms does not exist; pip uninstall"
+    assert f"calset.errors.InputError: {says}" in done.stderr
 
 
 def test_a_broken_config_or_a_missing_folder_is_refused_in_one_line(tiny_model: Path, tmp_path: Path):

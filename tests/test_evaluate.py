@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 import calset
 from calset import demo
+from calset.builder.model_info import inspect
 from calset.demo.run import DemoSettings, run_demo
 from calset.errors import InputError
 from calset.pruning.evaluate import MIN_LOOP_TOKENS, is_looping
@@ -54,6 +56,46 @@ def test_an_evaluation_counts_what_it_generated_and_resumes(tmp_path: Path, tran
     assert again.tokens_per_second is None  # nothing was generated
     assert (again.accuracy, again.mean_tokens) == (report.accuracy, report.mean_tokens)
     assert len(catalog.evaluations()) == 2
+
+
+def test_another_seed_or_limit_is_another_evaluation(tmp_path: Path, scripted_engine) -> None:
+    """Both are outside a build's key; an evaluation that reused the traces would report what it did not run."""
+    catalog = calset.Catalog(tmp_path / "c.duckdb")
+    for seed, limit in ((0, 50), (1, 50), (1, 80), (0, 50)):
+        engine = scripted_engine(inspect(demo.MODEL).revision)
+        calset.evaluate(demo.MODEL, PROBLEMS, catalog=catalog, engine=engine, seed=seed, max_tokens=limit)
+        assert len(engine.requests) == (0 if catalog.evaluations()[3:] else 5)
+    assert catalog.query("SELECT count(*) FROM traces").rows == [(15,)]
+
+
+def test_what_could_not_be_judged_is_counted_apart(tmp_path: Path, scripted_engine) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(
+        "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in [("1+1?", "2"), ("why?", "\\frac{")])
+    )
+    said = inspect(demo.MODEL).tokenizer.encode("\\boxed{2}", add_special_tokens=False)
+    engine = scripted_engine(inspect(demo.MODEL).revision, token_ids=tuple(said))
+    report = calset.evaluate(demo.MODEL, str(file), catalog=tmp_path / "c.duckdb", engine=engine, max_tokens=50)
+    assert report.verdicts == {"correct": 1, "gold_unparsable": 1}
+    assert (report.accuracy, report.n_problems) == (1.0, 1)
+    assert any("1 of 2 traces were not judged" in warning for warning in report.warnings)
+
+
+def test_calibration_questions_are_recognised_in_another_file(tmp_path: Path, scripted_engine) -> None:
+    rows = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(4)]
+    for name, part in (("train", rows[:3]), ("held-out", rows[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    catalog = calset.Catalog(tmp_path / "c.duckdb")
+    engine = scripted_engine(inspect(demo.MODEL).revision, token_ids=(31, 32, 33))
+    calset.build(demo.MODEL, str(tmp_path / "train.jsonl"), samples=1, catalog=catalog, engine=engine)
+    subset = calset.select(catalog, "train", "rac", tokens=2000)
+    calset.prune(demo.MODEL, subset, tmp_path / "pruned", method="magnitude", sparsity=0.5)
+    ask = {"engine": engine, "max_tokens": 50}
+    report = calset.evaluate(tmp_path / "pruned", str(tmp_path / "held-out.jsonl"), catalog=catalog, **ask)
+    assert any(warning.startswith("1 of the evaluated problems") for warning in report.warnings)
+    elsewhere = tmp_path / "other.duckdb"
+    report = calset.evaluate(tmp_path / "pruned", str(tmp_path / "held-out.jsonl"), catalog=elsewhere, **ask)
+    assert any("were not compared" in warning for warning in report.warnings)
 
 
 def test_the_demo_runs_from_traces_to_table_and_keeps_what_is_there(tmp_path: Path) -> None:

@@ -87,6 +87,18 @@ MATH = [
     ("Dayton", r"\boxed{Toyand}", "stop", "incorrect"),  # an anagram: equal as a product of letters
     ("no solution", r"\boxed{\text{No solution}}", "stop", "correct"),
     ("yes", r"\boxed{no}", "stop", "incorrect"),
+    ("no", r"\boxed{on}", "stop", "incorrect"),
+    ("no", r"\boxed{\text{on}}", "stop", "incorrect"),
+    ("no", r"\boxed{\text{No}}", "stop", "correct"),
+    ("AB", r"\boxed{BA}", "stop", "incorrect"),
+    ("AB", r"\boxed{AB}", "stop", "correct"),
+    ("xy", r"\boxed{y \cdot x}", "stop", "correct"),
+    ("2024-01-05", r"\boxed{2018}", "stop", "incorrect"),  # a date, no subtraction
+    ("2018", r"\boxed{2024-01-05}", "stop", "incorrect"),
+    ("2024-01-05", r"\boxed{2024-1-5}", "stop", "correct"),
+    ("12/6/2024", r"\boxed{2/1/2024}", "stop", "incorrect"),
+    ("0.1", r"\boxed{0.10000001}", "stop", "incorrect"),  # verify() rounds
+    ("0.50", r"\boxed{.5}", "stop", "correct"),
     ("[0,1)", r"\boxed{[0, 1)}", "stop", "correct"),
     ("[0,1)", r"\boxed{(0, 1)}", "stop", "incorrect"),
     ("(1,2)", r"\boxed{(1, 2)}", "stop", "correct"),
@@ -159,9 +171,10 @@ def test_gym_uses_the_tasks_own_scorer_and_the_stored_entry(pool: GradingPool):
             if "{" not in problem.answer:
                 assert verdict(pool, "gym", row, dict(problem.metadata)).verdict == "correct", problem
     (problem,) = load_problems("gym:countdown?size=1&seed=1")[1]
-    numbers = problem.metadata["entry"]["numbers"]
-    swapped = verdict(pool, "gym", ("", " + ".join(map(str, numbers)), "stop", ""), dict(problem.metadata))
-    assert swapped.verdict in ("correct", "incorrect")
+    assert problem.answer == "94*4 - 61 - 6"
+    for response, expected in (("4*94 - 6 - 61", "correct"), ("94*4 - 61 + 6", "incorrect")):
+        row = (problem.answer, response, "stop", expected)
+        assert verdict(pool, "gym", row, dict(problem.metadata)).verdict == expected, response
 
 
 def test_unfinished_thinking_is_never_graded():
@@ -199,14 +212,21 @@ def test_an_unknown_grader_is_refused(pool: GradingPool):
 # --- workers -----------------------------------------------------------------------------------------------------
 
 
-def children() -> set[int]:
+@pytest.fixture
+def children():
+    """A function that lists this process's grading workers, apart from those of other tests' pools."""
+    before = _workers()
+    return lambda: _workers() - before
+
+
+def _workers() -> set[int]:
     listed = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
     )
     return {int(line.split()[0]) for line in listed.stdout.splitlines() if "calset.builder.grading" in line}
 
 
-def test_a_hanging_answer_times_out_and_the_others_are_graded():
+def test_a_hanging_answer_times_out_and_the_others_are_graded(children):
     with GradingPool(2, deadline_seconds=2) as pool:
         pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120)
         began = time.monotonic()
@@ -218,7 +238,7 @@ def test_a_hanging_answer_times_out_and_the_others_are_graded():
     assert not children()
 
 
-def test_a_killed_worker_is_an_error_and_is_replaced():
+def test_a_killed_worker_is_an_error_and_is_replaced(children):
     with GradingPool(1, deadline_seconds=30) as pool:
         pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120)
         (worker,) = children()
@@ -230,7 +250,7 @@ def test_a_killed_worker_is_an_error_and_is_replaced():
     assert not children()
 
 
-def test_workers_start_lazily_and_work_from_other_threads():
+def test_workers_start_lazily_and_work_from_other_threads(children):
     with GradingPool(2) as pool:
         assert not children()
         found: list[Outcome] = []
@@ -239,6 +259,23 @@ def test_workers_start_lazily_and_work_from_other_threads():
         thread.join()
         assert found[0].verdict == "correct"
         assert len(children()) == 1
+
+
+def test_an_interrupt_from_the_terminal_spares_a_worker_that_is_still_starting():
+    script = (
+        "import os, signal, time\n"
+        "from calset.builder.grading.pool import GradingPool\n"
+        "signal.signal(signal.SIGINT, lambda *_: None)\n"
+        "with GradingPool(1) as pool:\n"
+        "    future = pool.submit('math', '1', '1', {})\n"
+        "    while not pool._all:\n"
+        "        time.sleep(0.01)\n"
+        "    os.killpg(0, signal.SIGINT)\n"
+        "    print(future.result().verdict)\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.stdout == "correct\n", done.stderr
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path):

@@ -85,6 +85,8 @@ def test_files_that_are_not_what_their_name_says_are_refused(tmp_path: Path):
             load_problems(str(tmp_path / name))
     with pytest.raises(InputError, match="no file"):
         load_problems(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(InputError, match="no file"):
+        load_problems("x" * 300 + ".jsonl")
 
 
 @pytest.mark.parametrize("spec", ["gsm9k", "demo:eval", "questions.txt", "", "http://x/y"])
@@ -121,6 +123,11 @@ def test_overlapping_draws_of_a_task_share_their_problems():
         ("gym:chain_sum?size=x", "size must be a positive whole number"),
         ("gym:chain_sum?size", "size must be a positive whole number"),
         ("gym:chain_sum?size=3&&seed=1", "cannot read the options"),
+        ("gym:chain_sum?seed=NaN", "must be a finite number, not NaN"),
+        ("gym:chain_sum?seed=-Infinity", "must be a finite number, not -Infinity"),
+        ("gym:chain_sum?max_terms=1e999", "must be a finite number, not 1e999"),
+        ("gym:chain_sum?seed=one", "seed must be a whole number, not 'one'"),
+        ("gym:chain_sum?max_terms=" + "9" * 300, "chain_sum"),  # longer than a file name may be
     ],
 )
 def test_a_bad_gym_spec_says_what_would_do(spec: str, says: str):

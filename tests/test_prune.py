@@ -203,6 +203,31 @@ def test_another_tokenizer_can_be_forced_and_is_recorded(tmp_path, llama):
     assert any("forced" in w for w in report.warnings)
 
 
+def test_a_share_that_rows_cannot_hold_is_warned_about(tmp_path, llama):
+    report = prune(llama, make_subset(), tmp_path / "out", method="wanda", sparsity=0.55)
+    (warning,) = report.warnings
+    assert "12 matrices" in warning  # 17.6 of 32 inputs go as 18; 26.4 of 48 as 26
+    assert "0.5625" in warning
+    assert verify(tmp_path / "out").realised_sparsity == report.realised_sparsity
+
+
+def test_options_without_effect_are_warned_about(tmp_path, llama):
+    options = {"pattern": "2:4", "group": "row", "damping": 0.1}
+    group, damping = prune(llama, make_subset(), tmp_path / "out", method="wanda", **options).warnings
+    assert "--group row has no effect" in group
+    assert "--damping 0.1 has no effect" in damping
+
+
+def test_magnitude_does_not_claim_data(tmp_path, llama):
+    subset = make_subset(model="bigger-sibling", model_revision="f" * 64)
+    report = prune(llama, subset, tmp_path / "out", method="magnitude", sparsity=0.5)
+    assert (report.warnings, report.tokens, report.propagate, report.n_counted_tokens) == ((), None, None, 0)
+    assert report.calibration["used"] is False
+    card = (tmp_path / "out/README.md").read_text()
+    assert "magnitude uses no data" in card
+    assert subset.content_hash not in card
+
+
 # --- bad input: before any weight is loaded ---------------------------------------------------------------------
 
 
@@ -221,6 +246,8 @@ def test_another_tokenizer_can_be_forced_and_is_recorded(tmp_path, llama):
         ({"sparsity": 0.5, "propagate": "both"}, "pruned, dense"),
         ({"sparsity": 0.5, "tokens": "answer"}, "all, completion, prompt"),
         ({"sparsity": 0.5, "damping": -1.0}, "damping"),
+        ({"sparsity": 0.01, "group": "row"}, r"32 weights of a row of model\.layers\.0\.self_attn\.q_proj .* none"),
+        ({"sparsity": 0.999}, r"weights of a block of model\.layers\.0\.self_attn\.k_proj rounds to all"),
         ({"sparsity": 0.5, "batch_tokens": 0}, "batch_tokens"),
         ({"sparsity": 0.5, "block_size": 0}, "block_size"),
         ({"sparsity": 0.5, "max_length": 1000}, "exceeds the 128 positions"),
@@ -337,6 +364,123 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_matrix(tmp_path
     assert left_beside(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("where", ["load", "blocks"])
+def test_too_little_memory_says_what_to_lower(tmp_path, llama, monkeypatch, where):
+    def exhaust(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 80 GiB")
+
+    if where == "load":
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", exhaust)
+    else:
+        monkeypatch.setattr("calset.pruning.walk.Walk.statistics", exhaust)
+    with pytest.raises(PruningError, match=r"--batch-tokens \(it was 99\).*--max-length.*--device cpu") as caught:
+        prune(llama, make_subset(), tmp_path / "out", sparsity=0.5, batch_tokens=99)
+    assert "\n" not in str(caught.value)
+    assert left_beside(tmp_path / "out") == []
+
+
+def test_any_fault_while_saving_is_one_line_and_leaves_nothing(tmp_path, llama, monkeypatch):
+    def fail(folder: Path) -> None:
+        raise ValueError("odd\nodder")
+
+    monkeypatch.setattr(checkpoint, "_flush", fail)
+    with pytest.raises(PruningError, match="could not write .*: odd; nothing was left there"):
+        prune(llama, make_subset(), tmp_path / "out", method="magnitude", sparsity=0.5)
+    assert left_beside(tmp_path / "out") == []
+
+
+# --- what the source's files hold -------------------------------------------------------------------------------
+
+
+def set_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def assert_only_matrices_changed(dense: dict[str, torch.Tensor], report, out: Path) -> None:
+    sparse = weights_of(out)
+    listed = {m.name: m for m in report.matrices}
+    assert dense.keys() == sparse.keys()
+    for name, tensor in dense.items():
+        assert sparse[name].dtype == tensor.dtype, name
+        if name in listed:
+            assert int((sparse[name] == 0).sum()) == listed[name].n_zeros
+        else:
+            assert torch.equal(sparse[name], tensor), name
+    assert verify(out).n_untouched == len(dense) - len(listed)
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_is_kept_as_it_is(tmp_path, llama):
+    folder = shutil.copytree(llama, tmp_path / "dense")
+    text = '{"do_sample": false, "temperature": 0.6, "top_p": 0.95}'
+    (folder / "generation_config.json").write_text(text)
+    prune(folder, make_subset(), tmp_path / "out", method="wanda", sparsity=0.5)
+    assert (tmp_path / "out/generation_config.json").read_text() == text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_that_names_another_dtype_does_not_retype_the_weights(tmp_path, method):
+    narrow = save_model(tmp_path / "narrow", dtype=torch.bfloat16)
+    set_config(narrow, dtype="float32")
+    report = prune(narrow, make_subset(), tmp_path / "a", method=method, sparsity=0.5)
+    assert_only_matrices_changed(weights_of(narrow), report, tmp_path / "a")
+    wide = save_model(tmp_path / "wide", dtype=torch.float32)
+    set_config(wide, dtype="bfloat16")
+    report = prune(wide, make_subset(), tmp_path / "b", method=method, sparsity=0.5)
+    assert_only_matrices_changed(weights_of(wide), report, tmp_path / "b")
+    if method != "sparsegpt":  # what stays, stays exactly: it was never rounded to the config's bfloat16
+        name = report.matrices[0].name
+        dense, sparse = weights_of(wide)[name], weights_of(tmp_path / "b")[name]
+        assert torch.equal(sparse[sparse != 0], dense[sparse != 0])
+
+
+def test_a_mixed_checkpoint_stays_mixed_and_its_spare_tensors_stay(tmp_path):
+    folder = save_model(tmp_path / "dense", dtype=torch.bfloat16)
+    weights = weights_of(folder)
+    for name in weights:
+        if "norm" in name or "layers.1.mlp" in name:
+            weights[name] = weights[name].float() + 1e-5
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(4.0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", "by": "me"})
+    report = prune(folder, make_subset(), tmp_path / "out", sparsity=0.5)
+    assert_only_matrices_changed(weights, report, tmp_path / "out")
+
+
+def test_shards_keep_their_names_and_index_and_other_layouts_stay_behind(tmp_path):
+    folder = save_model(tmp_path / "dense")
+    weights = weights_of(folder)
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        save_file({n: weights[n] for n in members}, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": {n: s for s, members in shards.items() for n in members}}
+    (folder / checkpoint.INDEX).write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    out = tmp_path / "out"
+    prune(folder, make_subset(), out, sparsity=0.5)
+    assert sorted(p.name for p in out.glob("*.safetensors")) == sorted(shards)
+    assert (out / checkpoint.INDEX).read_bytes() == (folder / checkpoint.INDEX).read_bytes()
+    assert all(load_file(out / s).keys() == set(members) for s, members in shards.items())
+    assert verify(out).n_untouched == len(weights) - 14
+
+
+def test_tensors_that_transformers_renames_are_saved_by_it(tmp_path):
+    folder = save_model(tmp_path / "dense", dtype=torch.bfloat16, tie_word_embeddings=True)
+    weights = {k.removeprefix("model."): v for k, v in weights_of(folder).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    set_config(folder, dtype="float32")
+    report = prune(folder, make_subset(), tmp_path / "out", sparsity=0.5)
+    sparse = weights_of(tmp_path / "out")
+    assert {m.name for m in report.matrices} < sparse.keys()
+    assert {t.dtype for t in sparse.values()} == {torch.bfloat16}
+    assert "name its tensors differently" in verify(tmp_path / "out").notes[0]
+    weights["norm.weight"] = weights["norm.weight"].float()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="BF16, F32 under names that transformers changes"):
+        prune(folder, make_subset(), tmp_path / "again", sparsity=0.5)
+
+
 # --- verify -----------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +564,59 @@ def test_verify_says_when_the_dense_model_is_gone_or_changed(tmp_path, llama):
     assert report.n_untouched is None
     assert "--base" in report.lines()[-1]
     assert verify(out, base=llama).n_untouched is not None
+
+
+def edit_record(folder: Path, change) -> None:
+    record = json.loads((folder / "pruning.json").read_text())
+    change(record)
+    (folder / "pruning.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(sparsity=0.9), r"q_proj\.weight had 512 weights pruned, but sparsity 0\.9 .* is 922"),
+        (lambda r: r["matrices"][0].update(n_pruned=600), "600 weights pruned"),
+        (lambda r: r["matrices"].pop(3), r"layers\.0\.self_attn\.o_proj\.weight is a matrix of the decoder, but not"),
+        (lambda r: r["matrices"].append(r["matrices"][0]), "listed twice"),
+    ],
+)
+def test_verify_does_not_trust_the_record(copy_of_pruned, change, message):
+    edit_record(copy_of_pruned, change)
+    with pytest.raises(VerificationError, match=message):
+        verify(copy_of_pruned)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sparsity": None, "pattern": None},
+        {"sparsity": None, "pattern": 24},
+        {"sparsity": None, "pattern": "half"},
+        {"sparsity": "0.5"},
+        {"group": 3},
+        {"block_size": None},
+        {"base": None},
+        {"calibration": None},
+        {"schema_version": "1"},
+        {"matrices": {"a": 1}},
+        {"matrices": [3]},
+        {"matrices": [{"name": "a", "shape": [4], "n_zeros": 1, "n_pruned": 1}]},
+        {"matrices": [{"name": "a", "shape": [4, 4], "n_zeros": 1, "n_pruned": None}]},
+    ],
+)
+def test_a_record_of_wrong_types_is_bad_input_in_a_line(copy_of_pruned, change):
+    edit_record(copy_of_pruned, lambda record: record.update(change))
+    with pytest.raises(InputError, match=r"pruning\.json is corrupt") as caught:
+        verify(copy_of_pruned)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", b"\xff", '{"schema_version": 1, "calibration": null, "matrices": []}'])
+def test_read_record_refuses_what_it_cannot_read(tmp_path, text):
+    (tmp_path / "pruning.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=r"pruning\.json is corrupt"):
+        checkpoint.read_record(tmp_path)
 
 
 @pytest.mark.parametrize(

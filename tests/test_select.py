@@ -310,6 +310,52 @@ def test_a_bad_condition_is_one_clear_line(catalog: Catalog, where: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("trace_id IN (SELECT trace_id FROM trace USING SAMPLE 50 ROWS)", "SAMPLE"),
+        ("trace_id IN (SELECT trace_id FROM trace TABLESAMPLE 10%)", "SAMPLE"),
+        ("trace_id IN (SELECT trace_id FROM trace LIMIT 5)", "LIMIT"),
+        ("trace_id IN (SELECT trace_id FROM trace ORDER BY 1 FETCH FIRST 5 ROWS ONLY)", "LIMIT"),
+        ("trace_id IN (SELECT trace_id FROM trace OFFSET 5)", "LIMIT"),
+        ("trace_id IN (SELECT DISTINCT ON (problem_id) trace_id FROM trace)", "DISTINCT ON"),
+        ("trace_id IN (SELECT trace_id FROM traces WHERE rowid < 50)", "rowid"),
+        ("trace_id IN (SELECT any_value(trace_id) FROM trace GROUP BY problem_id)", "any_value"),
+        ("trace_id IN (SELECT trace_id FROM trace QUALIFY row_number() OVER () < 9)", "row_number"),
+        ("age(created_at) > INTERVAL 1 DAY", "age"),
+        ("created_at < localtimestamp", "localtimestamp"),
+        ('created_at::TIME < "localtime"', "localtime"),
+        ("created_at < current_timestamp::TIMESTAMP", "current_timestamp"),
+        ("created_at < current_localtimestamp()", "current_localtimestamp"),
+        ("created_at < ago(INTERVAL 1 DAY)", "ago"),
+        ('"Now"() > created_at', "now"),
+        ("trace_id > main.uuidv4()::VARCHAR", "uuidv4"),
+        ("trace_id > uuidv7()::VARCHAR", "uuidv7"),
+        ("length('it''s') > random/* */()", "random"),
+        ("(SELECT count(*) FROM query('SELECT random()')) > 0", "query"),
+        ("n_tokens > (SELECT count(*) FROM duckdb_memory())", "duckdb_memory"),
+    ],
+)
+def test_a_condition_that_may_differ_tomorrow_is_refused(catalog: Catalog, where: str, named: str) -> None:
+    with pytest.raises(InputError, match=rf"--where may not use {named}.*: a selection must be the same tomorrow"):
+        select(catalog, "bad", "random", where=where)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "question NOT LIKE '%random() limit sample now() localtime%'",
+        "question <> $$age(now()) LIMIT 5$$ -- LIMIT 5, random()",
+        "text NOT IN ('using sample', 'it''s now()')",
+        "n_tokens > (SELECT min(n_tokens) FROM trace) OR source = 'demo'",
+        "trace_id IN (SELECT trace_id FROM trace QUALIFY row_number() OVER (PARTITION BY model ORDER BY trace_id) < 9)",
+        " OR ".join(f"n_tokens = {n}" for n in range(400)),
+    ],
+)
+def test_a_condition_may_speak_of_what_it_may_not_use(catalog: Catalog, where: str) -> None:
+    assert select(catalog, "good", "random", where=where).n_samples > 0
+
+
 def test_an_empty_selection_says_where_the_candidates_went(catalog: Catalog) -> None:
     with pytest.raises(InputError, match=r"filter 'length' \(traces 480.*difficulty \d+, length 0"):
         select(catalog, "none", length_tokens=(5000, 6000))
@@ -369,6 +415,8 @@ def test_warnings_for_a_poor_pool(tmp_path: Path) -> None:
     assert "2 samples where 5 were asked" in warnings
     assert "standard error" in warnings
     assert "60% of the traces did not finish" in warnings
+    # max_tokens is not part of the generation key: the same catalog would keep its truncated traces.
+    assert "build into another catalog with a larger --max-tokens" in warnings
 
 
 # -- recipes as data ------------------------------------------------------------------------------------------------
@@ -417,6 +465,8 @@ def test_a_recipe_file_is_read_over_its_base(tmp_path: Path, catalog: Catalog) -
         ("samples = = 1", "not TOML.*line 1"),
         ("samples = 1\ntokens = 2", "samples or in tokens"),
         ("name = 3", "name must be"),
+        ('base = ["ssgr"]', r"base must be one of .*not \['ssgr'\]"),
+        ("base = {ssgr = 1}", "base must be one of"),
     ],
 )
 def test_a_bad_recipe_file_names_file_and_key(tmp_path: Path, text: str, message: str) -> None:
@@ -429,8 +479,19 @@ def test_a_bad_recipe_file_names_file_and_key(tmp_path: Path, text: str, message
 def test_an_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no recipe 'sgsr': there are ssgr, rac"):
         get_recipe("sgsr")
-    with pytest.raises(InputError, match="cannot read the recipe"):
-        get_recipe(tmp_path / "missing.toml")
+    for name in (str(tmp_path / "missing.toml"), "x" * 300 + ".toml", "nul\0.toml"):
+        with pytest.raises(InputError, match="cannot read the recipe") as caught:
+            get_recipe(name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0byte", "two\nlines"])
+def test_a_text_that_can_be_no_path_is_no_recipe_and_no_model(catalog: Catalog, name: str) -> None:
+    with pytest.raises(InputError, match="no recipe") as caught:
+        get_recipe(name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="no build traces of"):
+        select(catalog, "x", "rac", model=name)
 
 
 # -- recipes that tokenise ------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import duckdb
 import pytest
-from factories import fill
+from factories import fill, make_problem, make_run, make_source, make_trace
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -197,6 +198,80 @@ def test_the_manifest_says_where_everything_comes_from(catalog: Catalog, subset:
     assert manifest["pool"]["taken"] == 6
 
 
+def _prompted(path: Path) -> Catalog:
+    """One problem with and one without a worked solution, run with a system prompt, then one without."""
+    catalog = Catalog(path)
+    problems = [make_problem(1), make_problem(2, metadata={"solution": "2 + 2 makes 4"})]
+    catalog.add_problems(problems)
+    for prompt in ("Think in French.", None):
+        run = make_run("said", system_prompt=prompt, generation_key=f"key of {prompt}")
+        catalog.add_run(run)
+        catalog.add_traces([make_trace(problem, run) for problem in problems])
+    return catalog
+
+
+def test_messages_are_the_prompt_that_was_served_and_what_followed(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    catalog = _prompted(tmp_path / "c.duckdb")
+    subset = select(catalog, "all", "rac")
+    served = {
+        row["trace_id"]: row
+        for row in catalog.rows("SELECT t.*, r.system_prompt FROM trace t JOIN runs r USING (run_id)")
+    }
+    for row in pq.read_table(export(catalog, subset, tmp_path / "all") / DATA).to_pylist():
+        system = served[row["trace_id"]]["system_prompt"]
+        expected = [("system", system)] if system else []
+        expected += [("user", row["question"]), ("assistant", served[row["trace_id"]]["text"])]
+        assert [(m["role"], m["content"]) for m in row["messages"]] == expected
+    assert {row["system_prompt"] for row in served.values()} == {"Think in French.", None}
+
+
+@pytest.mark.parametrize("kind", ["prompt", "gold"])
+@pytest.mark.parametrize("prompt", ["Think in French.", None])
+def test_messages_of_prompts_and_gold_know_the_system_prompt_too(
+    tmp_path: Path, kind: Literal["prompt", "gold"], prompt: str | None
+) -> None:
+    import pyarrow.parquet as pq
+
+    catalog = _prompted(tmp_path / "c.duckdb")
+    key = f"key of {prompt}"
+    traces = catalog.rows("SELECT trace_id, problem_id FROM trace WHERE generation_key = ?", [key])
+    samples = [
+        Sample(subsets.prompt_sample_id(kind, t["problem_id"], key), [1, 2], 2, kind, None, t["problem_id"])
+        for t in traces
+    ]
+    recipe = {"name": kind}
+    subset = Subset("x", 1, hash_samples(samples), recipe, 0, "said", "r1", "tok", samples)
+    rows = pq.read_table(export(catalog, subset, tmp_path / "x") / DATA).to_pylist()
+    system = [("system", prompt)] if prompt else []
+    said = {row["question"]: [(m["role"], m["content"]) for m in row["messages"]] for row in rows}
+    solutions = {"What is 1 + 1?": "2", "What is 2 + 2?": "2 + 2 makes 4"}
+    for question, solution in solutions.items():
+        assistant = [("assistant", solution)] if kind == "gold" else []
+        assert said[question] == [*system, ("user", question), *assistant]
+
+
+def test_the_manifest_tells_no_machine_path(tmp_path: Path) -> None:
+    catalog, problem = Catalog(tmp_path / "c.duckdb"), make_problem()
+    run = make_run(
+        model_path="/home/me/models/tiny",
+        command="/home/me/bin/calset build --model '/home/me/my models/tiny' --problems=/data/q.jsonl --limit 3 "
+        "--server http://localhost:8000/v1 --out ~/runs/a here/b",
+    )
+    catalog.add_source(replace(make_source(), spec="/home/me/questions.jsonl"))
+    catalog.add_problems([problem])
+    catalog.add_run(run)
+    catalog.add_traces([make_trace(problem, run)])
+    text = (export(catalog, select(catalog, "x", "rac"), tmp_path / "out") / MANIFEST).read_text()
+    assert not [word for word in ("/home", "/data", "~", "my models", str(tmp_path)) if word in text]
+    manifest = json.loads(text)
+    assert manifest["runs"][0]["command"] == (
+        "calset build --model tiny --problems=q.jsonl --limit 3 --server http://localhost:8000/v1 --out a here/b"
+    )
+    assert manifest["sources"][0]["spec"] == "questions.jsonl"
+
+
 def test_nulls_only_columns_keep_their_types(catalog: Catalog, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
@@ -304,6 +379,53 @@ def test_a_folder_that_is_not_an_export_says_why(catalog: Catalog, subset: Subse
         with pytest.raises(InputError, match=message) as caught:
             resolve(folder)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("input_ids", None), ("input_ids", [1, None]), ("input_ids", ["1", "2"]), ("input_ids", [-1, 2]),
+        ("input_ids", [2**31, 2]), ("input_ids", [2**63 - 1]), ("input_ids", [1.5]), ("input_ids", "12"),
+        ("input_ids", [True]), ("n_prompt_tokens", None), ("n_prompt_tokens", -1), ("n_prompt_tokens", 10**6),
+        ("n_prompt_tokens", "3"), ("sample_id", None), ("sample_id", 5), ("kind", "image"), ("kind", None),
+        ("trace_id", 7), ("problem_id", [1]),
+    ],
+)  # fmt: skip
+def test_rows_that_are_no_samples_are_one_clear_line(
+    catalog: Catalog, subset: Subset, tmp_path: Path, column: str, value: object
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = export(catalog, subset, tmp_path / "out")
+    table = pq.read_table(folder / DATA)
+    odd = pa.array([value] * len(table))
+    pq.write_table(table.set_column(table.column_names.index(column), column, odd), folder / DATA)
+    with pytest.raises(InputError, match=rf"cannot read .*row 0 .*{column}.*export the subset again") as caught:
+        read_directory(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": float("inf")}, {"seed": [1]}, {"name": 3}, {"recipe": 5}, {"created_at": 1}, {"warnings": 2}]
+)
+def test_a_manifest_of_odd_values_is_one_clear_line(
+    catalog: Catalog, subset: Subset, tmp_path: Path, change: dict[str, object]
+) -> None:
+    folder = export(catalog, subset, tmp_path / "out")
+    _edit(folder, **change)
+    with pytest.raises(InputError, match="is not a calset manifest") as caught:
+        read_directory(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_too_long_to_be_a_file_is_one_clear_line(catalog: Catalog, subset: Subset, tmp_path: Path) -> None:
+    for ref in ("x" * 300, "a/" + "x" * 300):
+        with pytest.raises(InputError) as caught:
+            resolve(ref, catalog)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="cannot write"):
+        export(catalog, subset, tmp_path / ("x" * 300))
 
 
 def test_check_name_accepts_what_it_promises() -> None:

@@ -56,7 +56,7 @@ class BuildProgress:
     correct: int
     judged: int
     eta_seconds: float | None
-    phase: str  # "starting engine", "generating", "done"
+    phase: str  # "starting engine", "generating", and last "done" or "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +184,8 @@ def build(
     running = _running(engine, plan, device=device, concurrency=concurrency, options=engine_options)
     try:
         work.start_seconds = time.monotonic() - began
+        if engine == "auto" and running.name != resolve_engine(engine):
+            work.warn(f"vLLM is installed but cannot be imported, {running.name} ran instead; --engine vllm says why")
         work.generate(running, graders)
     finally:
         if isinstance(engine, str):
@@ -217,20 +219,30 @@ def grade(
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     if grader is not None:
         check_grader(grader)
-    before = dict(store.query("SELECT trace_id, verdict FROM trace").rows)
+    before = _verdicts(store, ungraded, model, source)
     began, changed, verdicts = time.monotonic(), 0, Counter[str]()
-    todo = list(_pages(store, ungraded, model, source, commit_size))
-    total = sum(len(page) for page in todo)
     with GradingPool(graders) as pool:
-        for page in todo:
+        for page in _pages(store, ungraded, model, source, commit_size):
             futures = [(t, p, _submit(pool, t, p, grader or p.grader)) for t, p in page]
             grades = [_grade_row(t, grader or p.grader, f.result()) for t, p, f in futures]
             store.record([], grades)
             verdicts.update(g.verdict for g in grades)
             changed += sum(before.get(g.trace_id) != g.verdict for g in grades)
             if progress is not None:
-                progress(verdicts.total(), total)
+                progress(verdicts.total(), len(before))
     return GradeReport(verdicts.total(), changed, dict(verdicts), time.monotonic() - began)
+
+
+def _verdicts(store: Catalog, ungraded: bool, model: str | None, source: str | None) -> dict[str, str]:
+    """Trace id -> present verdict of what is to be graded: all that a re-grading holds of every trace at once."""
+    rows = store.query(
+        """
+        SELECT trace_id, verdict FROM trace
+        WHERE (? IS NULL OR model = ?) AND (? IS NULL OR source = ?) AND (NOT ? OR verdict = 'ungraded')
+        """,
+        [model, model, source, source, ungraded],
+    ).rows
+    return dict(rows)
 
 
 def _pages(
@@ -306,7 +318,8 @@ def _plan(
         chat_template_hash=info.chat_template_hash,
         system_prompt=system_prompt,
         sampling=sampling.as_dict(),
-        kind=kind,
+        # An evaluation reports its seed and limit as its own, so other ones are other traces; a build's stay out of it.
+        kind=kind if kind == "build" else f"{kind}-{seed}-{budget}",
     )
     return _Plan(
         info,
@@ -360,6 +373,25 @@ class _Unit:
     trace_id: str
 
 
+class _Rate:
+    """Tokens a second over the last commits.
+
+    The time runs from the commit before the oldest one kept: its tokens were made since then, however rare commits are.
+    """
+
+    def __init__(self, began: float) -> None:
+        self._since = began
+        self._kept: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, tokens: int) -> None:
+        self._kept.append((now, tokens))
+        while len(self._kept) > 1 and self._kept[0][0] < now - RECENT_SECONDS:
+            self._since = self._kept.popleft()[0]
+
+    def per_second(self, now: float) -> float:
+        return sum(tokens for _, tokens in self._kept) / max(now - self._since, 1e-9)
+
+
 class _Build:
     """One build's state: what is to do, what is being graded, what is saved."""
 
@@ -374,7 +406,7 @@ class _Build:
     ) -> None:
         self.plan, self.store, self.graded = plan, store, graded
         self._every, self._size, self._progress = commit_every_seconds, commit_size, progress
-        self._warnings = list(plan.warnings)
+        self._warnings = [*plan.warnings, *_cut_shorter(store, plan)]
         done = store.existing_trace_ids(plan.key)
         units = self._units()
         self.todo = {unit.trace_id: unit for unit in units if unit.trace_id not in done}
@@ -385,8 +417,8 @@ class _Build:
         self.start_seconds = self.seconds = 0.0
         self._saved = self._tokens = self._truncated = self._correct = self._judged = 0
         self._verdicts: Counter[str] = Counter()
-        self._recent: deque[tuple[float, int]] = deque()
         self._began = time.monotonic()
+        self._rate = _Rate(self._began)
         self._locked_since: float | None = None
 
     def _units(self) -> Iterator[_Unit]:
@@ -401,6 +433,7 @@ class _Build:
         self.store.add_run(self._run(engine))
         finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._began = time.monotonic()
+        self._rate = _Rate(self._began)
         self.emit("generating")
         with _interruptible() as stop, GradingPool(graders) as pool:
             pump = threading.Thread(target=self._pump, args=(engine, stop, finished), name="calset-pump", daemon=True)
@@ -411,7 +444,7 @@ class _Build:
                 engine.cancel()
                 pump.join(timeout=60)
                 self.seconds = time.monotonic() - self._began
-        self.emit("done")
+        self.emit("stopped" if self.stopped else "done")
 
     def _pump(self, engine: Engine, stop: threading.Event, finished: queue.SimpleQueue[Any]) -> None:
         """Runs in its own thread: feed the engine, hand on what comes out, then the end or the error."""
@@ -497,43 +530,48 @@ class _Build:
         traces = [trace for trace, _, _ in ready]
         grades = [_grade_row(trace, grader, future.result()) for trace, grader, future in ready if future is not None]
         try:
-            self.store.record(traces, grades)
+            fresh = self.store.record(traces, grades).fresh
         except CatalogLocked:
             self._locked_since = self._locked_since or time.monotonic()
             if time.monotonic() - self._locked_since > LOCK_PATIENCE_SECONDS:
                 raise
             return False
         self._locked_since = None
-        self._count(traces, grades)
+        # What another build of the same traces had saved meanwhile is there, but not ours.
+        self.n_existing += len(traces) - len(fresh)
+        self._count(
+            [trace for trace in traces if (trace.trace_id, trace.attempt) in fresh],
+            [grade for grade in grades if (grade.trace_id, grade.attempt) in fresh],
+        )
         self.emit("generating")
         return True
 
     def _count(self, traces: list[Trace], grades: list[Grade]) -> None:
-        now, tokens = time.monotonic(), sum(trace.n_tokens for trace in traces)
+        tokens = sum(trace.n_tokens for trace in traces)
         self._saved += len(traces)
         self._tokens += tokens
-        self._recent.append((now, tokens))
-        while self._recent[0][0] < now - RECENT_SECONDS and len(self._recent) > 1:
-            self._recent.popleft()
+        self._rate.add(time.monotonic(), tokens)
         found = Counter(grade.verdict for grade in grades) if self.graded else Counter({"ungraded": len(traces)})
         self._verdicts.update(found)
         self._truncated += sum(trace.finish_reason == "length" for trace in traces)
         self._correct += found["correct"]
         self._judged += sum(found[verdict] for verdict in JUDGED)
 
+    def warn(self, text: str) -> None:
+        self._warnings.append(text)
+
     def emit(self, phase: str) -> None:
         if self._progress is None:
             return
         seconds = max(time.monotonic() - self._began, 1e-9)
-        left = len(self.todo) - self._saved
-        span = min(seconds, RECENT_SECONDS)
+        left = self.n_requested - self.n_existing - self._saved
         self._progress(
             BuildProgress(
                 total=self.n_requested,
                 saved=self._saved,
                 existing=self.n_existing,
                 tokens=self._tokens,
-                tokens_per_second=sum(n for _, n in self._recent) / span,
+                tokens_per_second=self._rate.per_second(time.monotonic()),
                 lifetime_tokens_per_second=self._tokens / seconds,
                 truncated=self._truncated,
                 correct=self._correct,
@@ -590,6 +628,25 @@ class _Build:
             problem_ids=tuple(problem.problem_id for problem in plan.problems),
             warnings=tuple(self._warnings),
         )
+
+
+def _cut_shorter(store: Catalog, plan: _Plan) -> list[str]:
+    """A warning when traces asked for are there, but cut by a smaller limit: a build's limit is not in their key."""
+    count, limit = store.query(
+        """
+        SELECT count(*), max(max_tokens) FROM latest_traces
+        WHERE generation_key = ? AND finish_reason = 'length' AND max_tokens < ? AND sample_index < ?
+            AND problem_id IN (SELECT unnest(?::VARCHAR[]))
+        """,
+        [plan.key, plan.max_tokens, plan.samples, [problem.problem_id for problem in plan.problems]],
+    ).rows[0]
+    if not count:
+        return []
+    traces, kept = ("trace was", "it is") if count == 1 else ("traces were", "they are")
+    return [
+        f"{count} existing {traces} cut at {limit} tokens; {kept} kept: build into another catalog to run "
+        f"{'it' if count == 1 else 'them'} with more"
+    ]
 
 
 def _next(finished: queue.SimpleQueue[Any], grading: Sequence[Any], ended: bool) -> Any:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calset import demo, ids
-from calset.builder.engines.base import Sampling
+from calset.builder.engines.base import Sampling, import_problem
 from calset.builder.reasoning import ReasoningFormat, detect
-from calset.errors import InputError
+from calset.errors import InputError, first_line
 
 # All but the weights, which the engine fetches itself.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
@@ -49,7 +50,7 @@ class ModelInfo:
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:
-            raise InputError(f"the chat template of {self.model} refuses the prompt: {_line(error)}") from error
+            raise InputError(f"the chat template of {self.model} refuses the prompt: {first_line(error)}") from error
         return tuple(int(i) for i in found)
 
     def decode(self, token_ids: Any) -> str:
@@ -61,9 +62,14 @@ def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
     """Read a model's config, tokenizer and template, from a folder or the Hub; loads no weights, runs no remote code.
 
     Raises:
-        InputError: no such folder or Hub model, no config.json, no safetensors, no usable tokenizer or chat template.
+        InputError: no such folder or Hub model, no config.json, no safetensors, no usable tokenizer, chat template or
+            generation_config.json, or a transformers that cannot be imported.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    try:
+        from transformers import AutoConfig, AutoTokenizer
+    except Exception as error:  # RuntimeError too: "operator torchvision::nms does not exist"
+        why = import_problem(error, "reinstall torch and transformers")
+        raise InputError(f"transformers is installed but cannot be imported: {why}") from error
 
     folder, sha, is_local = locate(model, revision)
     if not (folder / "config.json").is_file():
@@ -71,11 +77,11 @@ def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"cannot read {folder / 'config.json'}: {_line(error)}") from error
+        raise InputError(f"cannot read {folder / 'config.json'}: {first_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"cannot load the tokenizer of {model}: {_line(error)}") from error
+        raise InputError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
     template = _chat_template(model, tokenizer)
     defaults = _generation_config(folder)
     return ModelInfo(
@@ -89,7 +95,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
         chat_template_hash=ids.text_hash(template),
         max_model_len=_max_model_len(model, config),
         eos_token_ids=_eos_token_ids(defaults, config, tokenizer),
-        sampling=_sampling(defaults),
+        sampling=_sampling(defaults, folder / "generation_config.json"),
         reasoning=detect(tokenizer, template),
     )
 
@@ -116,7 +122,7 @@ def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
         snapshot = Path(snapshot_download(text, revision=revision, allow_patterns=SMALL_FILES))
     except Exception as error:
         raise InputError(
-            f"there is no folder {model}, and the Hub did not give a model of that name: {_line(error)}"
+            f"there is no folder {model}, and the Hub did not give a model of that name: {first_line(error)}"
         ) from error
     return snapshot, snapshot.name, False
 
@@ -145,24 +151,35 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"cannot read {path}: {_line(error)}") from error
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error
     return found if isinstance(found, dict) else {}
 
 
-def _sampling(defaults: dict[str, Any]) -> Sampling:
-    """generation_config's values, whatever its ``do_sample`` says: calset samples unless told temperature 0."""
+def _sampling(defaults: dict[str, Any], path: Path) -> Sampling:
+    """generation_config's values, whatever its ``do_sample`` says: calset samples unless told temperature 0.
+
+    Raises:
+        InputError: a value that is no number or out of its range; names the file.
+    """
 
     def value(name: str, default: float) -> float:
         found = defaults.get(name)
-        return default if found is None else found
+        if found is None:
+            return default
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
+            raise InputError(f"{name} must be a number, not {found!r}")
+        return float(found)
 
-    return Sampling(
-        temperature=float(value("temperature", 1.0)),
-        top_p=float(value("top_p", 1.0)),
-        top_k=max(0, int(value("top_k", 0))),
-        min_p=float(value("min_p", 0.0)),
-        repetition_penalty=float(value("repetition_penalty", 1.0)),
-    )
+    try:
+        return Sampling(
+            temperature=value("temperature", 1.0),
+            top_p=value("top_p", 1.0),
+            top_k=max(0, int(value("top_k", 0))),
+            min_p=value("min_p", 0.0),
+            repetition_penalty=value("repetition_penalty", 1.0),
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}; correct it there") from error
 
 
 def _eos_token_ids(defaults: dict[str, Any], config: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -180,8 +197,3 @@ def _max_model_len(model: str | Path, config: Any) -> int:
     if not length:
         raise InputError(f"the config of {model} does not say max_position_embeddings; calset cannot tell its length")
     return int(length)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, for a one-line report."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
@@ -18,7 +20,7 @@ from urllib.parse import parse_qsl
 
 from calset import demo, ids
 from calset.catalog.records import Problem, Source
-from calset.errors import InputError
+from calset.errors import InputError, first_line
 
 FILE_TYPES = (".jsonl", ".parquet", ".csv")
 ACCEPTED = "a .jsonl, .parquet or .csv file, gym:TASK?option=value&size=N&seed=S, demo, or demo:evaluate"
@@ -55,7 +57,7 @@ def load_problems(
     kind, _, rest = spec.partition(":")
     if spec in ("demo", "demo:build", "demo:evaluate"):
         source, problems = _demo("evaluate" if rest == "evaluate" else "build")
-    elif kind == "gym" and not Path(spec).exists():
+    elif kind == "gym":
         source, problems = _gym(spec)
     elif Path(spec).suffix.lower() in FILE_TYPES:
         source, problems = _file(Path(spec), question or "question", answer or "answer")
@@ -121,12 +123,15 @@ def open_gym(task: str, options: dict[str, Any]) -> Any:
     size = options.get("size", GYM_DEFAULTS["size"])
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise InputError(f"size must be a positive whole number, not {size!r}")
+    seed = options.get("seed", GYM_DEFAULTS["seed"])
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise InputError(f"seed must be a whole number, not {seed!r}")
     try:
         return create_dataset(task, **({k: v for k, v in GYM_DEFAULTS.items() if k in known} | options))
     except Exception as error:
         given = "&".join(f"{k}={v}" for k, v in options.items())
         raise InputError(
-            f"reasoning-gym's {task} refuses {given!r} ({_line(error)}); its options: {', '.join(known)}"
+            f"reasoning-gym's {task} refuses {given!r} ({first_line(error)}); its options: {', '.join(known)}"
         ) from error
 
 
@@ -162,9 +167,17 @@ def _value(text: str) -> Any:
     if lowered in ("true", "false"):
         return lowered == "true"
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError):
         return text
+
+
+def _finite(text: str) -> float:
+    """A source's id is a hash of its options as JSON, which knows neither NaN nor infinity (``1e999`` is one too)."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise InputError(f"a task's option must be a finite number, not {text}")
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -212,7 +225,7 @@ def _demo_problems(source: Source, specs: list[dict[str, Any]]) -> list[Problem]
 
 
 def _file(path: Path, question: str, answer: str) -> tuple[Source, Iterator[Problem]]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         raise InputError(f"no file {path}; pass {ACCEPTED}")
     revision = ids.files_hash([path])
     source = Source(
@@ -227,7 +240,7 @@ def _file(path: Path, question: str, answer: str) -> tuple[Source, Iterator[Prob
     try:
         rows = list(read(path))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {_line(error)}") from error
+        raise InputError(f"{path} is not UTF-8 text: {first_line(error)}") from error
     if not rows:
         raise InputError(f"{path} holds no problems")
     return source, _file_problems(source, path, rows, question, answer)
@@ -281,7 +294,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number} is not JSON: {_line(error)}") from error
+                raise InputError(f"{path}:{number} is not JSON: {first_line(error)}") from error
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number} is not a JSON object but a {type(row).__name__}")
             yield number, row
@@ -295,7 +308,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:
-            raise InputError(f"{path}:{reader.line_num} is not CSV: {_line(error)}") from error
+            raise InputError(f"{path}:{reader.line_num} is not CSV: {first_line(error)}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -307,12 +320,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         columns = [column[0] for column in found.description or []]
         rows = found.fetchall()
     except duckdb.Error as error:
-        raise InputError(f"cannot read {path} as Parquet: {_line(error)}") from error
+        raise InputError(f"cannot read {path} as Parquet: {first_line(error)}") from error
     finally:
         connection.close()
     for number, row in enumerate(rows, 1):
         yield number, dict(zip(columns, row, strict=True))
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -44,10 +44,11 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """How many rows of a ``record`` were new."""
+    """How many rows of a ``record`` were new; ``fresh`` are the new traces' (trace id, attempt)."""
 
     traces: int
     grades: int
+    fresh: frozenset[tuple[str, int]] = frozenset()
 
 
 class Catalog:
@@ -67,7 +68,7 @@ class Catalog:
 
     def exists(self) -> bool:
         """Whether the file is there; reading a catalog that is not there is an InputError."""
-        return self.path.is_file()
+        return os.path.isfile(self.path)
 
     # -- connections ------------------------------------------------------------------------------------------------
 
@@ -94,13 +95,16 @@ class Catalog:
     def connect(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         """A read-only DuckDB connection of your own: ``with catalog.connect() as con: con.sql("FROM trace").pl()``.
 
-        Use it in the thread that opened it. While it is open no process can write to the catalog.
+        Use it in the thread that opened it. While it is open no process can write to the catalog. Inside the block the
+        catalog's own reads work (``stats``, ``runs``, ``trace``, ``load``, ``export``, ...). ``query`` and whatever
+        writes (``select``, ``add_...``) raise CatalogError: this connection may read files, so SQL for ``query`` would
+        lose its walls here; ask on the connection itself, or close it first.
         """
         return self._open("read")
 
     def rows(self, sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """Rows of a read-only query of calset's own as dicts, JSON columns parsed; for a user's SQL see ``query``."""
-        with self._open("query") as con:
+        with self._open("own") as con:
             cursor = con.execute(sql, list(params))
             names = [column[0] for column in cursor.description or []]
             rows = cursor.fetchall()
@@ -137,6 +141,9 @@ class Catalog:
     def record(self, traces: Sequence[Trace], grades: Sequence[Grade]) -> Recorded:
         """Keep traces and their grades in one transaction: after it returns, both are on disk; before, neither.
 
+        A trace that was there already stays as it is, and a grade that comes with it in this call is dropped: it judged
+        another completion (of a second build of the same traces).
+
         Raises:
             CatalogLocked, CatalogError, InputError: nothing was kept.
         """
@@ -144,7 +151,9 @@ class Catalog:
             return Recorded(0, 0)
         with self.transaction() as con:
             fresh = _insert_traces(con, traces)
-            return Recorded(len(fresh), _insert_grades(con, grades, fresh))
+            strangers = {(t.trace_id, t.attempt) for t in traces} - fresh
+            grades = [grade for grade in grades if (grade.trace_id, grade.attempt) not in strangers]
+            return Recorded(len(fresh), _insert_grades(con, grades, fresh), frozenset(fresh))
 
     def add_evaluation(self, record: Mapping[str, Any]) -> str:
         """Keep what an evaluation found (any JSON-able mapping); returns its id."""
@@ -167,7 +176,7 @@ class Catalog:
         """The trace ids kept for a generation key, at any attempt; none when there is no catalog yet."""
         if not self.exists():
             return set()
-        with self._open("query") as con:
+        with self._open("own") as con:
             rows = con.execute("SELECT trace_id FROM traces WHERE generation_key = ?", [generation_key]).fetchall()
         return {trace for (trace,) in rows}
 
@@ -201,7 +210,9 @@ class Catalog:
         """
         found = self.problems([problem_id])
         if not found:
-            raise InputError(f"no problem {problem_id!r} in {self.path}: calset problems lists them")
+            raise InputError(
+                f"no problem {problem_id!r} in {self.path}: calset query 'SELECT problem_id FROM problem' lists them"
+            )
         return found[problem_id]
 
     def problems(self, problem_ids: Sequence[str]) -> dict[str, Problem]:
@@ -226,7 +237,7 @@ class Catalog:
             JOIN (SELECT unnest(?::VARCHAR[]) AS trace_id, unnest(?::INTEGER[]) AS attempt) w
                 ON w.trace_id = k.trace_id AND w.attempt = k.attempt
         """
-        with self._open("query") as con:
+        with self._open("own") as con:
             rows = con.execute(sql, [[t for t, _ in attempts], [a for _, a in attempts]]).fetchall()
         return {(trace, attempt): (prompt, completion) for trace, attempt, prompt, completion in rows}
 
@@ -326,6 +337,7 @@ class Catalog:
 
         Raises:
             InputError: not a single SELECT, or DuckDB's reason why it cannot be answered.
+            CatalogError: this thread has a ``connect()`` open, which could not be closed off.
         """
         with self._open("query") as con:
             try:

@@ -23,7 +23,8 @@ import duckdb
 from calset.catalog import migrations
 from calset.errors import CatalogError, CatalogLocked, InputError
 
-Mode = Literal["write", "read", "query"]
+# "own" is calset's own reading SQL, which needs no walls: it joins "read" or "query", whichever is open already.
+Mode = Literal["write", "read", "query", "own"]
 
 # A file written by DuckDB 2 opens in 1.5 only with this; 1.5 takes the option too.
 _STORAGE = {"storage_compatibility_version": "v1.5.0"}
@@ -54,17 +55,25 @@ class _Gate:
     def _free(self, mode: Mode) -> bool:
         if self._mode is None:
             return True
-        return mode == self._mode != "write" and not self._writers_waiting
+        return self._shares(mode) and not self._writers_waiting
 
-    def enter(self, mode: Mode, path: Path, deadline: float) -> None:
+    def _shares(self, mode: Mode) -> bool:
+        return self._mode != "write" and mode in (self._mode, "own")
+
+    def enter(self, mode: Mode, path: Path, deadline: float) -> Mode:
+        """Wait for the path to be free for ``mode``; returns the mode to open it in, which is never "own"."""
         me = threading.get_ident()
         with self._changed:
-            if me in self._holders and (mode != self._mode or mode == "write"):
-                raise CatalogError(f"this thread still has {path} open ({self._mode}): close that connection first")
+            if me in self._holders and not self._shares(mode):
+                instead = "ask on that connection, or " if (mode, self._mode) == ("query", "read") else ""
+                raise CatalogError(
+                    f"this thread still has {path} open ({self._mode}): {instead}close that connection first"
+                )
             if me not in self._holders:
                 self._wait(mode, path, deadline)
-            self._mode = mode
+            self._mode = mode if mode != "own" else self._mode or "query"
             self._holders[me] = self._holders.get(me, 0) + 1
+            return self._mode
 
     def _wait(self, mode: Mode, path: Path, deadline: float) -> None:
         self._writers_waiting += mode == "write"
@@ -115,10 +124,10 @@ def opened(path: Path, mode: Mode, lock_timeout: float) -> Iterator[duckdb.DuckD
     """
     deadline = time.monotonic() + lock_timeout
     _check_path(path, mode)
-    if mode == "write" and not path.exists():
+    if mode == "write" and not os.path.exists(path):
         _create(path)
     gate = _gate(path)
-    gate.enter(mode, path, deadline)
+    mode = gate.enter(mode, path, deadline)
     try:
         con = _connect_current(path, mode, deadline)
         try:
@@ -138,11 +147,12 @@ def _close(con: duckdb.DuckDBPyConnection, path: Path) -> None:
 
 
 def _check_path(path: Path, mode: Mode) -> None:
-    if path.is_dir():
+    # os.path says False, where Path's methods raise, of a name too long to be one.
+    if os.path.isdir(path):
         raise InputError(f"{path} is a folder, not a catalog: name a file with --catalog")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise InputError(f"the folder of the catalog {path} does not exist: create it first")
-    if mode != "write" and not path.exists():
+    if mode != "write" and not os.path.exists(path):
         raise InputError(
             f"there is no catalog at {path}: calset build makes one, --catalog or CALSET_CATALOG names another"
         )
@@ -152,7 +162,7 @@ def _create(path: Path) -> None:
     """Make the file complete under another name first: a kill leaves a catalog or none, never half of one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.new")
     try:
-        con = duckdb.connect(str(draft), config=_CONFIG["write"])
+        con = duckdb.connect(_place(draft), config=_CONFIG["write"])
         try:
             migrations.migrate(con, str(path))
         finally:
@@ -164,7 +174,8 @@ def _create(path: Path) -> None:
         raise InputError(f"cannot create the catalog {path}: {error.strerror}") from error
     finally:
         for leftover in (draft, Path(f"{draft}.wal")):
-            leftover.unlink(missing_ok=True)
+            with suppress(OSError):
+                leftover.unlink()
 
 
 def _publish(draft: Path, path: Path) -> None:
@@ -199,11 +210,16 @@ def _connect_current(path: Path, mode: Mode, deadline: float) -> duckdb.DuckDBPy
         raise
 
 
+def _place(path: Path) -> str:
+    """The path as DuckDB must get it: in full, or a file named ":memory:" or "md:x" would be something else."""
+    return os.path.abspath(path)
+
+
 def _connect(path: Path, mode: Mode, deadline: float) -> duckdb.DuckDBPyConnection:
     pause = 0.005
     while True:
         try:
-            return duckdb.connect(str(path), read_only=mode != "write", config=_CONFIG[mode])
+            return duckdb.connect(_place(path), read_only=mode != "write", config=_CONFIG[mode])
         except duckdb.Error as error:
             if not _is_lock(error) or time.monotonic() >= deadline:
                 raise translate(error, path) from error
@@ -235,6 +251,8 @@ def translate(error: duckdb.Error, path: Path) -> CatalogError | InputError:
         return CatalogError(
             f"no space left for {path}: free some and run the same command again; what was saved is safe"
         )
+    if "File name too long" in text:
+        return InputError(f"{path} is too long for a file name: name a shorter one with --catalog")
     if "Permission denied" in text or "Read-only file system" in text or "Operation not permitted" in text:
         reason = line.rsplit(": ", 1)[-1].lower()
         return InputError(f"{path} cannot be opened ({reason}): check the permissions of the file and of its folder")

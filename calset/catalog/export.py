@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import Sample, Subset
+from calset.catalog.recipes import Kind
+from calset.catalog.records import Problem, Sample, Subset
 from calset.catalog.values import to_jsonable
 from calset.errors import CatalogError, InputError
 
@@ -29,6 +31,7 @@ MANIFEST_SCHEMA = 1
 MANIFEST = "manifest.json"
 DATA = Path("data") / "train.parquet"
 _REQUIRED = ("sample_id", "kind", "problem_id", "trace_id", "input_ids", "n_prompt_tokens")
+_KINDS = list(get_args(Kind))
 # Row groups small enough that a viewer or a partial reader need not fetch all token ids.
 _ROW_GROUP = 500
 
@@ -46,7 +49,8 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
     """
     path = Path(ref)
     if isinstance(ref, Path) or "/" in ref or os.sep in ref:
-        if path.is_dir():
+        # os.path says False, where Path's methods raise, of a text that can be no path.
+        if os.path.isdir(path):
             return read_directory(path)
         raise InputError(
             f"no calibration subset at {ref}: give NAME or NAME@VERSION of the catalog, or an exported folder"
@@ -55,7 +59,7 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
         return subsets.load(catalog if isinstance(catalog, Catalog) else Catalog(catalog), ref)
     except InputError:
         # A name means the catalog's subset; a folder of that name here counts only when there is none.
-        if (path / MANIFEST).is_file():
+        if os.path.isfile(path / MANIFEST):
             return read_directory(path)
         raise
 
@@ -104,9 +108,9 @@ def _holds(directory: Path, subset: Subset) -> bool:
     Raises:
         InputError: it holds anything else.
     """
-    if not directory.exists():
+    if not os.path.exists(directory):
         return False
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise InputError(f"{directory} is a file: name a new folder")
     if not any(directory.iterdir()):
         return False
@@ -168,17 +172,47 @@ def _table(subset: Subset, catalog: Catalog) -> pa.Table:
     facts = subsets.trace_facts(catalog, subset) if catalog.exists() else {}
     wanted = sorted({s.problem_id for s in subset.samples if s.problem_id})
     problems = catalog.problems(wanted) if catalog.exists() else {}
-    rows = [_export_row(s, facts.get(s.trace_id, {}), problems.get(s.problem_id or "")) for s in subset.samples]
+    prompts = _system_prompts(catalog, wanted) if catalog.exists() else {}
+    rows = []
+    for sample in subset.samples:
+        problem, known = problems.get(sample.problem_id or ""), facts.get(sample.trace_id, {})
+        messages = _messages(sample, problem, known.get("text"), prompts)
+        rows.append(_export_row(sample, known, problem, messages))
     return pa.Table.from_pylist(rows, schema=_schema())
 
 
-def _export_row(sample: Sample, facts: Mapping[str, Any], problem: Any) -> dict[str, Any]:
-    question = problem.question if problem else None
-    text = facts.get("text")
-    messages = None
-    if question is not None:
-        messages = [{"role": "user", "content": question}]
-        messages += [{"role": "assistant", "content": text}] if text is not None else []
+def _system_prompts(catalog: Catalog, problem_ids: Sequence[str]) -> dict[str, str | None]:
+    """The system prompt that was served, by the id of any sample (trace, prompt, gold) of these problems.
+
+    The prompt is part of the generation key, so every attempt of a trace and every run of a key has the same.
+    """
+    rows = catalog.rows(
+        "SELECT DISTINCT t.trace_id, t.problem_id, t.generation_key, r.system_prompt FROM traces t "
+        "JOIN runs r ON r.run_id = t.run_id WHERE t.problem_id IN (SELECT unnest(?::VARCHAR[]))",
+        [list(problem_ids)],
+    )
+    found = {row["trace_id"]: row["system_prompt"] for row in rows}
+    for problem, key, prompt in {(r["problem_id"], r["generation_key"], r["system_prompt"]) for r in rows}:
+        found |= {subsets.prompt_sample_id(kind, problem, key): prompt for kind in ("prompt", "gold")}
+    return found
+
+
+def _messages(
+    sample: Sample, problem: Problem | None, text: str | None, system_prompts: Mapping[str, str | None]
+) -> list[dict[str, str]] | None:
+    """The turns as the model was served them and what followed; None when the catalog does not know them."""
+    if problem is None or sample.sample_id not in system_prompts:
+        return None
+    system = system_prompts[sample.sample_id]
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": problem.question})
+    answer = problem.reference_solution if sample.kind == "gold" else text
+    return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
+
+
+def _export_row(
+    sample: Sample, facts: Mapping[str, Any], problem: Problem | None, messages: list[dict[str, str]] | None
+) -> dict[str, Any]:
     return {
         "sample_id": sample.sample_id,
         "kind": sample.kind,
@@ -187,9 +221,9 @@ def _export_row(sample: Sample, facts: Mapping[str, Any], problem: Any) -> dict[
         "input_ids": list(sample.input_ids),
         "n_prompt_tokens": sample.n_prompt_tokens,
         "n_tokens": len(sample.input_ids) - sample.n_prompt_tokens,
-        "question": question,
+        "question": problem.question if problem else None,
         "answer": problem.answer if problem else None,
-        "text": text,
+        "text": facts.get("text"),
         "messages": messages,
         "verdict": facts.get("verdict"),
         "difficulty": facts.get("difficulty"),
@@ -239,7 +273,25 @@ def _provenance(subset: Subset, catalog: Catalog) -> dict[str, Any]:
     )
     # Where a folder lay on the building machine is nobody else's business.
     made = [{k: v for k, v in asdict(catalog.run(row["run_id"])).items() if k != "model_path"} for row in runs]
-    return {"runs": made, "sources": sources}
+    for run in made:
+        run["command"] = _without_folders(run["command"])
+    return {"runs": made, "sources": [{**source, "spec": _without_folder(source["spec"])} for source in sources]}
+
+
+def _without_folders(command: str) -> str:
+    """A command line whose full paths are names only."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # not written by shlex.join
+        words = command.split()
+    return shlex.join(map(_without_folder, words))
+
+
+def _without_folder(word: str) -> str:
+    """A word, its full path (``/home/me/x``, ``~/x``, ``--option=/home/me/x``, ``file:///x``) cut to the name."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    path = value.removeprefix("file://")
+    return f"{option}{equals}{Path(path).name}" if path.startswith(("/", "~")) else word
 
 
 def read_directory(path: str | Path) -> Subset:
@@ -268,7 +320,7 @@ def read_directory(path: str | Path) -> Subset:
         )
     except KeyError as error:
         raise InputError(f"{path / MANIFEST} lacks {error}: export the subset again") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path / MANIFEST} is not a calset manifest ({error}): export the subset again") from error
     if subsets.hash_samples(samples) != subset.content_hash:
         raise InputError(
@@ -302,7 +354,24 @@ def _read_samples(path: Path) -> Sequence[Sample]:
         rows = pq.read_table(path, columns=list(_REQUIRED)).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}; export the subset again") from error
-    return [
-        Sample(r["sample_id"], r["input_ids"], r["n_prompt_tokens"], r["kind"], r["trace_id"], r["problem_id"])
-        for r in rows
-    ]
+    return [_sample(path, number, row) for number, row in enumerate(rows)]
+
+
+def _sample(path: Path, number: int, row: Mapping[str, Any]) -> Sample:
+    """One row as a sample; checked here, so that nothing but 32-bit token ids reaches the hash and a model."""
+    token_ids, n_prompt = row["input_ids"], row["n_prompt_tokens"]
+    texts = (row["sample_id"], row["problem_id"] or "", row["trace_id"] or "")
+    good = {
+        "input_ids": isinstance(token_ids, list) and all(_is_count(i, 2**31 - 1) for i in token_ids),
+        "n_prompt_tokens": isinstance(token_ids, list) and _is_count(n_prompt, len(token_ids)),
+        "kind": row["kind"] in _KINDS,
+        "sample_id, problem_id or trace_id": all(isinstance(text, str) for text in texts),
+    }
+    for column, is_good in good.items():
+        if not is_good:
+            raise InputError(f"cannot read {path}: row {number} has no usable {column}; export the subset again")
+    return Sample(row["sample_id"], token_ids, n_prompt, row["kind"], row["trace_id"], row["problem_id"])
+
+
+def _is_count(value: Any, highest: int) -> bool:
+    return type(value) is int and 0 <= value <= highest

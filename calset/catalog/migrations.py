@@ -1,7 +1,8 @@
 """Numbered migrations: how a catalog file gets from any older schema to this calset's.
 
-Each migration is one transaction that also records its own name, followed by a checkpoint, so a kill at any moment
-leaves a file that the next open carries on with. Must not know: how files are opened or locked.
+A new file gets the present schema at once; the steps are for older files. Each step is one transaction that also
+records its own name, followed by a checkpoint, so a kill at any moment leaves a file that the next open carries on
+with. Must not know: how files are opened or locked.
 """
 
 from __future__ import annotations
@@ -16,24 +17,22 @@ from calset.catalog.records import utc_now
 from calset.errors import InputError, SchemaTooNew
 
 
+def _nothing(con: duckdb.DuckDBPyConnection) -> None:
+    """For a step that needs no statement: the first tables, which every older file has, and steps for a view only."""
+
+
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """One numbered step; ``apply`` runs inside a transaction."""
+    """One numbered step from the schema before it; ``apply`` runs inside a transaction."""
 
     number: int
     name: str
-    apply: Callable[[duckdb.DuckDBPyConnection], None]
+    apply: Callable[[duckdb.DuckDBPyConnection], object] = _nothing
 
 
-def _first_tables(con: duckdb.DuckDBPyConnection) -> None:
-    for table in schema.TABLES:
-        con.execute(schema.create_table(table))
-    for view in schema.VIEWS:
-        con.execute(schema.create_view(view))
-    con.execute("INSERT INTO meta VALUES ('format', 'calset catalog'), ('created_at', ?)", [utc_now().isoformat()])
-
-
-MIGRATIONS: Sequence[Migration] = (Migration(1, "first_tables", _first_tables),)
+# Whatever changes in ``schema`` needs a step here: a table's change an ``apply`` that makes it (a new column is added
+# last, as rows are inserted by position), a view's change none.
+MIGRATIONS: Sequence[Migration] = (Migration(1, "first_tables"),)
 SCHEMA_VERSION = MIGRATIONS[-1].number
 
 
@@ -68,16 +67,49 @@ def migrate(con: duckdb.DuckDBPyConnection, path: str) -> int:
     """
     current = schema_version(con, path)
     pending = [migration for migration in MIGRATIONS if migration.number > current]
-    for migration in pending:
-        con.execute("BEGIN")
-        migration.apply(con)
-        con.execute(
-            "INSERT INTO migrations VALUES (?, ?, ?, ?, ?)",
-            [migration.number, migration.name, utc_now(), calset_version(), duckdb.__version__],
-        )
-        con.execute("COMMIT")
-        con.execute("CHECKPOINT")
+    if current == 0 and pending:
+        _in_transaction(con, lambda: _create(con, pending))
+    else:
+        for migration in pending:
+            _in_transaction(con, lambda migration=migration: _step(con, migration, last=migration is pending[-1]))
     return len(pending)
+
+
+def _in_transaction(con: duckdb.DuckDBPyConnection, work: Callable[[], None]) -> None:
+    con.execute("BEGIN")
+    work()
+    con.execute("COMMIT")
+    con.execute("CHECKPOINT")
+
+
+def _create(con: duckdb.DuckDBPyConnection, migrations: Sequence[Migration]) -> None:
+    """A new file: the present schema at once, with every step that it no longer needs recorded."""
+    for table in schema.TABLES:
+        con.execute(schema.create_table(table))
+    _replace_views(con)
+    con.execute("INSERT INTO meta VALUES ('format', 'calset catalog'), ('created_at', ?)", [utc_now().isoformat()])
+    for migration in migrations:
+        _record(con, migration)
+
+
+def _step(con: duckdb.DuckDBPyConnection, migration: Migration, *, last: bool) -> None:
+    migration.apply(con)
+    # Only at the end: a view of the present schema may name columns that a later step adds.
+    if last:
+        _replace_views(con)
+    _record(con, migration)
+
+
+def _replace_views(con: duckdb.DuckDBPyConnection) -> None:
+    for view in schema.VIEWS:
+        con.execute(schema.create_view(view))
+
+
+def _record(con: duckdb.DuckDBPyConnection, migration: Migration) -> None:
+    con.execute(
+        "INSERT INTO migrations VALUES (?, ?, ?, ?, ?)",
+        [migration.number, migration.name, utc_now(), calset_version(), duckdb.__version__],
+    )
 
 
 def calset_version() -> str:

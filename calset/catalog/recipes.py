@@ -8,6 +8,7 @@ integers, not by a database. Must not know: the catalog, tokenizers, files other
 from __future__ import annotations
 
 import hashlib
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -150,7 +151,8 @@ def get_recipe(recipe: str | Path | Recipe) -> Recipe:
     if str(recipe) in RECIPES:
         return RECIPES[str(recipe)]
     path = Path(recipe)
-    if path.suffix == ".toml" or path.is_file():
+    # os.path says False, where Path.is_file raises, of a text that can be no path.
+    if path.suffix == ".toml" or os.path.isfile(path):
         return read_recipe(path)
     raise InputError(f"no recipe {str(recipe)!r}: there are {', '.join(RECIPES)}, or name a .toml file")
 
@@ -167,8 +169,10 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from error
+    except ValueError as error:
+        raise InputError(f"cannot read the recipe {str(path)!r}: {error}") from error
     base = values.pop("base", None)
-    if base is not None and base not in RECIPES:
+    if base is not None and not (isinstance(base, str) and base in RECIPES):
         raise InputError(f"{path}: base must be one of {', '.join(RECIPES)}, not {base!r}")
     try:
         values = {"name": path.stem, **values}

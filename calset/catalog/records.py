@@ -53,6 +53,11 @@ class Problem:
     grader: str
     metadata: Mapping[str, Any] = field(default_factory=dict)  # what the grader needs (gym entry), solution, domain
 
+    @property
+    def reference_solution(self) -> str:
+        """The worked solution where the source has one, else the reference answer."""
+        return str(self.metadata.get("solution") or self.answer)
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

@@ -7,7 +7,7 @@ The catalog is asked once for candidates and once for the token ids of what was 
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,12 @@ import duckdb
 from calset import ids
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog, check_select
+from calset.catalog.conditions import require_stable
 from calset.catalog.connection import first_line, opened
 from calset.catalog.recipes import Candidate, Kind, Ranking, Recipe, get_recipe, rank, spend, tie_break
 from calset.catalog.records import Sample, Subset
 from calset.catalog.values import clean
 from calset.errors import InputError
-
-# A selection must be the same tomorrow; functions that DuckDB itself calls unstable are not.
-_UNSTABLE = re.compile(
-    r"\b(random|uuid|gen_random_uuid|now|today|current_\w+|transaction_timestamp|get_current_\w+)\b", re.I
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +76,7 @@ def select(
 
     Raises:
         InputError: nothing to take (and at which stage it vanished), several models, a bad recipe, name or condition.
+        CatalogError: this thread has a ``catalog.connect()`` open: a selection writes, so close that first.
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     subsets.check_name(name)
@@ -132,7 +129,7 @@ def _pool(catalog: Catalog, recipe: Recipe, model: str | None, where: str | None
         stages["problems"] = len(rows)
     candidates, sources, sizes = [], {}, {}
     for trace, attempt, problem, index, correct, finished, difficulty, k, n_tokens, n_prompt, key, *_ in rows:
-        sample = trace if recipe.kind == "trace" else ids.digest("sample", recipe.kind, problem, key)
+        sample = trace if recipe.kind == "trace" else subsets.prompt_sample_id(recipe.kind, problem, key)
         candidates.append(Candidate(sample, problem, index, correct, finished, difficulty, k, n_tokens))
         sources[sample] = (trace, attempt)
         sizes[sample] = (n_prompt, n_tokens)
@@ -163,12 +160,11 @@ def _matching(con: duckdb.DuckDBPyConnection, where: str) -> set[str]:
         InputError: not one SQL expression, or one whose value changes from call to call.
     """
     where = clean(where)
-    if found := _UNSTABLE.search(re.sub(r"'(?:[^']|'')*'", "''", where)):
-        raise InputError(f"--where may not use {found[0]}: a selection must be the same tomorrow")
     try:
         duckdb.SQLExpression(where)  # one expression: "true) UNION ..." does not parse
         sql = f"SELECT trace_id FROM trace WHERE (\n{where}\n)"
         check_select(con, sql)
+        require_stable(con, sql)
         return {trace for (trace,) in con.execute(sql).fetchall()}
     except duckdb.Error as error:
         raise InputError(f"--where {where!r} is not a condition over the view trace: {first_line(error)}") from error
@@ -207,14 +203,14 @@ def _solutions(catalog: Catalog, owner: _Model, problem_ids: Sequence[str]) -> I
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     problems = catalog.problems(problem_ids)
     for problem_id in problem_ids:
-        problem = problems[problem_id]
-        solution = str(problem.metadata.get("solution") or problem.answer)
-        yield tokenizer.encode(solution, add_special_tokens=False) + end
+        yield tokenizer.encode(problems[problem_id].reference_solution, add_special_tokens=False) + end
 
 
 def _folder(model: str | None) -> str | None:
     """The full path of a model given as a folder, as runs keep it."""
-    return str(Path(model).expanduser().resolve()) if model and Path(model).expanduser().is_dir() else None
+    folder = os.path.expanduser(model or "")
+    # os.path says False, where Path.is_dir raises, of a text that can be no path.
+    return os.path.realpath(folder) if os.path.isdir(folder) else None
 
 
 def load_tokenizer(catalog: Catalog, owner: _Model) -> Any:
@@ -348,8 +344,8 @@ def _warnings(recipe: Recipe, ranking: Ranking, samples: Sequence[Sample], avail
             )
     if ranking.truncated_share > 0.5:
         warnings.append(
-            f"{ranking.truncated_share:.0%} of the traces did not finish: long ones are missing from this pool; raise "
-            "--max-tokens when building"
+            f"{ranking.truncated_share:.0%} of the traces did not finish: long ones are missing from this pool; build "
+            "into another catalog with a larger --max-tokens (the traces of this one are kept as they are)"
         )
     return warnings
 

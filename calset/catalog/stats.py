@@ -114,7 +114,7 @@ def stats(catalog: Catalog | str | Path, model: str | None = None, source: str |
         InputError: no catalog, or a model or source that it does not hold.
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    with opened(catalog.path, "query", catalog.lock_timeout) as con:
+    with opened(catalog.path, "own", catalog.lock_timeout) as con:
         # One pass over the joins, into memory; every number below then counts the same rows.
         con.execute(f"CREATE TEMP TABLE t AS {_NARROW}", [model, model, source, source]).fetchall()
 

@@ -57,6 +57,11 @@ def hash_samples(samples: Sequence[Sample]) -> str:
     return ids.content_hash((s.sample_id, s.input_ids, s.n_prompt_tokens) for s in samples)
 
 
+def prompt_sample_id(kind: str, problem_id: str, generation_key: str) -> str:
+    """The id of a sample that holds a prompt and no trace: one a problem and generation key."""
+    return ids.digest("sample", kind, problem_id, generation_key)
+
+
 def store(catalog: Catalog, subset: Subset) -> Subset:
     """Keep a subset under the next version of its name, whatever its ``version`` says.
 

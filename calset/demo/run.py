@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.demo import MODEL, PROSE
-from calset.errors import CalsetError, InputError
+from calset.errors import CalsetError, InputError, Stopped
 
 if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
@@ -30,6 +30,7 @@ def silent(stage: str, done: float, total: float | None, facts: Mapping[str, Any
     """No progress."""
 
 
+CATALOG = "demo.duckdb"  # not the default name: a demo in a project folder must not write to its catalog
 MODEL_LENGTH = 1024  # prompt and completion tokens that the engine must hold
 
 
@@ -125,7 +126,7 @@ def run_demo(
     settings = settings or DemoSettings()
     say = progress or silent
     folder = _claim(Path(out))
-    catalog = Catalog(folder / "calset.duckdb")
+    catalog = Catalog(folder / CATALOG)
     _check_disjoint()
     say("starting the engine", 0, None, {})
     running = open_engine(engine, inspect(MODEL), max_model_len=MODEL_LENGTH)
@@ -142,7 +143,7 @@ def run_demo(
     finally:
         running.close()
     plot = folder / "demo.png"
-    report = DemoReport(tuple(arms), settings, name, seed, plot, folder / "calset.duckdb", time.monotonic() - began)
+    report = DemoReport(tuple(arms), settings, name, seed, plot, folder / CATALOG, time.monotonic() - began)
     from calset.demo.plot import draw
 
     draw(report, catalog, subsets[settings.shown], plot)
@@ -154,7 +155,7 @@ def _claim(folder: Path) -> Path:
     """The output folder, empty or of an earlier demo."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name another folder with -o")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "calset.duckdb").exists():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CATALOG).exists():
         raise InputError(f"{folder} holds something else than a demo: name another folder with -o")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -175,7 +176,7 @@ def _check_disjoint() -> None:
 def build_traces(catalog: Catalog, engine: Engine, seed: int, settings: DemoSettings, say: OnProgress = silent) -> None:
     from calset.builder.generate import build
 
-    build(
+    report = build(
         MODEL,
         "demo",
         samples=settings.samples,
@@ -186,6 +187,8 @@ def build_traces(catalog: Catalog, engine: Engine, seed: int, settings: DemoSett
         max_tokens=settings.max_tokens,
         progress=_stage(say, "traces"),
     )
+    if report.stopped:
+        raise Stopped("the demo was stopped; run the same command again to continue it")
 
 
 def _stage(say: OnProgress, label: str) -> Callable[[Any], None]:
@@ -214,6 +217,7 @@ def prune_model(
     if (out / "pruning.json").is_file():
         made = json.loads((out / "pruning.json").read_text(encoding="utf-8"))
         if made["calibration"]["content_hash"] == subset.content_hash and made["sparsity"] == settings.sparsity:
+            catalog.add_pruning(made)  # a demo killed just before that had not kept it; twice is once
             return out
         raise InputError(f"{out} is from a demo with other settings: name another folder with -o")
     label = f"prune {out.name}"

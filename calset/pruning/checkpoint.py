@@ -11,21 +11,26 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calset import ids
 from calset.errors import CalsetError, InputError, PruningError
 
+if TYPE_CHECKING:
+    import torch
+
 RECORD = "pruning.json"
+INDEX = "model.safetensors.index.json"
 SCHEMA_VERSION = 1
 # Copied as they are: configuration, tokenizer, templates, licences. Never code, never other weights.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "LICENCE*", "NOTICE*")
 NOT_COPIED = ("*.index.json", RECORD, "*.safetensors", "*.bin")
 MARGIN = 64 << 20  # bytes of free disk beyond the weights
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name -> torch's
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +68,39 @@ class Source:
                 f"{self.name} is no causal language model that transformers knows: {_line(error)}"
             ) from error
 
-    def load(self) -> Any:
+    def matrix_dtypes(self, names: Collection[str]) -> dict[str, torch.dtype]:
+        """The dtypes in which the files store these matrices, whatever the config says.
+
+        Raises:
+            InputError: unreadable files, a dtype that is no plain float, or names that transformers changes on loading
+                in a checkpoint of several dtypes (which ``save`` could not keep apart).
+        """
+        import torch
+
+        try:
+            stored = stored_dtypes(self.folder)
+        except Exception as error:
+            raise InputError(f"cannot load the weights of {self.name}: {_line(error)}") from error
+        if names <= stored.keys():
+            found = {name: stored[name] for name in names}
+        else:
+            kinds = set(stored.values())
+            if len(kinds) > 1:
+                raise InputError(
+                    f"{self.name} stores {', '.join(sorted(kinds))} under names that transformers changes: calset "
+                    f"cannot keep each tensor's dtype; convert the checkpoint to one dtype first"
+                )
+            found = dict.fromkeys(names, *kinds)
+        for name, dtype in found.items():
+            if dtype not in DTYPES:
+                raise InputError(
+                    f"{name} of {self.name} is stored as {dtype}: prune a checkpoint of {', '.join(DTYPES)}"
+                )
+        return {name: getattr(torch, DTYPES[dtype]) for name, dtype in found.items()}
+
+    def load(self, dtype: torch.dtype | str = "auto") -> Any:
         """The model, see ``load_model``."""
-        return load_model(self.folder, self.name)
+        return load_model(self.folder, self.name, dtype)
 
 
 def open_source(model: str | Path) -> Source:
@@ -97,19 +132,56 @@ def open_source(model: str | Path) -> Source:
     return Source(recorded_name(model, folder, is_local), revision, folder, config, tokenizer_hash)
 
 
-def load_model(folder: Path, name: str) -> Any:
-    """A folder's model on the CPU, in its own dtype, from safetensors only; called ``name`` in messages.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: other ones beside them hold the same weights in other layouts.
+
+    Raises:
+        InputError: there are none, or the index is corrupt.
+    """
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise InputError(f"{folder} holds neither model.safetensors nor {INDEX}")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is corrupt: {_line(error)}") from error
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise InputError(f"{index} is corrupt: it does not name files beside it")
+    return [folder / name for name in names]
+
+
+def stored_dtypes(folder: Path) -> dict[str, str]:
+    """Tensor name -> safetensors dtype ("BF16"), from the files' headers."""
+    from safetensors import safe_open
+
+    found: dict[str, str] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_slice(name).get_dtype() for name in file.keys()})  # noqa: SIM118
+    return found
+
+
+def load_model(folder: Path, name: str, dtype: torch.dtype | str = "auto") -> Any:
+    """A folder's model on the CPU, from safetensors only; called ``name`` in messages.
+
+    Args:
+        dtype: "auto" is the config's, which need not be that of the files.
 
     Raises:
         InputError: the weights cannot be read, or some are missing or of another shape.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     try:
         with _no_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # no fault of the files
     except Exception as error:
         raise InputError(f"cannot load the weights of {name}: {_line(error)}") from error
     model, info = loaded
@@ -156,7 +228,8 @@ def save(model: Any, source: Source, out: Path, record: Mapping[str, Any], secti
     """Write the checkpoint, its record and its card into a temporary sibling, then rename it to ``out``.
 
     Args:
-        record: goes into ``pruning.json``.
+        model: holds the pruned matrices; every other tensor comes from the source's files as it is there.
+        record: goes into ``pruning.json``; its ``matrices`` name the pruned ones.
         section: Markdown about the pruning, put before the base model's card.
 
     Raises:
@@ -164,12 +237,8 @@ def save(model: Any, source: Source, out: Path, record: Mapping[str, Any], secti
     """
     try:
         with _sibling(out) as folder:
-            with _no_bars():
-                model.save_pretrained(folder)
+            _write_weights(model, source.folder, folder, {m["name"] for m in record["matrices"]})
             # The source's own config, generation config, tokenizer and templates: what loads the base loads this.
-            for path in folder.iterdir():
-                if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
-                    path.unlink()
             _copy_small_files(source.folder, folder)
             (folder / "README.md").write_text(_card(source.folder, section), encoding="utf-8")
             text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
@@ -180,10 +249,50 @@ def save(model: Any, source: Source, out: Path, record: Mapping[str, Any], secti
         raise PruningError(
             f"could not write {out}: {error.strerror or _line(error)}; nothing was left there"
         ) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # safetensors reports a full disk as its own error
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors, for one, reports a full disk as its own error
+        if type(error).__name__ == "OutOfMemoryError":
             raise
         raise PruningError(f"could not write {out}: {_line(error)}; nothing was left there") from error
+
+
+def _write_weights(model: Any, source: Path, folder: Path, pruned: set[str]) -> None:
+    if pruned <= stored_dtypes(source).keys():
+        _stream_weights(model, source, folder, pruned)
+        return
+    # transformers renamed the tensors on loading: only it knows the way back.
+    from transformers import GenerationConfig
+
+    if getattr(model, "generation_config", None) is not None:
+        # It validates what it saves, and published ones fail (temperature without do_sample); ours is a copy anyway.
+        model.generation_config = GenerationConfig()
+    with _no_bars():
+        model.save_pretrained(folder)
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors" and path.name != INDEX:
+            path.unlink()
+
+
+def _stream_weights(model: Any, source: Path, folder: Path, pruned: set[str]) -> None:
+    """The source's files one by one, with the pruned matrices in the places and dtypes of the dense ones.
+
+    Why not ``save_pretrained``: it writes what transformers made of the files (the config's dtype, no spare tensors).
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    matrices = {name: parameter for name, parameter in model.named_parameters() if name in pruned}
+    files = weight_files(source)
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = {**(file.metadata() or {}), "format": "pt"}
+        for name in tensors.keys() & pruned:
+            tensors[name] = matrices[name].detach().to("cpu", tensors[name].dtype).contiguous()
+        save_file(tensors, folder / path.name, metadata=metadata)
+    if files[0].name != "model.safetensors":
+        shutil.copyfile(source / INDEX, folder / INDEX)
 
 
 @contextmanager
@@ -269,15 +378,33 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} has no {RECORD}: it is no checkpoint that calset pruned")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        version, matrices = record["schema_version"], record["matrices"]
-        complete = all({"name", "shape", "n_zeros"} <= set(m) for m in matrices) and bool(matrices)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is corrupt: {_line(error)}") from error
-    if not isinstance(version, int) or not complete:
-        raise InputError(f"{path} is corrupt: it does not list the pruned matrices")
+    if not isinstance(record, dict):
+        raise InputError(f"{path} is corrupt: it is no JSON object")
+    version, matrices = record.get("schema_version"), record.get("matrices")
+    if not _is_count(version):
+        raise InputError(f"{path} is corrupt: it has no schema_version")
     if version > SCHEMA_VERSION:
         raise InputError(f"{path} has schema {version}, newer than this calset's {SCHEMA_VERSION}: upgrade calset")
+    if not isinstance(matrices, list) or not matrices or not all(map(_is_matrix, matrices)):
+        raise InputError(f"{path} is corrupt: it does not list the pruned matrices")
+    for key in ("base", "calibration"):
+        if not isinstance(record.get(key, {}), dict):
+            raise InputError(f"{path} is corrupt: {key} is {json.dumps(record[key])[:40]}, not an object")
     return record
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_matrix(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return False
+    shape = entry.get("shape")
+    is_shape = isinstance(shape, list) and len(shape) == 2 and all(_is_count(side) and side > 0 for side in shape)
+    return is_shape and _is_count(entry.get("n_zeros")) and _is_count(entry.get("n_pruned"))
 
 
 def _line(error: BaseException) -> str:

@@ -9,8 +9,8 @@ Evaluation reuses the builder whole (engines, graders, resume); its traces go in
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calset.errors import CalsetError
+from calset.catalog.records import JUDGED
+from calset.errors import CalsetError, Stopped
+from calset.pruning.checkpoint import RECORD, read_record
 
 if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
@@ -34,8 +36,9 @@ MIN_LOOP_TOKENS = 24
 class EvaluationReport:
     """What a model did on held-out problems.
 
-    ``accuracy`` is the mean over problems of the share of correct samples; ``accuracy_se`` its standard error over
-    problems (clustered by problem, so more samples a problem do not pretend to be more problems). Lengths are
+    ``accuracy`` is the mean over problems of the share of correct samples among the judged ones (a broken reference or
+    a grader's own failure says nothing about the model; ``warnings`` counts them); ``accuracy_se`` its standard error
+    over problems (clustered by problem, so more samples a problem do not pretend to be more problems). Lengths are
     completion tokens. ``non_termination`` is the share of traces cut by the token limit; ``loop_rate`` the share that
     end in a repeated cycle. ``tokens_per_second`` is over generation wall time, or None when every trace was already in
     the catalog.
@@ -58,7 +61,7 @@ class EvaluationReport:
     n_tokens: int
     seconds: float
     tokens_per_second: float | None
-    run_id: str
+    run_id: str | None  # None when every trace was already there
     generation_key: str
     max_tokens: int
     seed: int
@@ -83,6 +86,8 @@ def evaluate(
     top_p: float | None = None,
     top_k: int | None = None,
     system_prompt: str | None = None,
+    question: str | None = None,
+    answer: str | None = None,
     grader: str | None = None,
     concurrency: int | None = None,
     progress: Callable[[BuildProgress], None] | None = None,
@@ -97,12 +102,14 @@ def evaluate(
     Raises:
         InputError: bad problems, model or options.
         EngineError: the engine could not start or died; running again continues.
-        CalsetError: the run was stopped before every trace was there.
+        Stopped: by Ctrl-C, before every trace was there.
+        CalsetError: no trace could be graded.
     """
     from calset.builder.generate import build
     from calset.catalog.catalog import Catalog
 
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    content_hash = _calibrated_on(model)
     report = build(
         model,
         problems,
@@ -116,16 +123,20 @@ def evaluate(
         top_p=top_p,
         top_k=top_k,
         system_prompt=system_prompt,
+        question=question,
+        answer=answer,
         grader=grader,
         concurrency=concurrency,
         kind="evaluate",
         progress=progress,
     )
     if report.stopped:
-        raise CalsetError("the evaluation was stopped before it finished; run the same command again to continue it")
+        raise Stopped("the evaluation was stopped before it finished; run the same command again to continue it")
     spec = problems if isinstance(problems, str) else " ".join(problems)
     rows = _traces(store, report.generation_key, report.problem_ids, samples)
-    result = _summary(rows, report, spec, samples, seed, _overlap(store, model, report.problem_ids))
+    result = _summary(
+        rows, report, spec, samples, seed, [*report.warnings, *_overlap(store, content_hash, report.problem_ids)]
+    )
     store.add_evaluation(result.as_dict())
     return result
 
@@ -175,10 +186,15 @@ def _summary(
     if not rows:
         raise CalsetError("the evaluation left no traces; see `calset stats`")
     by_problem: dict[str, list[bool]] = {}
-    verdicts: dict[str, int] = {}
-    for row in rows:
+    verdicts = Counter(row.verdict for row in rows)
+    judged = [row for row in rows if row.verdict in JUDGED]
+    for row in judged:
         by_problem.setdefault(row.problem_id, []).append(row.verdict == "correct")
-        verdicts[row.verdict] = verdicts.get(row.verdict, 0) + 1
+    if not judged:
+        raise CalsetError(f"no trace could be graded ({_tally(verdicts)}): see the column detail of the view trace")
+    if len(judged) < len(rows):
+        unjudged = Counter({v: n for v, n in verdicts.items() if v not in JUDGED})
+        warnings = [*warnings, f"{len(rows) - len(judged)} of {len(rows)} traces were not judged: {_tally(unjudged)}"]
     means = np.array([np.mean(v) for v in by_problem.values()])
     lengths = np.array([r.n_tokens for r in rows])
     se = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else float("nan")
@@ -197,7 +213,7 @@ def _summary(
         p90_tokens=float(np.percentile(lengths, 90)),
         non_termination=float(np.mean([r.finish_reason == "length" for r in rows])),
         loop_rate=float(np.mean([r.looping for r in rows])),
-        no_answer=verdicts.get("no_answer", 0) / len(rows),
+        no_answer=verdicts["no_answer"] / len(rows),
         n_tokens=int(lengths.sum()),
         seconds=build_report.seconds,
         tokens_per_second=build_report.n_tokens / build_report.seconds if fresh else None,
@@ -205,21 +221,44 @@ def _summary(
         generation_key=build_report.generation_key,
         max_tokens=build_report.max_tokens,
         seed=seed,
-        verdicts=verdicts,
+        verdicts=dict(verdicts),
         warnings=tuple(warnings),
     )
 
 
-def _overlap(store: Catalog, model: str | Path, problem_ids: Sequence[str]) -> list[str]:
-    """A warning when problems of the evaluation were in the subset that calibrated this model."""
-    record = Path(model) / "pruning.json"
-    if not record.is_file():
+def _tally(verdicts: Counter[str]) -> str:
+    return ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
+
+
+def _calibrated_on(model: str | Path) -> str | None:
+    """The content hash of the subset that pruned this model; None for a model that calset did not prune.
+
+    Raises:
+        InputError: a ``pruning.json`` that cannot be read.
+    """
+    if not (Path(model) / RECORD).is_file():
+        return None
+    return read_record(Path(model)).get("calibration", {}).get("content_hash")
+
+
+def _overlap(store: Catalog, content_hash: str | None, problem_ids: Sequence[str]) -> list[str]:
+    """A warning when questions of the evaluation were in the subset that calibrated the model.
+
+    By question text, since the same question from two files is two problems.
+    """
+    if content_hash is None:
         return []
-    content_hash = json.loads(record.read_text(encoding="utf-8")).get("calibration", {}).get("content_hash")
+    if not store.query("SELECT 1 FROM subsets WHERE content_hash = ?", [content_hash]).rows:
+        return ["the subset this model was calibrated on is not in this catalog: its problems were not compared"]
     shared = store.query(
         """
-        SELECT count(DISTINCT i.problem_id) FROM subset_items i JOIN subsets s USING (name, version)
-        WHERE s.content_hash = ? AND i.problem_id IN (SELECT unnest(?))
+        WITH calibration AS (
+            SELECT DISTINCT lower(trim(p.question)) AS question
+            FROM subset_items i JOIN subsets s USING (name, version) JOIN problems p USING (problem_id)
+            WHERE s.content_hash = ?
+        )
+        SELECT count(*) FROM problems p SEMI JOIN calibration c ON lower(trim(p.question)) = c.question
+        WHERE p.problem_id IN (SELECT unnest(?))
         """,
         [content_hash, list(problem_ids)],
     ).rows[0][0]

@@ -86,6 +86,29 @@ class Selection:
                 f"fit this model"
             )
 
+    def check_shape(self, rows: int, width: int, name: str) -> None:
+        """Refuse a matrix that this selection cannot prune: see ``check_width``, or a share of no or of all weights.
+
+        Raises:
+            InputError: naming the matrix.
+        """
+        self.check_width(width, name)
+        if self.sparsity is None:
+            return
+        if self.group == "row":
+            groups = [(width, nearest(self.sparsity * width))]
+        elif self.group == "matrix":
+            groups = [(rows * width, self.n_pruned(rows, width))]
+        else:
+            groups = [(rows * (b - a), k) for a, b, k in blocks(rows, width, self.sparsity, self.block_size)]
+        for size, k in groups:
+            if not 0 < k < size:
+                raise InputError(
+                    f"sparsity {self.sparsity:g} of the {size} weights of a {self.group} of {name} rounds to "
+                    f"{'all' if k else 'none'} of them: choose another sparsity"
+                    + ("" if self.group == "matrix" else " or --group matrix")
+                )
+
     def n_pruned(self, rows: int, width: int) -> int:
         """How many weights of a rows x width matrix go."""
         if self.pattern is not None:

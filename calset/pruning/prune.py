@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from calset.pruning.walk import Decoder
 
 Propagate = Literal["pruned", "dense"]
+DAMPING = 0.01  # of the mean diagonal
+MAX_DEVIATION = 0.005  # of a matrix's share of zeros from the asked one, before it is worth a warning
 # Events: {"done": blocks, "total": blocks, "phase": "loading" | "pruning" | "saving"}
 OnProgress = Callable[[Mapping[str, Any]], None]
 
@@ -54,8 +57,8 @@ class PruneReport:
     pattern: str | None
     realised_sparsity: float
     group: str | None  # None with a pattern: weights compete within M columns
-    tokens: str
-    propagate: str
+    tokens: str | None  # None, as propagate, damping and max_length, for a method that uses no data
+    propagate: str | None
     damping: float | None
     block_size: int
     max_length: int | None
@@ -89,6 +92,7 @@ class _Plan:
     damping: float
     max_length: int | None
     device: torch.device
+    dtypes: Mapping[str, torch.dtype]  # of the matrices in the source's files, by tensor name
     warnings: list[str] = field(default_factory=list)
 
 
@@ -103,7 +107,7 @@ def prune(
     tokens: Tokens = "all",
     propagate: Propagate = "pruned",
     group: Group | None = None,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     block_size: int = BLOCK_SIZE,
     device: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
@@ -132,7 +136,8 @@ def prune(
 
     Raises:
         InputError: anything asked that cannot be done, before weights load.
-        PruningError: non-finite activations, a singular Gram, a full disk; nothing is left at ``out``.
+        PruningError: non-finite activations, a singular Gram, too little memory, a full disk; nothing is left at
+            ``out``.
         CalsetError: too little free disk to begin.
     """
     began = time.monotonic()
@@ -140,18 +145,54 @@ def prune(
     chosen = methods.find(method)
     selection = Selection(sparsity, parsed, group or chosen.group, block_size)
     _check_options(propagate, damping, batch_tokens)
-    plan = _plan(
-        model, calibration, Path(out), chosen, selection, tokens, propagate, damping, max_length, device, force
-    )
-    tell = progress or (lambda event: None)
-    phases: dict[str, float] = {"checking": time.monotonic() - began}
-    with _timed(phases, "loading"):
-        tell({"done": 0, "total": None, "phase": "loading"})
-        loaded = plan.source.load()
-    matrices = _prune_blocks(loaded, plan, batch_tokens, phases, tell)
-    report = _report(plan, matrices, phases, time.monotonic() - began)
-    checkpoint.save(loaded, plan.source, plan.out, report.as_dict(), card_section(report))
+    with _enough_memory(batch_tokens):
+        plan = _plan(
+            model, calibration, Path(out), chosen, selection, tokens, propagate, damping, max_length, device, force
+        )
+        plan.warnings.extend(_without_effect(chosen, parsed, group, damping))
+        tell = progress or (lambda event: None)
+        phases: dict[str, float] = {"checking": time.monotonic() - began}
+        with _timed(phases, "loading"):
+            tell({"done": 0, "total": None, "phase": "loading"})
+            loaded = plan.source.load(_load_dtype(plan.dtypes))
+        matrices = _prune_blocks(loaded, plan, batch_tokens, phases, tell)
+        report = _report(plan, matrices, phases, time.monotonic() - began)
+        checkpoint.save(loaded, plan.source, plan.out, report.as_dict(), card_section(report))
     return report
+
+
+@contextmanager
+def _enough_memory(batch_tokens: int) -> Iterator[None]:
+    """Too little memory is the user's to solve: said with what to lower."""
+    import torch
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+        if not is_memory:
+            raise
+        raise PruningError(
+            f"out of memory: lower --batch-tokens (it was {batch_tokens}), cut the samples with --max-length, or on a "
+            f"GPU use --device cpu; nothing was written"
+        ) from error
+
+
+def _load_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds every matrix exactly: the config's may round them."""
+    import torch
+
+    return reduce(torch.promote_types, set(dtypes.values()))
+
+
+def _without_effect(method: methods.Method, pattern: Pattern | None, group: str | None, damping: float) -> list[str]:
+    warnings = []
+    if pattern is not None and group is not None:
+        warnings.append(f"--group {group} has no effect with a pattern: weights compete within {pattern.m} columns")
+    if method.needs != "gram" and damping != DAMPING:
+        warnings.append(f"--damping {damping:g} has no effect: {method.name} has no damping")
+    return warnings
 
 
 def _check_options(propagate: str, damping: float, batch_tokens: int) -> None:
@@ -177,7 +218,7 @@ def _plan(
     force: bool,
 ) -> _Plan:
     source = checkpoint.open_source(model)
-    warnings = _check_subset(subset, source, force)
+    warnings = _check_subset(subset, source, method, force)
     calibration = read(
         subset,
         tokens,
@@ -185,15 +226,28 @@ def _plan(
         max_length=max_length,
         vocabulary_size=getattr(source.config.get_text_config(), "vocab_size", None),
     )
-    warnings.extend(calibration.warnings)
+    if method.needs != "nothing":
+        warnings.extend(calibration.warnings)
     linears = _decoder(source.skeleton()).linears()
     for name, linear in linears.items():
-        selection.check_width(linear.in_features, name)
+        selection.check_shape(linear.out_features, linear.in_features, name)
+    warnings.extend(_rounded(selection, linears))
     warnings.extend(_too_few_tokens(method, linears, calibration.n_counted_tokens))
     checkpoint.check_out(out, source)
-    target = _device(device)
     return _Plan(
-        source, subset, out, method, selection, calibration, tokens, propagate, damping, max_length, target, warnings
+        source=source,
+        subset=subset,
+        out=out,
+        method=method,
+        selection=selection,
+        calibration=calibration,
+        tokens=tokens,
+        propagate=propagate,
+        damping=damping,
+        max_length=max_length,
+        device=_device(device),
+        dtypes=source.matrix_dtypes({f"{name}.weight" for name in linears}),
+        warnings=warnings,
     )
 
 
@@ -203,7 +257,7 @@ def _decoder(model: nn.Module) -> Decoder:
     return find_decoder(model)
 
 
-def _check_subset(subset: Subset, source: checkpoint.Source, force: bool) -> list[str]:
+def _check_subset(subset: Subset, source: checkpoint.Source, method: methods.Method, force: bool) -> list[str]:
     """Warnings about where the subset comes from.
 
     Raises:
@@ -221,6 +275,8 @@ def _check_subset(subset: Subset, source: checkpoint.Source, force: bool) -> lis
                 f"{problem}: its token ids would mean other text; select from this model's own traces, or --force"
             )
         warnings.append(f"{problem} (forced)")
+    if method.needs == "nothing":
+        return warnings
     # A Hub model given as its snapshot folder goes by the commit in the folder's name.
     if subset.model_revision and subset.model_revision not in (source.revision, source.folder.name):
         warnings.append(
@@ -240,6 +296,25 @@ def _too_few_tokens(method: methods.Method, linears: Mapping[str, nn.Linear], n_
     ]
 
 
+def _rounded(selection: Selection, linears: Mapping[str, nn.Linear]) -> list[str]:
+    """A warning when whole weights cannot make up the asked share (narrow rows)."""
+    if selection.sparsity is None:
+        return []
+    shares = {
+        name: selection.n_pruned(linear.out_features, linear.in_features) / linear.weight.numel()
+        for name, linear in linears.items()
+    }
+    off = {name: share for name, share in shares.items() if abs(share - selection.sparsity) > MAX_DEVIATION}
+    if not off:
+        return []
+    worst = max(off, key=lambda name: abs(off[name] - selection.sparsity))
+    finer = "" if selection.group == "matrix" else "; --group matrix rounds less"
+    return [
+        f"{len(off)} matrices get another share of zeros than {selection.sparsity:g}, rounded to whole weights of a "
+        f"{selection.group}: {worst} gets {off[worst]:.4f}{finer}"
+    ]
+
+
 def _device(name: str | None) -> torch.device:
     import torch
 
@@ -248,6 +323,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"the device {name!r} cannot be used: {reason}") from error
@@ -311,20 +388,23 @@ def _prune_block(
         except PruningError as error:
             raise PruningError(f"{names[0]}: {error}") from error
         for name, result in zip(names, results, strict=True):
-            reports[name] = _write(name, linears[name], result, statistics)
+            reports[name] = _write(name, linears[name], result, statistics, plan.dtypes[f"{name}.weight"])
     return [reports[name] for name in linears]
 
 
-def _write(name: str, linear: nn.Linear, result: methods.Pruned, statistics: InputStatistics | None) -> MatrixReport:
-    """Cast once, mask again, and count what is really there."""
+def _write(
+    name: str, linear: nn.Linear, result: methods.Pruned, statistics: InputStatistics | None, dtype: torch.dtype
+) -> MatrixReport:
+    """Cast once, to the dtype in the source's file, mask again, and count what will be saved."""
     import torch
 
-    if not bool(result.weight.isfinite().all()):
+    weight = result.weight.to(dtype).masked_fill_(result.mask, 0.0)
+    if not bool(weight.isfinite().all()):
         raise PruningError(
             f"the pruned weights of {name} are not finite: use more calibration tokens or raise --damping"
         )
     with torch.no_grad():
-        linear.weight.copy_(result.weight.to(linear.weight.dtype).masked_fill_(result.mask, 0.0))
+        linear.weight.copy_(weight)  # as wide or wider: see _load_dtype
     rows, width = linear.weight.shape
     n_zeros = int((linear.weight == 0).sum())
     n_tokens = statistics.n_tokens if statistics is not None else 0
@@ -360,11 +440,11 @@ def _report(plan: _Plan, matrices: Sequence[MatrixReport], phases: Mapping[str, 
         pattern=str(selection.pattern) if selection.pattern else None,
         realised_sparsity=sum(m.n_zeros for m in matrices) / size,
         group=None if selection.pattern else selection.group,
-        tokens=plan.tokens,
-        propagate=plan.propagate,
+        tokens=plan.tokens if uses_data else None,
+        propagate=plan.propagate if uses_data else None,
         damping=plan.damping if plan.method.needs == "gram" else None,
         block_size=selection.block_size,
-        max_length=plan.max_length,
+        max_length=plan.max_length if uses_data else None,
         n_counted_tokens=plan.calibration.n_counted_tokens if uses_data else 0,
         base={
             "model": source.name,
@@ -373,6 +453,7 @@ def _report(plan: _Plan, matrices: Sequence[MatrixReport], phases: Mapping[str, 
             "tokenizer_hash": source.tokenizer_hash,
         },
         calibration={
+            "used": uses_data,
             "subset": subset.ref,
             "name": subset.name,
             "version": subset.version,
@@ -413,12 +494,17 @@ def card_section(report: PruneReport) -> str:
     """What a pruned model's card says of its pruning, in Markdown."""
     asked = f"pattern {report.pattern} (N kept)" if report.pattern else f"sparsity {report.sparsity:g}"
     calibration = report.calibration
+    data = {"calibration": f"none: {report.method} uses no data"}
+    if calibration["used"]:
+        data = {
+            "calibration": f"{calibration['subset']}, content hash `{calibration['content_hash']}`",
+            "calibration tokens": f"{report.n_counted_tokens:,} ({report.tokens}), inputs from {report.propagate} blocks",
+        }
     rows = {
         "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",
         "method": f"{report.method}, {asked}" + (f", mask group {report.group}" if report.group else ""),
         "zeros": f"{report.realised_sparsity:.4f} of {len(report.matrices)} matrices in the decoder blocks",
-        "calibration": f"{calibration['subset']}, content hash `{calibration['content_hash']}`",
-        "calibration tokens": f"{report.n_counted_tokens:,} ({report.tokens}), inputs from {report.propagate} blocks",
+        **data,
         "damping": "-" if report.damping is None else f"{report.damping:g} of the mean diagonal",
         "took": f"{report.seconds:.0f} s on {report.device}",
         "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, VerificationError
-from calset.pruning.checkpoint import load_model, read_record
-from calset.pruning.masks import Pattern
+from calset.pruning.checkpoint import RECORD, load_model, read_record, weight_files
+from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,10 @@ class VerifyReport:
 
 
 def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyReport:
-    """Prove every matrix's zeros and pattern, finite logits, and untouched tensors bit-equal to the dense model's.
+    """Prove what ``pruning.json`` says.
+
+    Every matrix of the decoder has the zeros that the asked sparsity or pattern means, logits are finite, and
+    untouched tensors are bit-equal to the dense model's.
 
     Args:
         base: the dense model's folder; default: where ``pruning.json`` says it was, if it is still there unchanged.
@@ -64,16 +67,23 @@ def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyRe
     if not folder.is_dir():
         raise InputError(f"there is no folder {directory}")
     record = read_record(folder)
+    selection = _selection(record, folder)
     tensors = _Tensors(folder)
-    pattern = Pattern.parse(record["pattern"]) if record.get("pattern") else None
     n_zeros, size = 0, 0
     for entry in record["matrices"]:
-        n_zeros += _check_matrix(entry, tensors, pattern, record.get("sparsity"))
+        n_zeros += _check_matrix(entry, tensors, selection)
         size += entry["shape"][0] * entry["shape"][1]
     pruned = {entry["name"] for entry in record["matrices"]}
-    _check_logits(folder)
+    _check_model(folder, [entry["name"] for entry in record["matrices"]])
     dense, notes = _find_base(record, base)
-    n_untouched = _check_untouched(tensors, _Tensors(dense), pruned) if dense else None
+    n_untouched = None
+    if dense:
+        others = _Tensors(dense)
+        if pruned <= others.files.keys():
+            n_untouched = _check_untouched(tensors, others, pruned)
+        else:
+            notes = ["untouched tensors were not compared: the dense model's files name its tensors differently"]
+            dense = None
     return VerifyReport(
         directory=str(directory),
         n_matrices=len(pruned),
@@ -95,14 +105,12 @@ class _Tensors:
 
         self.folder = folder
         self.files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             try:
                 with safe_open(path, framework="pt") as file:
                     self.files.update(dict.fromkeys(file.keys(), path))
             except (SafetensorError, OSError) as error:
                 raise VerificationError(f"{path} cannot be read: {error}") from error
-        if not self.files:
-            raise InputError(f"{folder} holds no safetensors weights")
 
     def get(self, name: str) -> Tensor:
         from safetensors import safe_open
@@ -115,8 +123,30 @@ class _Tensors:
             yield name, self.get(name)
 
 
-def _check_matrix(entry: Mapping[str, Any], tensors: _Tensors, pattern: Pattern | None, sparsity: float | None) -> int:
-    """Check one matrix against its entry; returns its zeros."""
+def _selection(record: Mapping[str, Any], folder: Path) -> Selection:
+    """What was asked, from the record.
+
+    Raises:
+        InputError: it does not say, or not in the words and types of a pruning.
+    """
+    pattern = record.get("pattern")
+    try:
+        return Selection(
+            record.get("sparsity"),
+            Pattern.parse(pattern) if pattern is not None else None,
+            record.get("group") or "row",
+            record.get("block_size", BLOCK_SIZE),
+        )
+    except (InputError, TypeError) as error:
+        raise InputError(f"{folder / RECORD} is corrupt: {error}") from error
+
+
+def _check_matrix(entry: Mapping[str, Any], tensors: _Tensors, selection: Selection) -> int:
+    """Check one matrix against its entry and against what was asked of all; returns its zeros.
+
+    Why both: an entry that was changed with its matrix would agree with it.
+    """
+    pattern = selection.pattern
     name, shape = entry["name"], tuple(entry["shape"])
     if name not in tensors.files:
         raise VerificationError(f"{name} is listed as pruned but not in the checkpoint")
@@ -133,19 +163,36 @@ def _check_matrix(entry: Mapping[str, Any], tensors: _Tensors, pattern: Pattern 
         if kept is None or int(kept.max()) > pattern.n:
             broken = "its width" if kept is None else f"{int((kept > pattern.n).sum())} of {kept.numel()} groups"
             raise VerificationError(f"{name} does not keep to {pattern}: {broken}")
-    elif sparsity is not None and n_zeros < entry.get("n_pruned", 0):
+    selection.check_width(shape[1], name)
+    asked = str(pattern) if pattern else f"sparsity {selection.sparsity:g}"
+    if entry["n_pruned"] != (want := selection.n_pruned(*shape)):
+        raise VerificationError(f"{name} had {entry['n_pruned']} weights pruned, but {asked} of {shape} is {want}")
+    if n_zeros < entry["n_pruned"]:
         raise VerificationError(f"{name} has {n_zeros} zeros, fewer than the {entry['n_pruned']} that were pruned")
     return n_zeros
 
 
-def _check_logits(folder: Path) -> None:
-    """Load it as anybody would and run a few tokens: every tensor is there and the logits are finite."""
+def _check_model(folder: Path, listed: Sequence[str]) -> None:
+    """Load it as anybody would and run a few tokens: every tensor is there and the logits are finite.
+
+    The ``listed`` matrices must be all of its decoder's: one left out would be neither pruned nor missed.
+    """
     import torch
+
+    from calset.pruning.walk import find_decoder
 
     try:
         model = load_model(folder, str(folder))
+        found = {f"{name}.weight" for name in find_decoder(model).linears()}
     except InputError as error:
         raise VerificationError(str(error)) from error
+    if missed := sorted(found - set(listed)):
+        raise VerificationError(
+            f"{missed[0]} is a matrix of the decoder, but not listed as pruned ({len(missed)} such)"
+        )
+    if len(listed) != len(found):
+        odd = sorted(set(listed) - found) or [name for name in listed if listed.count(name) > 1]
+        raise VerificationError(f"{odd[0]} is listed as pruned, but is no matrix of the decoder or is listed twice")
     vocabulary = model.config.get_text_config().vocab_size
     input_ids = torch.arange(1, LOGIT_TOKENS + 1).remainder(vocabulary).unsqueeze(0)
     with torch.no_grad():

@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from calset.builder.engines.base import Completion, Engine, Request, Sampling
+from calset.builder.engines.base import Completion, Engine, EngineUnavailable, Request, Sampling
 from calset.errors import InputError
 
 if TYPE_CHECKING:
     from calset.builder.model_info import ModelInfo
 
 ENGINES = ("vllm", "transformers")
+COMMON_OPTIONS = {"concurrency", "verbose"}
 
 __all__ = ["ENGINES", "Completion", "Engine", "Request", "Sampling", "open_engine", "resolve_engine"]
 
 
 def resolve_engine(name: str) -> str:
-    """``auto`` -> ``vllm`` where it is installed, else ``transformers``; starts nothing.
+    """``auto`` -> ``vllm`` where it is installed, else ``transformers``; starts and imports nothing.
 
     Raises:
         InputError: an unknown name, or vLLM asked for where it is not installed.
@@ -47,14 +48,15 @@ def open_engine(
     """Start an engine on a model.
 
     Args:
-        name: ``auto``, ``vllm`` or ``transformers``.
+        name: ``auto``, ``vllm`` or ``transformers``; ``auto`` takes transformers too when vLLM cannot be imported.
         max_model_len: prompt and completion tokens that must fit; the model's own maximum when None.
         device: ``cpu`` or ``cuda``; the best there is when None.
         dtype: of the weights; ``auto`` takes the checkpoint's.
         options: the engine's own, e.g. ``concurrency`` (sequences at once) and ``verbose``.
 
     Raises:
-        InputError: an unknown engine, one that is not installed, or a length the model does not have.
+        InputError: an unknown engine, one that is not installed or cannot be imported, or a length the model does not
+            have.
         EngineError: the engine did not start.
     """
     length = max_model_len or model.max_model_len
@@ -63,7 +65,11 @@ def open_engine(
     if resolve_engine(name) == "vllm":
         from calset.builder.engines.vllm import VllmEngine
 
-        return VllmEngine(model, max_model_len=length, device=device, dtype=dtype, **options)
+        try:
+            return VllmEngine(model, max_model_len=length, device=device, dtype=dtype, **options)
+        except EngineUnavailable:
+            if name != "auto" or not COMMON_OPTIONS.issuperset(options):
+                raise
     from calset.builder.engines.transformers import TransformersEngine
 
     return TransformersEngine(model, max_model_len=length, device=device, dtype=dtype, **options)

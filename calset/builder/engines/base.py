@@ -10,9 +10,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from calset.errors import EngineError, InputError
+from calset.errors import EngineError, InputError, first_line
 
 RESUME_HINT = "what was saved stays; run the same command again to continue"
+
+
+class EngineUnavailable(InputError):
+    """The engine's package is installed but cannot be imported; nothing was started."""
+
+
+def import_problem(error: BaseException, remedy: str) -> str:
+    """Why an import failed and what to do, in one line.
+
+    transformers hides the reason in its error's cause. Three companions of torch that calset does not use, when they
+    were built for another torch, take transformers and vLLM down with them.
+    """
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    if any(name in str(link) for link in chain for name in ("torchvision", "torchaudio", "torchcodec")):
+        remedy = "pip uninstall -y torchvision torchaudio torchcodec"
+    return f"{first_line(chain[-1])}; {remedy}"
 
 
 @dataclass(frozen=True, slots=True)

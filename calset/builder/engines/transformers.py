@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.builder.engines.base import RESUME_HINT, Completion, Request, Sampling, check_same_shapes
-from calset.errors import EngineError, InputError
+from calset.errors import EngineError, InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ class TransformersEngine:
             )
             return model.to(self.device).eval()
         except Exception as error:
-            raise EngineError(f"transformers could not load {location}: {_line(error)}") from error
+            raise EngineError(f"transformers could not load {location}: {first_line(error)}") from error
 
     def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Completions as they finish.
@@ -119,7 +119,7 @@ class TransformersEngine:
             raise
         except Exception as error:
             hint = "lower --concurrency; " if "memory" in str(error) else ""
-            raise EngineError(f"generation failed ({_line(error)}); {hint}{RESUME_HINT}") from error
+            raise EngineError(f"generation failed ({first_line(error)}); {hint}{RESUME_HINT}") from error
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -290,7 +290,3 @@ def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor) -> tor
     # right=True: a draw that hits a step exactly must not choose a token of probability zero.
     chosen = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
     return (chosen if order is None else order.gather(1, chosen)).squeeze(1)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

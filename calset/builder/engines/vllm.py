@@ -15,28 +15,41 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterable, Iterator
+from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from calset.builder.engines.base import RESUME_HINT, Completion, Request, Sampling, check_same_shapes
-from calset.errors import EngineError, InputError
+from calset.builder.engines.base import (
+    RESUME_HINT,
+    Completion,
+    EngineUnavailable,
+    Request,
+    Sampling,
+    check_same_shapes,
+    import_problem,
+)
+from calset.errors import EngineError, InputError, first_line
 
 if TYPE_CHECKING:
     from calset.builder.model_info import ModelInfo
 
 T = TypeVar("T")
-# vLLM's engine process outlives a parent that was killed, and holds the device. This one waits for the parent's end of
-# the pipe to close, and unless the parent said "done" ends the processes named (by pidfd: a number may be used again).
+# Reads process ids, one a line, until "done" or the end of the pipe; then ends those processes (by pidfd: a number may
+# be used again).
 _REAPER = """
-import os, signal, sys
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN)
-processes = [os.pidfd_open(int(pid)) for pid in sys.argv[1:]]
-if sys.stdin.buffer.read() != b"done":
-    for process in processes:
+import contextlib, os, signal, sys
+processes = []
+for line in sys.stdin:
+    if line == "done\\n":
+        sys.exit()
+    with contextlib.suppress(ProcessLookupError):
+        processes.append(os.pidfd_open(int(line)))
+for process in processes:
+    with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(process, signal.SIGKILL)
 """
+START_POLL_SECONDS = 0.05
 CPU_SEQUENCES = 128
 _DONE = object()
 
@@ -50,6 +63,7 @@ class VllmEngine:
         options: further vLLM engine arguments by their own names, e.g. ``tensor_parallel_size``.
 
     Raises:
+        InputError: vLLM cannot be imported (EngineUnavailable), or does not know an option.
         EngineError: vLLM did not start.
     """
 
@@ -67,17 +81,15 @@ class VllmEngine:
         **options: Any,
     ) -> None:
         _prepare_environment(verbose)
-        import vllm
-
-        self.version: str = vllm.__version__
+        self.version = _import_vllm()
         self.max_model_len = max_model_len
         self.loaded = model.revision
         self._folder = model.folder
         self._stop_token_ids = list(model.eos_token_ids)
         self._llm: Any = None
-        self._reaper: subprocess.Popen[bytes] | None = None
+        self._reaper: _Reaper | None = None
         self._counter = 0
-        self._feeder: Any = None
+        self._feeder: asyncio.Task[None] | None = None
         arguments = self._arguments(model, device, dtype, concurrency, verbose, options)
         # Twice what runs, so that the scheduler always has the next prompt at hand.
         self._in_flight = 2 * (arguments.max_num_seqs or 256)
@@ -132,16 +144,21 @@ class VllmEngine:
             return AsyncLLM.from_engine_args(arguments)
 
         before = set(multiprocessing.active_children())
+        self._reaper = _Reaper()
+        starting = asyncio.run_coroutine_threadsafe(start(), self._loop)
         try:
-            self._llm = self._wait(start())
-            self._reaper = _start_reaper([p.pid for p in set(multiprocessing.active_children()) - before if p.pid])
+            # A start takes most of a minute, in which the parent may be killed as well.
+            while not starting.done():
+                wait([starting], timeout=START_POLL_SECONDS)
+                self._reaper.watch(p.pid for p in set(multiprocessing.active_children()) - before if p.pid)
+            self._llm = starting.result()
         except BaseException as error:
             # A start cannot be interrupted; its processes can.
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             self.close()
             if isinstance(error, Exception):
-                raise EngineError(f"vLLM did not start: {_line(error)}") from error
+                raise EngineError(f"vLLM did not start: {first_line(error)}") from error
             raise
 
     def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
@@ -153,21 +170,28 @@ class VllmEngine:
         if self._llm is None:
             raise EngineError("this vLLM engine is closed")
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        feeder = asyncio.run_coroutine_threadsafe(self._feed(requests, sampling, results), self._loop)
-        self._feeder = feeder
+
+        async def begin() -> asyncio.Task[None]:
+            task = asyncio.create_task(self._feed(requests, sampling, results))
+            # Not by _feed itself: a task cancelled before its first step runs none of its code.
+            task.add_done_callback(lambda _: results.put(_DONE))
+            return task
+
+        self._feeder = self._wait(begin())
         try:
             while (item := results.get()) is not _DONE:
                 if isinstance(item, BaseException):
-                    raise EngineError(f"vLLM failed ({_line(item)}); {RESUME_HINT}") from item
+                    raise EngineError(f"vLLM failed ({first_line(item)}); {RESUME_HINT}") from item
                 yield item
         finally:
-            feeder.cancel()
+            self.cancel()
             self._feeder = None
 
     def cancel(self) -> None:
         feeder = self._feeder
         if feeder is not None:
-            feeder.cancel()
+            with suppress(RuntimeError):  # the loop is closed, and nothing runs
+                self._loop.call_soon_threadsafe(feeder.cancel)
 
     async def _feed(self, requests: Iterable[Request], sampling: Sampling, results: queue.SimpleQueue[Any]) -> None:
         slots = asyncio.Semaphore(self._in_flight)
@@ -189,7 +213,6 @@ class VllmEngine:
             pass
         except BaseException as error:
             results.put(error)
-        results.put(_DONE)
 
     async def _complete(self, request: Request, sampling: Sampling) -> Completion:
         from vllm import SamplingParams, TokensPrompt
@@ -240,7 +263,7 @@ class VllmEngine:
         except EngineError:
             raise
         except Exception as error:
-            raise EngineError(f"vLLM could not load the weights of {model}: {_line(error)}") from error
+            raise EngineError(f"vLLM could not load the weights of {model}: {first_line(error)}") from error
         self.loaded = revision
 
     def close(self) -> None:
@@ -261,7 +284,7 @@ class VllmEngine:
         with suppress(Exception):
             asyncio.run_coroutine_threadsafe(finish(), self._loop).result(timeout=60)
         if self._reaper is not None:
-            self._reaper.communicate(b"done")
+            self._reaper.dismiss()
             self._reaper = None
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
@@ -272,10 +295,55 @@ class VllmEngine:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-def _start_reaper(pids: list[int]) -> subprocess.Popen[bytes] | None:
-    if not hasattr(os, "pidfd_open"):  # Linux has it
-        return None
-    return subprocess.Popen([sys.executable, "-S", "-c", _REAPER, *map(str, pids)], stdin=subprocess.PIPE)
+class _Reaper:
+    """Ends the processes it watches when this one dies without a word.
+
+    vLLM's engine process outlives a parent that was killed, and holds the device. In a process group of its own, so
+    that what ends the parent's group leaves it to do its work. Does nothing where there is no pidfd (Linux has it).
+    """
+
+    def __init__(self) -> None:
+        self._watched: set[int] = set()
+        self._process: subprocess.Popen[bytes] | None = None
+        if hasattr(os, "pidfd_open"):
+            command = [sys.executable, "-S", "-c", _REAPER]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
+
+    def watch(self, pids: Iterable[int]) -> None:
+        """Add processes; those it watches already are left out."""
+        new = set(pids) - self._watched
+        self._watched |= new
+        if new:
+            self._write("".join(f"{pid}\n" for pid in new))
+
+    def dismiss(self) -> None:
+        """Let the processes be; may be called once."""
+        self._write("done\n")
+        if self._process is not None:
+            self._process.communicate()
+
+    def _write(self, text: str) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.write(text.encode())
+                self._process.stdin.flush()
+
+
+def _import_vllm() -> str:
+    """vLLM's version, once all of it that is used here is imported: it is lazy, so ``import vllm`` proves little.
+
+    Raises:
+        EngineUnavailable: a broken installation, with the remedy.
+    """
+    try:
+        import vllm
+        import vllm.engine.arg_utils
+        import vllm.v1.engine.async_llm
+        from vllm.platforms import current_platform  # noqa: F401
+    except Exception as error:  # RuntimeError too: "operator torchvision::nms does not exist"
+        why = import_problem(error, "install the vLLM that fits this machine, or use --engine transformers")
+        raise EngineUnavailable(f"vLLM is installed but cannot be imported: {why}") from error
+    return vllm.__version__
 
 
 def _prepare_environment(verbose: bool) -> None:
@@ -285,6 +353,7 @@ def _prepare_environment(verbose: bool) -> None:
         "DO_NOT_TRACK": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_CPU_KVCACHE_SPACE": str(_kv_cache_gib()),
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is the caller's, who may print JSON there
     }
     if not verbose:
         defaults |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
@@ -301,7 +370,3 @@ def _kv_cache_gib() -> int:
     except (ValueError, OSError):
         free = 8.0
     return max(1, min(8, int(free / 4)))
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,10 +3,11 @@ r"""The ``math`` grader: math-verify on the last box of the response, with its t
 What math-verify 0.9 does by itself, and what is done here instead: it merges several boxes into a set (the last box
 alone is graded); it reads a bare ``A`` or ``\text{Monday}`` as nothing and ``Monday`` as a product of letters, equal
 to its anagrams (words are compared as words); it takes ``1\,234`` for 235 and ``1 000`` for 0 (thousands separators
-are removed); it rounds to six decimals, so that 2^-98 equals 2^-99 (exact rationals are compared exactly).
+are removed); it rounds to six decimals, so that 2^-98 equals 2^-99 and 0.1 equals 0.10000001 (exact rationals and plain
+decimals are compared exactly); it takes the date 2024-01-05 for 2018 (a date equals the same date alone).
 
-Known limits: ``10%`` equals ``10`` (in math-verify, deliberately); three or more bare letters are a word, so the
-products abc and bca differ; an interval (1,2) and a point (1,2) are told apart by the reference alone.
+Known limits: ``10%`` equals ``10`` (in math-verify, deliberately); two or more bare letters are a word, so the products
+ab and ba differ; an interval (1,2) and a point (1,2) are told apart by the reference alone.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from importlib.metadata import version as package_version
 from typing import Any
 
 from calset.builder.grading import Outcome, last_boxed
 
-RULES = "1"  # raise when a change here can change a verdict
+RULES = "2"  # raise when a change here can change a verdict
 MAX_ANSWER_CHARS = 2_000
 STEP_SECONDS = 4
 
 _STATED = re.compile(r"(?i)\banswer\s*(?:is|:|=)\s*\**\s*(?P<answer>[^\n]+)")
 _BARE_NUMBER = re.compile(r"\$?\s*[-+−]?[\d.,/\s]*\d\s*(?:\\?%)?\s*\$?\.?")
 _WORDS = re.compile(r"\(?[A-Za-z][A-Za-z',;:!?. -]*\)?")
+_LETTERS = re.compile(r"[A-Za-z]+")
+_DATE = re.compile(r"[0-9]{4}([-/])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/])[0-9]{1,2}\2[0-9]{4}")
+_DECIMAL = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|operatorname)\s*\{([^{}]*)\}")
 _THIN = re.compile(r"(?<=\d)\s*(?:\\,|\\!|\\ |\{,\}|[ \u00a0\u202f])\s*(?=\d{3}(?!\d))")
 
@@ -48,11 +53,16 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
         return Outcome("no_answer", extracted, "the answer is empty")
     if gold == pred:
         return Outcome("correct", extracted)
-    if _is_words(gold):
+    # Two letters too, unless the answer is written as a product: "no" and "on" are equal as products.
+    if _is_words(gold) or (_LETTERS.fullmatch(gold) and _LETTERS.fullmatch(_WRAPPED.sub(r"\1", pred).strip())):
         return Outcome("correct" if _same_words(gold, pred) else "incorrect", extracted)
     if max(len(gold), len(pred)) > MAX_ANSWER_CHARS:
         long = "gold_unparsable" if len(gold) > MAX_ANSWER_CHARS else "pred_unparsable"
         return Outcome(long, extracted[:MAX_ANSWER_CHARS], f"longer than {MAX_ANSWER_CHARS} characters")
+    if _date(gold) or _date(pred):
+        return Outcome("correct" if _date(gold) == _date(pred) else "incorrect", extracted)
+    if _DECIMAL.fullmatch(gold) and _DECIMAL.fullmatch(pred):
+        return Outcome("correct" if Fraction(gold) == Fraction(pred) else "incorrect", extracted)
     return _verify(gold, pred, extracted)
 
 
@@ -117,6 +127,11 @@ def _normal(text: str) -> str:
     if unwrapped:
         text = unwrapped[1].strip()
     return _THIN.sub("", text)
+
+
+def _date(text: str) -> tuple[int, ...]:
+    """The numbers of a date such as 2024-01-05 or 5/1/2024 in their order; empty when the text is none."""
+    return tuple(int(part) for part in re.split("[-/]", text)) if _DATE.fullmatch(text) else ()
 
 
 def _is_words(text: str) -> bool:

@@ -113,13 +113,15 @@ class _Worker:
     def __init__(self) -> None:
         root = Path(__file__).parents[3]
         code = f"import sys; sys.path.insert(0, {str(root)!r}); from calset.builder.grading.pool import work; work()"
-        # Not multiprocessing: its children import the caller's main module again.
+        # Not multiprocessing: its children import the caller's main module again. A group of its own, since Ctrl-C goes
+        # to the terminal's whole group and would end a worker that has not come to ignore it yet.
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+            process_group=0,
         )
         self._buffer = b""
         self._loaded: set[str] = set()
@@ -187,7 +189,7 @@ def work() -> None:
     # Replies have a pipe of their own: whatever a grader prints goes nowhere.
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the pipes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # stopping is the parent's, which closes the pipes
     _limit_memory()
     for line in sys.stdin.buffer:
         job = json.loads(line)

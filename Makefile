@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 	$(BIN)/calset demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.ready $(VENV)/.smollm2
 	$(BIN)/python -m pytest -m slow

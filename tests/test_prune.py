@@ -206,7 +206,7 @@ def test_another_tokenizer_can_be_forced_and_is_recorded(tmp_path, llama):
 def test_a_share_that_rows_cannot_hold_is_warned_about(tmp_path, llama):
     report = prune(llama, make_subset(), tmp_path / "out", method="wanda", sparsity=0.55)
     (warning,) = report.warnings
-    assert "12 matrices" in warning  # 17.6 of 32 inputs go as 18; 26.4 of 48 as 26
+    assert "14 matrices" in warning  # 17.6 of 32 inputs go as 18; 26.4 of 48 as 26
     assert "0.5625" in warning
     assert verify(tmp_path / "out").realised_sparsity == report.realised_sparsity
 
@@ -247,7 +247,7 @@ def test_magnitude_does_not_claim_data(tmp_path, llama):
         ({"sparsity": 0.5, "tokens": "answer"}, "all, completion, prompt"),
         ({"sparsity": 0.5, "damping": -1.0}, "damping"),
         ({"sparsity": 0.01, "group": "row"}, r"32 weights of a row of model\.layers\.0\.self_attn\.q_proj .* none"),
-        ({"sparsity": 0.999}, r"weights of a block of model\.layers\.0\.self_attn\.k_proj rounds to all"),
+        ({"sparsity": 0.9995}, r"weights of a block of model\.layers\.0\.self_attn\.k_proj rounds to all"),
         ({"sparsity": 0.5, "batch_tokens": 0}, "batch_tokens"),
         ({"sparsity": 0.5, "block_size": 0}, "block_size"),
         ({"sparsity": 0.5, "max_length": 1000}, "exceeds the 128 positions"),
@@ -384,7 +384,7 @@ def test_any_fault_while_saving_is_one_line_and_leaves_nothing(tmp_path, llama, 
         raise ValueError("odd\nodder")
 
     monkeypatch.setattr(checkpoint, "_flush", fail)
-    with pytest.raises(PruningError, match="could not write .*: odd; nothing was left there"):
+    with pytest.raises(PruningError, match=r"could not write .*: odd; nothing was left there"):
         prune(llama, make_subset(), tmp_path / "out", method="magnitude", sparsity=0.5)
     assert left_beside(tmp_path / "out") == []
 

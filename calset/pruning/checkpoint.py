@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,7 @@ class Source:
                 f"{self.name} is no causal language model that transformers knows: {_line(error)}"
             ) from error
 
-    def matrix_dtypes(self, names: Collection[str]) -> dict[str, torch.dtype]:
+    def matrix_dtypes(self, names: Set[str]) -> dict[str, torch.dtype]:
         """The dtypes in which the files store these matrices, whatever the config says.
 
         Raises:
@@ -133,7 +133,7 @@ def open_source(model: str | Path) -> Source:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads: other ones beside them hold the same weights in other layouts.
+    """The safetensors files that transformers loads; other ones beside them hold the same weights in other layouts.
 
     Raises:
         InputError: there are none, or the index is corrupt.
@@ -383,7 +383,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{path} is corrupt: it is no JSON object")
     version, matrices = record.get("schema_version"), record.get("matrices")
-    if not _is_count(version):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise InputError(f"{path} is corrupt: it has no schema_version")
     if version > SCHEMA_VERSION:
         raise InputError(f"{path} has schema {version}, newer than this calset's {SCHEMA_VERSION}: upgrade calset")

@@ -298,19 +298,20 @@ def _too_few_tokens(method: methods.Method, linears: Mapping[str, nn.Linear], n_
 
 def _rounded(selection: Selection, linears: Mapping[str, nn.Linear]) -> list[str]:
     """A warning when whole weights cannot make up the asked share (narrow rows)."""
-    if selection.sparsity is None:
+    asked = selection.sparsity
+    if asked is None:
         return []
     shares = {
         name: selection.n_pruned(linear.out_features, linear.in_features) / linear.weight.numel()
         for name, linear in linears.items()
     }
-    off = {name: share for name, share in shares.items() if abs(share - selection.sparsity) > MAX_DEVIATION}
+    off = {name: share for name, share in shares.items() if abs(share - asked) > MAX_DEVIATION}
     if not off:
         return []
-    worst = max(off, key=lambda name: abs(off[name] - selection.sparsity))
+    worst = max(off, key=lambda name: abs(off[name] - asked))
     finer = "" if selection.group == "matrix" else "; --group matrix rounds less"
     return [
-        f"{len(off)} matrices get another share of zeros than {selection.sparsity:g}, rounded to whole weights of a "
+        f"{len(off)} matrices get another share of zeros than {asked:g}, rounded to whole weights of a "
         f"{selection.group}: {worst} gets {off[worst]:.4f}{finer}"
     ]
 
@@ -494,11 +495,12 @@ def card_section(report: PruneReport) -> str:
     """What a pruned model's card says of its pruning, in Markdown."""
     asked = f"pattern {report.pattern} (N kept)" if report.pattern else f"sparsity {report.sparsity:g}"
     calibration = report.calibration
+    counted = f"{report.n_counted_tokens:,} ({report.tokens})"
     data = {"calibration": f"none: {report.method} uses no data"}
     if calibration["used"]:
         data = {
             "calibration": f"{calibration['subset']}, content hash `{calibration['content_hash']}`",
-            "calibration tokens": f"{report.n_counted_tokens:,} ({report.tokens}), inputs from {report.propagate} blocks",
+            "calibration tokens": f"{counted}, inputs from {report.propagate} blocks",
         }
     rows = {
         "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",

@@ -184,7 +184,7 @@ def build(
     running = _running(engine, plan, device=device, concurrency=concurrency, options=engine_options)
     try:
         work.start_seconds = time.monotonic() - began
-        if engine == "auto" and running.name != resolve_engine(engine):
+        if isinstance(engine, str) and engine == "auto" and running.name != resolve_engine(engine):
             work.warn(f"vLLM is installed but cannot be imported, {running.name} ran instead; --engine vllm says why")
         work.generate(running, graders)
     finally:

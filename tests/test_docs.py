@@ -23,7 +23,11 @@ def snippets(page: Path) -> list[tuple[str, str]]:
     return [(m["language"], m["code"]) for m in found if m["language"] in ("bash", "python") and not m["skip"]]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    # README and CONTRIBUTING in the fast suite; the pages of docs/ take a minute more each.
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.parent.name == "docs"), id=page.name) for page in PAGES],
+)
 def test_what_a_page_shows_runs(page: Path, tmp_path: Path) -> None:
     environment = dict(os.environ, CALSET_ENGINE="transformers", PYTHONPATH=str(tmp_path))
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

@@ -28,7 +28,7 @@ _HOMES = {
     "diff": "calset.catalog.subsets",
     "evaluate": "calset.pruning.evaluate",
     "export": "calset.catalog.export",
-    "grade": "calset.builder.generate",
+    "grade": "calset.builder.regrade",
     "load_problems": "calset.builder.problems",
     "prune": "calset.pruning.prune",
     "resolve": "calset.catalog.export",
@@ -70,8 +70,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from calset.builder.generate import build, grade
+    from calset.builder.generate import build
     from calset.builder.problems import load_problems
+    from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
     from calset.catalog.export import export, resolve
     from calset.catalog.records import Subset

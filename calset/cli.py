@@ -116,6 +116,19 @@ def _existing(path: Path) -> Any:
 @click.option("--model", required=True, help="A checkpoint folder or Hub id.")
 @click.option("--problems", required=True, multiple=True, help="A file, gym:TASK?option=value, or demo. Repeatable.")
 @click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Traces a problem.")
+@click.option(
+    "--retry",
+    multiple=True,
+    type=click.Choice(["truncated", "error"]),
+    help="Run again what a smaller --max-tokens cut, or what the engine failed on. Repeatable.",
+)
+@click.option(
+    "--engine-option",
+    "engine_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="vLLM's own, e.g. tensor_parallel_size=8; a value is JSON or else text. Repeatable.",
+)
 @generation_options
 @catalog_option
 @progress_option
@@ -125,6 +138,7 @@ def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], **option
     from calset.builder.generate import build as run
 
     options["catalog"] = _open(options["catalog"])
+    options["engine_options"] = _named_values(options["engine_options"])
     with terminal.progress(progress_mode, "saved") as bar:
         report = run(options.pop("model"), list(problems), progress=_build_progress(bar), **options)
     if as_json:
@@ -137,6 +151,22 @@ def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], **option
         )
         terminal.note(f"  {_command_line()}")
         sys.exit(130)
+
+
+def _named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """``tensor_parallel_size=8`` -> {"tensor_parallel_size": 8}."""
+    import json
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--engine-option takes NAME=VALUE, not {pair!r}")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
 
 
 def _build_progress(bar: terminal.Progress) -> Callable[[Any], None]:
@@ -183,7 +213,7 @@ def _command_line() -> str:
 @json_option
 def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
     """Grade stored traces again; earlier verdicts stay in the history."""
-    from calset.builder.generate import grade as run
+    from calset.builder.regrade import grade as run
 
     with terminal.progress(progress_mode, "graded") as bar:
         report = run(_existing(catalog), progress=lambda done, total: bar.update(done, total, {}), **options)
@@ -418,9 +448,10 @@ def prune(model: str, calibration: str, catalog: Path, progress_mode: str, as_js
     if as_json:
         terminal.emit_json(report.as_dict())
         return
+    counted = f"calibrated on {subset.ref} ({report.n_counted_tokens:,} tokens)"
     terminal.say(
         f"{report.out}: {report.method}, sparsity {report.realised_sparsity:.4f} over {len(report.matrices)} matrices, "
-        f"calibrated on {subset.ref} ({report.n_counted_tokens:,} tokens) in {terminal.duration(report.seconds)}"
+        f"{counted if report.calibration['used'] else 'no calibration used'} in {terminal.duration(report.seconds)}"
     )
     for warning in report.warnings:
         terminal.note(f"Warning: {warning}")

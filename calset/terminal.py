@@ -14,9 +14,10 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date, datetime
-from decimal import Decimal
+from datetime import datetime
 from typing import Any
+
+from calset.jsonable import jsonable
 
 # C0 and C1 control characters but tab and newline, and the bidirectional overrides that can reorder a line.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -27,25 +28,6 @@ def clean(text: Any) -> str:
     """``text`` without control sequences; lone surrogates are replaced."""
     plain = str(text).replace("\r\n", "\n")
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", plain).encode("utf-8", "replace").decode("utf-8")
-
-
-def jsonable(value: Any) -> Any:
-    """``value`` in JSON's types; NaN and infinity become null, since JSON has neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int | bool):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [jsonable(v) for v in value]
-    if isinstance(value, datetime | date):
-        return value.isoformat()
-    if isinstance(value, Decimal):
-        return float(value)
-    if hasattr(value, "item"):
-        return jsonable(value.item())
-    return str(value)
 
 
 def emit_json(value: Any) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from calset.builder.engines import Completion, Request, Sampling
-from calset.builder.generate import BuildProgress, _Rate, build, grade
+from calset.builder.generate import BuildProgress, _Rate, build
 from calset.builder.model_info import inspect
+from calset.builder.regrade import grade
 from calset.catalog.catalog import Catalog
 from calset.errors import EngineError, InputError
 
@@ -148,8 +149,45 @@ def test_traces_that_a_smaller_limit_cut_are_kept_with_a_warning(tiny_model: Pat
     again = build(tiny_model, SUMS, samples=2, catalog=path, engine=scripted_engine(loaded), max_tokens=40)
     assert again.n_new == 12
     assert again.warnings == (
-        "12 existing traces were cut at 4 tokens; they are kept: build into another catalog to run them with more",
+        "12 existing traces were cut at 4 tokens and kept: --retry truncated runs them again with 40",
     )
+
+
+def test_truncated_traces_run_again_with_more_tokens_and_the_new_ones_count(
+    tiny_model: Path, tmp_path, scripted_engine
+):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    cut = scripted_engine(loaded, token_ids=(31,) * 4, finish_reason="length")
+    build(tiny_model, SUMS, samples=2, catalog=path, engine=cut, max_tokens=4)
+    same = build(tiny_model, SUMS, samples=2, catalog=path, engine=cut, max_tokens=4, retry=["truncated"])
+    assert same.n_new == 0
+    assert same.warnings == (
+        "24 existing traces were cut at 4 tokens, no less than this build's 4: not run again; raise --max-tokens",
+    )
+    longer = {"samples": 2, "catalog": path, "max_tokens": 40, "retry": ["truncated"]}
+    dying = scripted_engine(loaded, fail_after=10)
+    with pytest.raises(EngineError):
+        build(tiny_model, SUMS, engine=dying, **longer)
+    rest = build(tiny_model, SUMS, engine=scripted_engine(loaded), **longer)
+    assert rest.n_new == 14  # what finished before the engine died is not run a third time
+    assert build(tiny_model, SUMS, engine=scripted_engine(loaded), **longer).n_new == 0
+    store = Catalog(path)
+    assert store.query("SELECT DISTINCT attempt, finish_reason, verdict FROM trace").rows == [(1, "stop", "incorrect")]
+    assert store.query("SELECT count(*), count(DISTINCT trace_id) FROM trace").rows == [(24, 24)]
+    assert store.query("SELECT attempt, count(*) FROM traces GROUP BY attempt ORDER BY attempt").rows == [
+        (0, 24),
+        (1, 24),
+    ]
+    # The same request again: its seed does not depend on the attempt.
+    assert store.query("SELECT count(DISTINCT (trace_id, request_seed)) FROM traces").rows == [(24,)]
+
+
+def test_traces_that_the_engine_failed_on_run_again_when_asked(tiny_model: Path, tmp_path, scripted_engine):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded, finish_reason="abort"))
+    assert build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded)).n_new == 0
+    assert build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded), retry=["error"]).n_new == 12
+    assert Catalog(path).query("SELECT DISTINCT verdict FROM trace").rows == [("incorrect",)]
 
 
 def test_requests_carry_their_own_seeds_and_other_run_seeds_give_others(tiny_model: Path, tmp_path, scripted_engine):
@@ -214,6 +252,8 @@ def test_grading_again_keeps_the_history(tiny_model: Path, tmp_path, scripted_en
         ({"engine": "sglang"}, "unknown engine"),
         ({"grader": "maths"}, "unknown grader"),
         ({"limit": 0}, "limit must be at least 1"),
+        ({"retry": ["everything"]}, "retry takes truncated and error"),
+        ({"engine": "transformers", "engine_options": {"tensor_parallel_size": 2}}, "has no option 'tensor_parallel"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(tiny_model: Path, tmp_path: Path, options: dict, says: str):

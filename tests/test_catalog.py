@@ -27,8 +27,9 @@ from calset.catalog.export import export
 from calset.catalog.selection import select
 from calset.catalog.stats import stats
 from calset.catalog.subsets import diff, load
-from calset.catalog.values import clean, dump_json, to_jsonable
+from calset.catalog.values import clean, dump_json
 from calset.errors import CatalogError, CatalogLocked, InputError, SchemaTooNew
+from calset.jsonable import jsonable
 
 ROOT = Path(__file__).parent.parent
 
@@ -392,7 +393,7 @@ def test_query_says_types_limits_and_json_values(tmp_path: Path) -> None:
         "t": "2026-01-02T03:04:05", "d": 1.5, "l": [1, None], "s": {"a": "2026-01-01"}, "f": None,
         "h": 2**127 - 1, "b": "AA==", "m": {"k": 1},
     }  # fmt: skip
-    assert to_jsonable({1: {2, 3}}) == {"1": [2, 3]}
+    assert jsonable({1: {2, 3}}) == {"1": [2, 3]}
 
 
 def test_python_users_get_a_relation_on_a_connection_of_their_own(tmp_path: Path) -> None:

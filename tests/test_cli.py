@@ -120,6 +120,23 @@ def test_prune_verify_and_evaluate(built: Path, tmp_path: Path) -> None:
     assert "were in the subset" in json.loads(done.stdout)["warnings"][0]
 
 
+def test_prune_says_what_it_calibrated_on_or_that_it_used_nothing(built: Path, tmp_path: Path) -> None:
+    done = calset(
+        "prune", demo.MODEL, "--calibration", "all", "--method", "magnitude", "--sparsity", "0.5",
+        "-o", tmp_path / "out", "--device", "cpu", cwd=built,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no calibration used" in done.stdout
+    assert "calibrated on" not in done.stdout
+
+
+def test_engine_options_are_named_values(tmp_path: Path) -> None:
+    ask = ("build", "--model", demo.MODEL, "--problems", "demo", "--engine", "transformers", "--engine-option")
+    refused(calset(*ask, "tensor_parallel_size", cwd=tmp_path), 2, "NAME=VALUE")
+    refused(calset(*ask, "tensor_parallel_size=2", cwd=tmp_path), 2, "no option 'tensor_parallel_size'")
+    assert not any(tmp_path.iterdir())
+
+
 def test_evaluating_never_feeds_calibration(built: Path, tmp_path: Path) -> None:
     catalog = tmp_path / "c.duckdb"
     shutil.copy(built / "calset.duckdb", catalog)

@@ -89,10 +89,13 @@ def test_calibration_questions_are_recognised_in_another_file(tmp_path: Path, sc
     engine = scripted_engine(inspect(demo.MODEL).revision, token_ids=(31, 32, 33))
     calset.build(demo.MODEL, str(tmp_path / "train.jsonl"), samples=1, catalog=catalog, engine=engine)
     subset = calset.select(catalog, "train", "rac", tokens=2000)
-    calset.prune(demo.MODEL, subset, tmp_path / "pruned", method="magnitude", sparsity=0.5)
+    calset.prune(demo.MODEL, subset, tmp_path / "pruned", method="wanda", sparsity=0.5)
+    calset.prune(demo.MODEL, subset, tmp_path / "by-magnitude", method="magnitude", sparsity=0.5)
     ask = {"engine": engine, "max_tokens": 50}
     report = calset.evaluate(tmp_path / "pruned", str(tmp_path / "held-out.jsonl"), catalog=catalog, **ask)
     assert any(warning.startswith("1 of the evaluated problems") for warning in report.warnings)
+    unseen = calset.evaluate(tmp_path / "by-magnitude", str(tmp_path / "held-out.jsonl"), catalog=catalog, **ask)
+    assert not any("of the evaluated problems" in warning for warning in unseen.warnings)  # it used no calibration
     elsewhere = tmp_path / "other.duckdb"
     report = calset.evaluate(tmp_path / "pruned", str(tmp_path / "held-out.jsonl"), catalog=elsewhere, **ask)
     assert any("were not compared" in warning for warning in report.warnings)

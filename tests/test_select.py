@@ -416,7 +416,7 @@ def test_warnings_for_a_poor_pool(tmp_path: Path) -> None:
     assert "standard error" in warnings
     assert "60% of the traces did not finish" in warnings
     # max_tokens is not part of the generation key: the same catalog would keep its truncated traces.
-    assert "build into another catalog with a larger --max-tokens" in warnings
+    assert "with a larger --max-tokens and --retry truncated" in warnings
 
 
 # -- recipes as data ------------------------------------------------------------------------------------------------

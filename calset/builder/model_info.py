@@ -66,18 +66,13 @@ def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
             generation_config.json, or a transformers that cannot be imported.
     """
     try:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
     except Exception as error:  # RuntimeError too: "operator torchvision::nms does not exist"
         why = import_problem(error, "reinstall torch and transformers")
         raise InputError(f"transformers is installed but cannot be imported: {why}") from error
 
     folder, sha, is_local = locate(model, revision)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{model} has no config.json; pass the folder of a Hugging Face checkpoint")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"cannot read {folder / 'config.json'}: {first_line(error)}") from error
+    config = read_config(model, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -98,6 +93,22 @@ def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
         sampling=_sampling(defaults, folder / "generation_config.json"),
         reasoning=detect(tokenizer, template),
     )
+
+
+def read_config(model: str | Path, folder: Path) -> Any:
+    """transformers' config of the model in ``folder``; ``model`` is what the user called it.
+
+    Raises:
+        InputError: no config.json, or none that transformers can read without the model's own code.
+    """
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{model} has no config.json; pass the folder of a Hugging Face checkpoint")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"cannot read {folder / 'config.json'}: {first_line(error)}") from error
 
 
 def folder_revision(folder: Path) -> str:

@@ -18,11 +18,12 @@ from typing import Any
 import duckdb
 
 from calset import ids
-from calset.catalog.connection import Mode, first_line, opened
+from calset.catalog.connection import Mode, opened
 from calset.catalog.records import Grade, Problem, Run, Source, Trace, utc_now
 from calset.catalog.schema import TABLES
-from calset.catalog.values import arrow_batch, chunks, clean, dump_json, to_jsonable
-from calset.errors import InputError
+from calset.catalog.values import arrow_batch, chunks, clean, dump_json
+from calset.errors import InputError, first_line
+from calset.jsonable import jsonable
 
 DEFAULT_PATH = "calset.duckdb"
 _JSON_COLUMNS = {"metadata", "sampling", "versions", "hardware", "recipe", "pool", "warnings", "record"}
@@ -39,7 +40,7 @@ class Result:
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """The rows as JSON-able dicts; of two columns with one name the last counts."""
-        return [dict(zip(self.columns, map(to_jsonable, row), strict=True)) for row in self.rows]
+        return [dict(zip(self.columns, map(jsonable, row), strict=True)) for row in self.rows]
 
 
 @dataclass(frozen=True, slots=True)

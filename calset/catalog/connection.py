@@ -21,7 +21,7 @@ from typing import Literal
 import duckdb
 
 from calset.catalog import migrations
-from calset.errors import CatalogError, CatalogLocked, InputError
+from calset.errors import CatalogError, CatalogLocked, InputError, first_line
 
 # "own" is calset's own reading SQL, which needs no walls: it joins "read" or "query", whichever is open already.
 Mode = Literal["write", "read", "query", "own"]
@@ -235,7 +235,7 @@ def _is_lock(error: Exception) -> bool:
 def translate(error: duckdb.Error, path: Path) -> CatalogError | InputError:
     """DuckDB's error as one line that says what to do."""
     text = str(error)
-    line = first_line(error)
+    line = first_line(error)  # the rest is a picture of the query
     if _is_lock(error):
         holder = re.search(r"held in (.+?) \(PID (\d+)\)", text)
         who = f"process {holder[2]} ({holder[1]})" if holder else "another process"
@@ -257,8 +257,3 @@ def translate(error: duckdb.Error, path: Path) -> CatalogError | InputError:
         reason = line.rsplit(": ", 1)[-1].lower()
         return InputError(f"{path} cannot be opened ({reason}): check the permissions of the file and of its folder")
     return CatalogError(f"{path}: {line}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a DuckDB error; the rest is a picture of the query."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

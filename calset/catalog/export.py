@@ -21,8 +21,8 @@ from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Kind
 from calset.catalog.records import Problem, Sample, Subset
-from calset.catalog.values import to_jsonable
 from calset.errors import CatalogError, InputError
+from calset.jsonable import jsonable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -137,7 +137,7 @@ def _write(folder: Path, table: pa.Table, manifest: Mapping[str, Any]) -> None:
         write_page_index=True,
     )
     # The manifest last: a reader that finds it finds everything.
-    text = json.dumps(to_jsonable(manifest), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(jsonable(manifest), indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 

@@ -19,11 +19,11 @@ from calset import ids
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog, check_select
 from calset.catalog.conditions import require_stable
-from calset.catalog.connection import first_line, opened
+from calset.catalog.connection import opened
 from calset.catalog.recipes import Candidate, Kind, Ranking, Recipe, get_recipe, rank, spend, tie_break
 from calset.catalog.records import Sample, Subset
 from calset.catalog.values import clean
-from calset.errors import InputError
+from calset.errors import InputError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +345,7 @@ def _warnings(recipe: Recipe, ranking: Ranking, samples: Sequence[Sample], avail
     if ranking.truncated_share > 0.5:
         warnings.append(
             f"{ranking.truncated_share:.0%} of the traces did not finish: long ones are missing from this pool; build "
-            "into another catalog with a larger --max-tokens (the traces of this one are kept as they are)"
+            "again with a larger --max-tokens and --retry truncated"
         )
     return warnings
 

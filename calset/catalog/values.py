@@ -1,20 +1,17 @@
-"""Between Python values and what DuckDB stores: clean text, JSON, Arrow batches, and back to JSON-able values.
+"""Between Python values and what DuckDB stores: clean text, JSON, Arrow batches.
 
 Must not know: tables or connections.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import numpy as np
+
+from calset.jsonable import jsonable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,7 +31,7 @@ def dump_json(value: Any) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError:
-        text = json.dumps(to_jsonable(value), ensure_ascii=False, allow_nan=False, default=_plain)
+        text = json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False, default=_plain)
     return clean(text)
 
 
@@ -46,31 +43,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return str(value)
-
-
-def to_jsonable(value: Any) -> Any:
-    """What ``json.dumps`` takes: dates as ISO text, decimals as numbers, bytes as base64, NaN as None."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, (datetime, date, time)):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, UUID):
-        return str(value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return base64.b64encode(bytes(value)).decode("ascii")
-    if isinstance(value, Mapping):
-        return {str(key): to_jsonable(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return to_jsonable(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [to_jsonable(item) for item in value]
-    return _plain(value)
 
 
 def arrow_batch(columns: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> pa.Table:

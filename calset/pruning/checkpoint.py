@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset import ids
-from calset.errors import CalsetError, InputError, PruningError
+from calset.errors import CalsetError, InputError, PruningError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class Source:
                 return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except Exception as error:
             raise InputError(
-                f"{self.name} is no causal language model that transformers knows: {_line(error)}"
+                f"{self.name} is no causal language model that transformers knows: {first_line(error)}"
             ) from error
 
     def matrix_dtypes(self, names: Set[str]) -> dict[str, torch.dtype]:
@@ -80,7 +80,7 @@ class Source:
         try:
             stored = stored_dtypes(self.folder)
         except Exception as error:
-            raise InputError(f"cannot load the weights of {self.name}: {_line(error)}") from error
+            raise InputError(f"cannot load the weights of {self.name}: {first_line(error)}") from error
         if names <= stored.keys():
             found = {name: stored[name] for name in names}
         else:
@@ -109,20 +109,15 @@ def open_source(model: str | Path) -> Source:
     Raises:
         InputError: no such model, no config, or a quantised checkpoint.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     # The builder and the pruner must give one model one name and revision.
-    from calset.builder.model_info import locate, recorded_name
+    from calset.builder.model_info import locate, read_config, recorded_name
 
     folder, revision, is_local = locate(model, None)
     if not is_local:
         folder = _download(str(model), revision)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{model} has no config.json; pass the folder of a Hugging Face checkpoint")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"cannot read {folder / 'config.json'}: {_line(error)}") from error
+    config = read_config(model, folder)
     if getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None):
         raise InputError(f"{model} is quantised: prune the unquantised checkpoint, then quantise the result")
     try:
@@ -146,7 +141,7 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is corrupt: {_line(error)}") from error
+        raise InputError(f"{index} is corrupt: {first_line(error)}") from error
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise InputError(f"{index} is corrupt: it does not name files beside it")
     return [folder / name for name in names]
@@ -183,7 +178,7 @@ def load_model(folder: Path, name: str, dtype: torch.dtype | str = "auto") -> An
     except (torch.OutOfMemoryError, MemoryError):
         raise  # no fault of the files
     except Exception as error:
-        raise InputError(f"cannot load the weights of {name}: {_line(error)}") from error
+        raise InputError(f"cannot load the weights of {name}: {first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random ones.
@@ -197,7 +192,7 @@ def _download(model: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=[*COPIED, "*.safetensors", "README.md"]))
     except Exception as error:
-        raise InputError(f"the Hub did not give {model}: {_line(error)}") from error
+        raise InputError(f"the Hub did not give {model}: {first_line(error)}") from error
 
 
 def check_out(out: Path, source: Source) -> None:
@@ -247,14 +242,14 @@ def save(model: Any, source: Source, out: Path, record: Mapping[str, Any], secti
             folder.rename(out)
     except OSError as error:
         raise PruningError(
-            f"could not write {out}: {error.strerror or _line(error)}; nothing was left there"
+            f"could not write {out}: {error.strerror or first_line(error)}; nothing was left there"
         ) from error
     except MemoryError:
         raise
     except Exception as error:  # safetensors, for one, reports a full disk as its own error
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise PruningError(f"could not write {out}: {_line(error)}; nothing was left there") from error
+        raise PruningError(f"could not write {out}: {first_line(error)}; nothing was left there") from error
 
 
 def _write_weights(model: Any, source: Path, folder: Path, pruned: set[str]) -> None:
@@ -379,7 +374,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is corrupt: {_line(error)}") from error
+        raise InputError(f"{path} is corrupt: {first_line(error)}") from error
     if not isinstance(record, dict):
         raise InputError(f"{path} is corrupt: it is no JSON object")
     version, matrices = record.get("schema_version"), record.get("matrices")
@@ -405,8 +400,3 @@ def _is_matrix(entry: Any) -> bool:
     shape = entry.get("shape")
     is_shape = isinstance(shape, list) and len(shape) == 2 and all(_is_count(side) and side > 0 for side in shape)
     return is_shape and _is_count(entry.get("n_zeros")) and _is_count(entry.get("n_pruned"))
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, for a one-line report."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -231,14 +231,15 @@ def _tally(verdicts: Counter[str]) -> str:
 
 
 def _calibrated_on(model: str | Path) -> str | None:
-    """The content hash of the subset that pruned this model; None for a model that calset did not prune.
+    """The content hash of the subset that calibrated this model; None without one: not pruned, or by a method without.
 
     Raises:
         InputError: a ``pruning.json`` that cannot be read.
     """
     if not (Path(model) / RECORD).is_file():
         return None
-    return read_record(Path(model)).get("calibration", {}).get("content_hash")
+    calibration = read_record(Path(model)).get("calibration", {})
+    return calibration.get("content_hash") if calibration.get("used", True) else None
 
 
 def _overlap(store: Catalog, content_hash: str | None, problem_ids: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from calset.builder.engines.base import Completion, Engine, EngineUnavailable, Request, Sampling
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 ENGINES = ("vllm", "transformers")
 COMMON_OPTIONS = {"concurrency", "verbose"}
 
-__all__ = ["ENGINES", "Completion", "Engine", "Request", "Sampling", "open_engine", "resolve_engine"]
+__all__ = ["ENGINES", "Completion", "Engine", "Request", "Sampling", "check_options", "open_engine", "resolve_engine"]
 
 
 def resolve_engine(name: str) -> str:
@@ -34,6 +35,16 @@ def resolve_engine(name: str) -> str:
             "or use --engine transformers"
         )
     return name
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Refuse what the transformers engine does not take; vLLM's options are its own, and vLLM checks them.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if name == "transformers" and (unknown := sorted(set(options) - COMMON_OPTIONS)):
+        raise InputError(f"the transformers engine has no option {unknown[0]!r}; that is for --engine vllm")
 
 
 def open_engine(
@@ -70,6 +81,7 @@ def open_engine(
         except EngineUnavailable:
             if name != "auto" or not COMMON_OPTIONS.issuperset(options):
                 raise
+    check_options("transformers", options)
     from calset.builder.engines.transformers import TransformersEngine
 
     return TransformersEngine(model, max_model_len=length, device=device, dtype=dtype, **options)

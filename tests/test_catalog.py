@@ -529,26 +529,44 @@ def test_an_interrupted_first_migration_is_carried_on(tmp_path: Path) -> None:
     path = tmp_path / "c.duckdb"
     duckdb.connect(str(path)).close()
     Catalog(path).add_run(make_run())
-    assert Catalog(path).query("SELECT number, name FROM migrations").rows == [(1, "first_tables")]
+    assert Catalog(path).query("SELECT number, name FROM migrations").rows == [
+        (m.number, m.name) for m in migrations.MIGRATIONS
+    ]
+
+
+def test_a_catalog_of_the_first_schema_gets_the_builder_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    added = {"decisions", "contaminations", "judgements"}
+    with monkeypatch.context() as first:
+        first.setattr(schema, "TABLES", {k: v for k, v in schema.TABLES.items() if k not in added})
+        first.setattr(schema, "VIEWS", {k: v for k, v in schema.VIEWS.items() if k not in ("excluded", "judgement")})
+        first.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:1])
+        first.setattr(migrations, "SCHEMA_VERSION", 1)
+        catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
+    for table in (*sorted(added), "excluded", "judgement"):
+        assert catalog.query(f"SELECT count(*) FROM {table}").rows == [(0,)]
+    assert only(catalog, "SELECT count(*) FROM trace") == 1
 
 
 def test_an_older_catalog_is_upgraded_by_a_reader_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
-    later = migrations.Migration(2, "second", lambda con: con.execute("CREATE TABLE added (x INTEGER)") and None)
+    n = migrations.SCHEMA_VERSION + 1
+    later = migrations.Migration(n, "second", lambda con: con.execute("CREATE TABLE added (x INTEGER)") and None)
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, later))
-    monkeypatch.setattr(migrations, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(migrations, "SCHEMA_VERSION", n)
     assert catalog.query("SELECT count(*) FROM added").rows == [(0,)]
-    assert catalog.query("SELECT name FROM migrations ORDER BY number").rows == [("first_tables",), ("second",)]
+    assert catalog.query("SELECT name FROM migrations ORDER BY number DESC LIMIT 1").rows == [("second",)]
 
 
 def test_a_migration_reaches_new_files_and_old_ones_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = fill(tmp_path / "old.duckdb", [[("correct", 3)]])
+    n = migrations.SCHEMA_VERSION
+    note = 'ALTER TABLE "prunings" ADD COLUMN "note" VARCHAR'
     later = (
-        migrations.Migration(2, "notes", lambda con: con.execute('ALTER TABLE "prunings" ADD COLUMN "note" VARCHAR')),
-        migrations.Migration(3, "view_only"),
+        migrations.Migration(n + 1, "notes", lambda con: con.execute(note)),
+        migrations.Migration(n + 2, "view_only"),
     )
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, *later))
-    monkeypatch.setattr(migrations, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(migrations, "SCHEMA_VERSION", n + 2)
     monkeypatch.setattr(
         schema, "TABLES", {**schema.TABLES, "prunings": {**schema.TABLES["prunings"], "note": "VARCHAR"}}
     )
@@ -560,8 +578,8 @@ def test_a_migration_reaches_new_files_and_old_ones_alike(tmp_path: Path, monkey
         assert catalog.query("DESCRIBE prunings").rows[-1][:2] == ("note", "VARCHAR")
         assert catalog.query("FROM suspect_gold").columns[-1] == "note"
         assert catalog.query("SELECT number, name FROM migrations ORDER BY number").rows == [
-            (1, "first_tables"), (2, "notes"), (3, "view_only")
-        ]  # fmt: skip
+            (m.number, m.name) for m in migrations.MIGRATIONS
+        ]
         assert only(catalog, "SELECT count(*) FROM trace") == 1
 
 
@@ -570,7 +588,7 @@ def test_a_changed_schema_comes_with_a_migration() -> None:
     # edit that never left this machine needs only the digest.
     tables = {name: list(columns.items()) for name, columns in schema.TABLES.items()}
     views = {name: " ".join(sql.split()) for name, sql in schema.VIEWS.items()}
-    assert (migrations.SCHEMA_VERSION, ids.digest(tables, views)) == (1, "7d34e72da7e1255150edf81c")
+    assert (migrations.SCHEMA_VERSION, ids.digest(tables, views)) == (2, "59aa22661db92c0b7cbd6ebc")
 
 
 def _as_nobody(path: str, results: multiprocessing.Queue) -> None:

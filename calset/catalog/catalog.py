@@ -19,7 +19,17 @@ import duckdb
 
 from calset import ids
 from calset.catalog.connection import Mode, opened
-from calset.catalog.records import Grade, Problem, Run, Source, Trace, utc_now
+from calset.catalog.records import (
+    Contamination,
+    Decision,
+    Grade,
+    Judgement,
+    Problem,
+    Run,
+    Source,
+    Trace,
+    utc_now,
+)
 from calset.catalog.schema import TABLES
 from calset.catalog.values import arrow_batch, chunks, clean, dump_json
 from calset.errors import InputError, first_line
@@ -139,22 +149,45 @@ class Catalog:
         """Keep grades; a trace may have many, the newest counts. An equal grade given twice is kept once."""
         return self.record((), grades).grades
 
-    def record(self, traces: Sequence[Trace], grades: Sequence[Grade]) -> Recorded:
-        """Keep traces and their grades in one transaction: after it returns, both are on disk; before, neither.
+    def record(
+        self,
+        traces: Sequence[Trace],
+        grades: Sequence[Grade],
+        *,
+        problems: Sequence[Problem] = (),
+        decisions: Sequence[Decision] = (),
+        contaminations: Sequence[Contamination] = (),
+    ) -> Recorded:
+        """Keep traces, their grades and what goes with them in one transaction: all on disk after it, nothing before.
 
-        A trace that was there already stays as it is, and a grade that comes with it in this call is dropped: it judged
-        another completion (of a second build of the same traces).
+        Problems that are there stay as they are. A trace that was there already stays as it is, and a grade that comes
+        with it in this call is dropped: it judged another completion (of a second build of the same traces).
 
         Raises:
             CatalogLocked, CatalogError, InputError: nothing was kept.
         """
-        if not traces and not grades:
+        if not (traces or grades or problems or decisions or contaminations):
             return Recorded(0, 0)
         with self.transaction() as con:
+            _insert(con, "problems", [_row("problems", p) for p in problems], key=("problem_id",))
+            _append(con, "decisions", [_row("decisions", d) for d in decisions])
+            _insert(
+                con,
+                "contaminations",
+                [_row("contaminations", c) for c in contaminations],
+                key=("problem_id", "evaluation_source", "evaluation_revision", "evaluation_row", "n"),
+            )
             fresh = _insert_traces(con, traces)
             strangers = {(t.trace_id, t.attempt) for t in traces} - fresh
             grades = [grade for grade in grades if (grade.trace_id, grade.attempt) not in strangers]
             return Recorded(len(fresh), _insert_grades(con, grades, fresh), frozenset(fresh))
+
+    def add_judgements(self, judgements: Sequence[Judgement]) -> int:
+        """Keep what judges said of traces; returns how many were new."""
+        rows = [_row("judgements", judgement) for judgement in judgements]
+        key = ("trace_id", "attempt", "judge", "judge_revision", "prompt_hash", "judged_at")
+        with self.transaction() as con:
+            return _insert(con, "judgements", rows, key=key)
 
     def add_evaluation(self, record: Mapping[str, Any]) -> str:
         """Keep what an evaluation found (any JSON-able mapping); returns its id."""

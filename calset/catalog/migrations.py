@@ -21,6 +21,11 @@ def _nothing(con: duckdb.DuckDBPyConnection) -> None:
     """For a step that needs no statement: the first tables, which every older file has, and steps for a view only."""
 
 
+def _create_tables(con: duckdb.DuckDBPyConnection, *tables: str) -> None:
+    for table in tables:
+        con.execute(schema.create_table(table))
+
+
 @dataclass(frozen=True, slots=True)
 class Migration:
     """One numbered step from the schema before it; ``apply`` runs inside a transaction."""
@@ -32,7 +37,10 @@ class Migration:
 
 # Whatever changes in ``schema`` needs a step here: a table's change an ``apply`` that makes it (a new column is added
 # last, as rows are inserted by position), a view's change none.
-MIGRATIONS: Sequence[Migration] = (Migration(1, "first_tables"),)
+MIGRATIONS: Sequence[Migration] = (
+    Migration(1, "first_tables"),
+    Migration(2, "builder_tables", lambda con: _create_tables(con, "decisions", "contaminations", "judgements")),
+)
 SCHEMA_VERSION = MIGRATIONS[-1].number
 
 

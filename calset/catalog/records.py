@@ -136,6 +136,58 @@ class Grade:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """What an adaptive build decided of a problem, after ``k`` judged samples of at most ``samples``."""
+
+    run_id: str
+    generation_key: str
+    problem_id: str
+    action: str  # "continue", "stop", "complete"
+    reason: str  # in a line, for people
+    k: int
+    n_correct: int
+    samples: int
+    probability: float | None  # that all ``samples`` would put the problem inside the recipe's band
+    confidence: float
+    recipe: str
+    decided_at: datetime = field(default_factory=utc_now)
+
+
+@dataclass(frozen=True, slots=True)
+class Contamination:
+    """Why a problem was left out: n-grams of words that it shares with a problem of an evaluation source."""
+
+    problem_id: str
+    evaluation_source: str
+    evaluation_revision: str
+    evaluation_row: str
+    n: int  # words a gram
+    n_shared: int  # grams shared
+    share: float  # of the shorter question's grams
+    evidence: str  # the longest shared run of words
+    found_at: datetime = field(default_factory=utc_now)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a judge model said of a trace; it stands beside the rule's verdict, never in its place."""
+
+    trace_id: str
+    attempt: int
+    judge: str  # the judge's model
+    judge_revision: str
+    prompt_hash: str  # sha256 of the prompt template and answer schema
+    engine: str
+    engine_version: str
+    verdict: Verdict
+    extracted: str | None
+    raw: str  # the judge's own words, whole
+    detail: str | None = None
+    seconds: float = 0.0
+    judged_at: datetime = field(default_factory=utc_now)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One calibration sample of a subset: prompt and completion in ``input_ids``, ``n_prompt_tokens`` of it prompt."""
 

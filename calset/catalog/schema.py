@@ -139,6 +139,49 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "tag": "VARCHAR",
         "published_at": "TIMESTAMP",
     },
+    # What an adaptive build decided of a problem, and from what; append-only, the newest of a generation key counts.
+    "decisions": {
+        "run_id": "VARCHAR",
+        "generation_key": "VARCHAR",
+        "problem_id": "VARCHAR",
+        "action": "VARCHAR",
+        "reason": "VARCHAR",
+        "k": "INTEGER",
+        "n_correct": "INTEGER",
+        "samples": "INTEGER",
+        "probability": "DOUBLE",
+        "confidence": "DOUBLE",
+        "recipe": "VARCHAR",
+        "decided_at": "TIMESTAMP",
+    },
+    # Why a problem was left out of a build: what it shares with an evaluation source.
+    "contaminations": {
+        "problem_id": "VARCHAR",
+        "evaluation_source": "VARCHAR",
+        "evaluation_revision": "VARCHAR",
+        "evaluation_row": "VARCHAR",
+        "n": "INTEGER",
+        "n_shared": "INTEGER",
+        "share": "DOUBLE",
+        "evidence": "VARCHAR",
+        "found_at": "TIMESTAMP",
+    },
+    # What a judge model said of a trace. Apart from grades: a judgement never overwrites a rule's verdict.
+    "judgements": {
+        "trace_id": "VARCHAR",
+        "attempt": "INTEGER",
+        "judge": "VARCHAR",
+        "judge_revision": "VARCHAR",
+        "prompt_hash": "VARCHAR",
+        "engine": "VARCHAR",
+        "engine_version": "VARCHAR",
+        "verdict": "VARCHAR",
+        "extracted": "VARCHAR",
+        "raw": "VARCHAR",
+        "detail": "VARCHAR",
+        "seconds": "DOUBLE",
+        "judged_at": "TIMESTAMP",
+    },
     "prunings": {"pruning_id": "VARCHAR", "created_at": "TIMESTAMP", "record": "JSON"},
     "evaluations": {"evaluation_id": "VARCHAR", "created_at": "TIMESTAMP", "record": "JSON"},
 }
@@ -238,6 +281,22 @@ VIEWS: Mapping[str, str] = {
     # Never right, yet at least three and half of the samples agree: more often a wrong reference than a hard problem.
     "suspect_gold": """
         SELECT * FROM problem WHERE pass_rate = 0 AND majority_n >= 3 AND majority_share >= 0.5
+    """,
+    # Problems that a build left out because an evaluation source holds them too, with the evidence.
+    "excluded": """
+        SELECT c.problem_id, p.source, p.source_row, c.evaluation_source, c.evaluation_row, c.n, c.n_shared, c.share,
+            c.evidence, p.question, p.answer, c.evaluation_revision, c.found_at
+        FROM contaminations c JOIN problems p ON p.problem_id = c.problem_id
+    """,
+    # The newest judgement of each judge and prompt on each trace, beside the rule's verdict.
+    "judgement": """
+        SELECT t.trace_id, t.problem_id, t.model, t.source, j.judge, j.judge_revision, j.prompt_hash,
+            j.verdict AS judged, t.verdict, t.grader, j.verdict = t.verdict AS agrees, j.extracted, j.detail, j.raw,
+            t.question, t.answer, t.response, j.judged_at
+        FROM judgements j JOIN trace t ON t.trace_id = j.trace_id AND t.attempt = j.attempt
+        QUALIFY row_number() OVER (
+            PARTITION BY j.trace_id, j.attempt, j.judge, j.judge_revision, j.prompt_hash
+            ORDER BY j.judged_at DESC, j.verdict, j.raw) = 1
     """,
 }
 

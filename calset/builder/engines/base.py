@@ -5,7 +5,9 @@ Must not know: problems, grading or the catalog.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -93,7 +95,11 @@ class Engine(Protocol):
     loaded: str  # the revision of the weights that answer now
 
     def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Yield completions as they finish, in any order, pulling requests lazily (perhaps from another thread).
+        """Yield completions as they finish, in any order, pulling requests lazily.
+
+        The next request may be long in coming: an adaptive build decides it from completions that this stream has yet
+        to yield. So an engine that runs several at once pulls through a ``RequestFeed`` and goes on with what it has;
+        one that runs one at a time may simply iterate.
 
         Raises:
             EngineError: the engine died; completions already yielded stand.
@@ -115,6 +121,76 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the device; may be called twice."""
         ...
+
+
+class RequestFeed:
+    """Requests pulled by a thread of their own, so that an engine's loop never waits for the next one.
+
+    Args:
+        requests: what ``Engine.stream`` was given; its ``next`` may block.
+        ahead: requests pulled ahead of ``take`` at most. Few: an adaptive build decides late, and better, what comes
+            next.
+        notify: called from the feeding thread after each request and at the end.
+    """
+
+    def __init__(self, requests: Iterable[Request], *, ahead: int = 16, notify: Callable[[], None] | None = None):
+        self._requests, self._ahead, self._notify = requests, ahead, notify
+        self._pulled: deque[Request] = deque()
+        self._changed = threading.Condition()
+        self._ended = self._closed = False
+        self._error: BaseException | None = None
+        # A daemon: when a stream is dropped while ``next`` blocks, nobody can wake it.
+        threading.Thread(target=self._pull, name="calset-feed", daemon=True).start()
+
+    def _pull(self) -> None:
+        try:
+            for request in self._requests:
+                with self._changed:
+                    self._pulled.append(request)
+                    self._changed.notify_all()
+                self._tell()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or len(self._pulled) < self._ahead)
+                    if self._closed:
+                        return
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._notify is not None and not self._closed:
+            self._notify()
+
+    def take(self, most: int, *, timeout: float = 0.0) -> list[Request]:
+        """Up to ``most`` requests that are there; waits up to ``timeout`` seconds for the first, or for the end.
+
+        Raises:
+            whatever the iterable raised, once what came before it is taken.
+        """
+        with self._changed:
+            if most > 0 and timeout > 0:
+                self._changed.wait_for(lambda: self._pulled or self._ended, timeout)
+            taken = [self._pulled.popleft() for _ in range(min(most, len(self._pulled)))]
+            self._changed.notify_all()
+            if not taken and not self._pulled and self._error is not None:
+                raise self._error
+            return taken
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing is left, and nothing will come."""
+        with self._changed:
+            return self._ended and not self._pulled and self._error is None
+
+    def close(self) -> None:
+        """Pull no more; may be called twice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -115,7 +115,25 @@ def _existing(path: Path) -> Any:
 @cli.command()
 @click.option("--model", required=True, help="A checkpoint folder or Hub id.")
 @click.option("--problems", required=True, multiple=True, help="A file, gym:TASK?option=value, or demo. Repeatable.")
-@click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Traces a problem.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Traces a problem; with --target, at most.",
+)
+@click.option(
+    "--target",
+    metavar="RECIPE",
+    help="Sample adaptively until this recipe (a name or a TOML file) has what it needs.",
+)
+@click.option("--need", type=click.IntRange(min=1), help="How many samples the target must be able to take.")
+@click.option("--need-tokens", type=click.IntRange(min=1), help="How many tokens of samples, instead.")
+@click.option(
+    "--confidence",
+    type=click.FloatRange(0.5, 1, max_open=True),
+    help="Of stopping a problem outside the target's difficulty band. Default: 0.95.",
+)
 @click.option(
     "--retry",
     multiple=True,
@@ -146,9 +164,8 @@ def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], **option
     else:
         _print_build(report)
     if report.stopped:
-        terminal.note(
-            f"Stopped; {report.n_existing + report.n_new} of {report.n_requested} traces are saved. To continue:"
-        )
+        asked = f" of {report.n_requested}" if report.n_requested is not None else ""
+        terminal.note(f"Stopped; {report.n_existing + report.n_new}{asked} traces are saved. To continue:")
         terminal.note(f"  {_command_line()}")
         sys.exit(130)
 
@@ -171,10 +188,17 @@ def _named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 def _build_progress(bar: terminal.Progress) -> Callable[[Any], None]:
     def show(event: Any) -> None:
+        if event.phase == "checking problems":
+            bar.update(0, None, {"phase": event.phase, "problems": f"{event.n_problems:,}"})
+            return
+        target = event.target
+        unfinished = {reason: n for reason, n in event.finish_reasons.items() if reason != "stop"}
         facts = {
             "phase": event.phase if event.phase != "generating" else None,
+            "target": f"{target['met']:,}/{target['need']:,}" if target else None,
             "tokens/s": round(event.tokens_per_second) if event.tokens_per_second else None,
-            "truncated": f"{event.truncated / event.saved:.0%}" if event.saved else None,
+            "overall": round(event.lifetime_tokens_per_second) if event.lifetime_tokens_per_second else None,
+            **{reason: f"{n / event.saved:.0%}" for reason, n in sorted(unfinished.items())},
             "correct": f"{event.correct / event.judged:.0%}" if event.judged else None,
             "ETA": terminal.duration(event.eta_seconds),
         }
@@ -185,16 +209,27 @@ def _build_progress(bar: terminal.Progress) -> Callable[[Any], None]:
 
 def _print_build(report: Any) -> None:
     verdicts = ", ".join(f"{n} {v}" for v, n in sorted(report.verdicts.items(), key=lambda x: -x[1]))
+    reasons = ", ".join(f"{n} {r}" for r, n in sorted(report.finish_reasons.items(), key=lambda x: -x[1]))
     speed = f" at {report.n_tokens / report.seconds:,.0f} tokens/s" if report.n_new and report.seconds else ""
     terminal.say(
         f"{report.n_new} new traces of {report.n_problems} problems ({report.n_existing} were there), "
         f"{report.n_tokens:,} tokens in {terminal.duration(report.seconds)}{speed}"
     )
     if verdicts:
-        terminal.say(f"Verdicts: {verdicts}")
+        terminal.say(f"Verdicts: {verdicts}. Finish reasons: {reasons}")
     for warning in report.warnings:
         terminal.note(f"Warning: {warning}")
-    terminal.say(f"Catalog: {report.catalog}. Next: calset stats --catalog {report.catalog}")
+    following = "calset stats"
+    if report.target is not None:
+        aim = report.target
+        terminal.say(
+            f"Target {aim['recipe']}: {aim['met']:,} of {aim['need']:,} {aim['unit']}; {aim['complete']:,} problems "
+            f"with all samples ({aim['in_band']:,} in the band), {aim['stopped']:,} stopped early"
+        )
+        following = (
+            f"calset select NAME --recipe {aim['recipe']} --min-k {aim['samples']} --{aim['unit']} {aim['need']}"
+        )
+    terminal.say(f"Catalog: {report.catalog}. Next: {following} --catalog {report.catalog}")
 
 
 def _command_line() -> str:

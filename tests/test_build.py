@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from calset.builder.engines import Completion, Request, Sampling
-from calset.builder.generate import BuildProgress, _Rate, build
+from calset.builder.generate import build
 from calset.builder.model_info import inspect
+from calset.builder.pipeline import BuildProgress, Rate
 from calset.builder.regrade import grade
 from calset.catalog.catalog import Catalog
 from calset.errors import EngineError, InputError
@@ -131,7 +132,7 @@ def test_an_engine_that_dies_leaves_what_finished_and_the_next_build_goes_on(
 
 
 def test_the_rate_is_of_the_time_in_which_the_tokens_were_made():
-    rare, often = _Rate(0.0), _Rate(0.0)
+    rare, often = Rate(0.0), Rate(0.0)
     for minute in range(1, 5):
         rare.add(60.0 * minute, 6000)
         assert rare.per_second(60.0 * minute) == 100

@@ -72,6 +72,20 @@ def load_problems(
     return source, kept
 
 
+class ProblemSource:
+    """A placeholder with the streamed interface, until the real one lands."""
+
+    def __init__(self, spec, **options):
+        self.source, self._problems = load_problems(spec, **options)
+
+    def __iter__(self):
+        return iter(self._problems)
+
+
+def open_problems(spec, *, revision=None, **options):
+    return ProblemSource(spec, **options)
+
+
 def _unique(problems: Iterable[Problem]) -> Iterator[Problem]:
     seen: set[str] = set()
     for problem in problems:

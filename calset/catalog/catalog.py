@@ -20,6 +20,9 @@ import duckdb
 from calset import ids
 from calset.catalog.connection import Mode, opened
 from calset.catalog.records import (
+    BROKEN,
+    Attempt,
+    AttemptCount,
     Contamination,
     Decision,
     Grade,
@@ -206,13 +209,37 @@ class Catalog:
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def existing_trace_ids(self, generation_key: str) -> set[str]:
-        """The trace ids kept for a generation key, at any attempt; none when there is no catalog yet."""
+    def attempts(self, generation_key: str, problem_ids: Sequence[str]) -> dict[str, dict[int, Attempt]]:
+        """Problem id -> sample index -> the newest attempt kept for a generation key; nothing of a missing catalog."""
+        found: dict[str, dict[int, Attempt]] = {}
         if not self.exists():
-            return set()
+            return found
+        sql = """
+            SELECT t.problem_id, t.sample_index, t.trace_id, t.attempt, t.finish_reason, t.max_tokens,
+                t.n_prompt_tokens, t.n_tokens, g.verdict
+            FROM latest_traces t
+            LEFT JOIN newest_grades g ON g.trace_id = t.trace_id AND g.attempt = t.attempt
+            WHERE t.generation_key = ? AND t.problem_id IN (SELECT unnest(?::VARCHAR[]))
+        """
         with self._open("own") as con:
-            rows = con.execute("SELECT trace_id FROM traces WHERE generation_key = ?", [generation_key]).fetchall()
-        return {trace for (trace,) in rows}
+            rows = con.execute(sql, [generation_key, list(problem_ids)]).fetchall()
+        for problem_id, sample_index, *rest in rows:
+            found.setdefault(problem_id, {})[sample_index] = Attempt(*rest)
+        return found
+
+    def count_attempts(
+        self, generation_key: str, problem_ids: Sequence[str], *, samples: int, max_tokens: int
+    ) -> list[AttemptCount]:
+        """The newest attempts at the first ``samples`` of some problems, counted by what decides on a retry."""
+        sql = """
+            SELECT count(*) AS n, finish_reason = 'length' AS cut, max_tokens >= ? AS as_long,
+                finish_reason IN (SELECT unnest(?::VARCHAR[])) AS broken, max(max_tokens) AS max_tokens
+            FROM latest_traces
+            WHERE generation_key = ? AND sample_index < ? AND problem_id IN (SELECT unnest(?::VARCHAR[]))
+            GROUP BY ALL
+        """
+        params = [max_tokens, list(BROKEN), generation_key, samples, list(problem_ids)]
+        return [AttemptCount(**row) for row in self.rows(sql, params)]
 
     def runs(self, kind: str | None = None) -> list[Run]:
         """All runs, oldest first, or those of one kind ("build", "evaluate")."""

@@ -20,6 +20,9 @@ VERDICTS: tuple[str, ...] = get_args(Verdict)
 # the pass rate.
 JUDGED: tuple[str, ...] = ("correct", "incorrect", "no_answer", "truncated", "pred_unparsable")
 RunKind = Literal["build", "evaluate"]
+# Finish reasons of a completion that is not whole, and of one that the engine gave up on.
+UNFINISHED: tuple[str, ...] = ("length", "repetition")
+BROKEN: tuple[str, ...] = ("abort", "error")
 
 
 def utc_now() -> datetime:
@@ -133,6 +136,35 @@ class Grade:
     detail: str | None = None  # why, in a line
     seconds: float = 0.0
     graded_at: datetime = field(default_factory=utc_now)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The newest attempt at one sample, as a build that continues must know it."""
+
+    trace_id: str
+    attempt: int
+    finish_reason: str
+    max_tokens: int
+    n_prompt_tokens: int
+    n_tokens: int
+    verdict: str | None
+
+    @property
+    def broken(self) -> bool:
+        """Whether the engine gave up on it."""
+        return self.finish_reason in BROKEN
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptCount:
+    """How many newest attempts are alike in what decides whether they are run again."""
+
+    n: int
+    cut: bool  # by the token limit
+    as_long: bool  # the limit was no smaller than the one asked about
+    broken: bool
+    max_tokens: int  # the largest limit among them
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from calset.pruning.checkpoint import RECORD, read_record
 
 if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
-    from calset.builder.generate import BuildProgress
+    from calset.builder.pipeline import BuildProgress
     from calset.catalog.catalog import Catalog
 
 MAX_PERIOD = 256  # tokens; longer cycles are re-derivations rather than loops

@@ -133,7 +133,7 @@ class RequestFeed:
         notify: called from the feeding thread after each request and at the end.
     """
 
-    def __init__(self, requests: Iterable[Request], *, ahead: int = 16, notify: Callable[[], None] | None = None):
+    def __init__(self, requests: Iterable[Request], *, ahead: int = 16, notify: Callable[[], object] | None = None):
         self._requests, self._ahead, self._notify = requests, ahead, notify
         self._pulled: deque[Request] = deque()
         self._changed = threading.Condition()

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calset.builder.engines.base import RESUME_HINT, Completion, Request, Sampling, check_same_shapes
+from calset.builder.engines.base import RESUME_HINT, Completion, Request, RequestFeed, Sampling, check_same_shapes
 from calset.errors import EngineError, InputError, first_line
 
 if TYPE_CHECKING:
     import torch
 
     from calset.builder.model_info import ModelInfo
+
+
+IDLE_SECONDS = 0.2  # how long an empty batch waits for a request before it looks whether it was cancelled
 
 
 @dataclass(slots=True)
@@ -100,26 +101,28 @@ class TransformersEngine:
         if self._model is None:
             raise EngineError("this engine is closed")
         self._cancelled.clear()
-        batch = _Batch(self._model, self.device, sampling)
-        waiting, source = deque[Request](), iter(requests)
+        batch, feed = _Batch(self._model, self.device, sampling), RequestFeed(requests, ahead=self._concurrency)
         try:
             while not self._cancelled.is_set():
                 free = self._concurrency - len(batch.rows)
                 # A prefill stalls the running rows: wait until it is worth it.
                 if not batch.rows or free * 4 >= self._concurrency:
-                    waiting.extend(islice(source, free - len(waiting)))
+                    admitted = feed.take(free, timeout=0.0 if batch.rows else IDLE_SECONDS)
                     with torch.inference_mode():
-                        batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
-                if not batch.rows:
+                        batch.admit(admitted)
+                if batch.rows:
+                    with torch.inference_mode():
+                        finished = batch.step(self._eos)
+                    yield from finished
+                elif feed.exhausted:
                     return
-                with torch.inference_mode():
-                    finished = batch.step(self._eos)
-                yield from finished
         except EngineError:
             raise
         except Exception as error:
             hint = "lower --concurrency; " if "memory" in str(error) else ""
             raise EngineError(f"generation failed ({first_line(error)}); {hint}{RESUME_HINT}") from error
+        finally:
+            feed.close()
 
     def cancel(self) -> None:
         self._cancelled.set()

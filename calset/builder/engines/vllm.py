@@ -25,6 +25,7 @@ from calset.builder.engines.base import (
     Completion,
     EngineUnavailable,
     Request,
+    RequestFeed,
     Sampling,
     check_same_shapes,
     import_problem,
@@ -91,8 +92,10 @@ class VllmEngine:
         self._counter = 0
         self._feeder: asyncio.Task[None] | None = None
         arguments = self._arguments(model, device, dtype, concurrency, verbose, options)
-        # Twice what runs, so that the scheduler always has the next prompt at hand.
-        self._in_flight = 2 * (arguments.max_num_seqs or 256)
+        # More than what runs, so that the scheduler always has the next prompt at hand; not much more, since an
+        # adaptive build decides late, and better, what comes next.
+        slots = arguments.max_num_seqs or 256
+        self._in_flight = slots + max(16, slots // 4)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="calset-vllm", daemon=True)
         self._thread.start()
@@ -162,7 +165,7 @@ class VllmEngine:
             raise
 
     def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Completions as they finish; at most twice ``concurrency`` requests are in flight.
+        """Completions as they finish; at most a quarter more than ``concurrency`` (or 16) requests are in flight.
 
         Raises:
             EngineError: the engine died.
@@ -194,25 +197,34 @@ class VllmEngine:
                 self._loop.call_soon_threadsafe(feeder.cancel)
 
     async def _feed(self, requests: Iterable[Request], sampling: Sampling, results: queue.SimpleQueue[Any]) -> None:
-        slots = asyncio.Semaphore(self._in_flight)
+        loop, changed, running = asyncio.get_running_loop(), asyncio.Event(), 0
 
         async def run(request: Request) -> None:
+            nonlocal running
             try:
                 results.put(await self._complete(request, sampling))
             finally:
-                slots.release()
+                running -= 1
+                changed.set()
 
+        feed = RequestFeed(requests, notify=lambda: loop.call_soon_threadsafe(changed.set))
         try:
             async with asyncio.TaskGroup() as group:
-                for request in requests:
-                    await slots.acquire()
-                    group.create_task(run(request))
+                while not feed.exhausted:
+                    changed.clear()  # before the look: what comes after it sets it again
+                    for request in feed.take(self._in_flight - running):
+                        running += 1
+                        group.create_task(run(request))
+                    if not feed.exhausted:
+                        await changed.wait()
         except BaseExceptionGroup as errors:
             results.put(errors.exceptions[0])
         except asyncio.CancelledError:
             pass
         except BaseException as error:
             results.put(error)
+        finally:
+            feed.close()
 
     async def _complete(self, request: Request, sampling: Sampling) -> Completion:
         from vllm import SamplingParams, TokensPrompt

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from calset.catalog.records import Verdict
+from calset.catalog.records import BROKEN, UNFINISHED, Verdict
 from calset.errors import InputError
 
 GRADERS: dict[str, str] = {
@@ -20,8 +20,6 @@ GRADERS: dict[str, str] = {
 }
 # Longer responses are cut to their end, where the answer is: parsers are not linear.
 MAX_RESPONSE_CHARS = 50_000
-UNFINISHED = {"length", "repetition"}
-BROKEN = {"abort", "error"}
 
 
 class Outcome(NamedTuple):

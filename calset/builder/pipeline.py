@@ -1,0 +1,428 @@
+"""From a schedule to the catalog: feed the engine, grade beside it, commit traces and verdicts together.
+
+One thread feeds and pumps the engine, worker processes grade, and the calling thread alone writes: a trace and its
+verdict are committed together, a second or two after the trace ends, and only then counted as saved. Everything that is
+held is bounded: what the engine runs, what waits for a verdict, what waits for a commit.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from calset import ids
+from calset.builder.engines import Completion, Engine, Request
+from calset.builder.grading import Outcome
+from calset.builder.grading.pool import GradingPool
+from calset.builder.grading.rows import grade_row, submit
+from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan
+from calset.builder.provenance import hardware, versions
+from calset.builder.reasoning import split
+from calset.builder.schedule import Schedule, Unit
+from calset.catalog.catalog import Catalog
+from calset.catalog.records import JUDGED, Contamination, Decision, Grade, Problem, Run, Trace, utc_now
+from calset.errors import CatalogLocked, EngineError, first_line
+
+RECENT_SECONDS = 15.0
+# A commit takes processor time from the engine where there are few cores: at most one part in so many.
+COMMIT_SHARE = 20
+MAX_HELD = 1024  # traces that wait for a verdict or a commit, before the engine gets no more work
+
+
+@dataclass(frozen=True, slots=True)
+class BuildProgress:
+    """Where a build stands. Sent before the engine starts, and after each commit: ``saved`` traces are on disk."""
+
+    total: int | None  # None when an adaptive build decides it as it goes
+    saved: int  # by this build
+    existing: int  # by earlier ones
+    tokens: int  # completion tokens of the saved traces
+    tokens_per_second: float  # over the last seconds
+    lifetime_tokens_per_second: float
+    truncated: int
+    correct: int
+    judged: int
+    eta_seconds: float | None
+    phase: str  # first "checking problems", "starting engine", "generating", and last "done" or "stopped"
+    finish_reasons: Mapping[str, int] = field(default_factory=dict)
+    target: Mapping[str, int] = field(default_factory=dict)  # of an adaptive build: need, met, problems by decision
+    n_problems: int = 0  # read so far, while problems are checked
+
+
+Report = Callable[[BuildProgress], None]
+
+
+class Rate:
+    """Tokens a second over the last commits.
+
+    The time runs from the commit before the oldest one kept: its tokens were made since then, however rare commits are.
+    """
+
+    def __init__(self, began: float) -> None:
+        self._since = began
+        self._kept: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, tokens: int) -> None:
+        self._kept.append((now, tokens))
+        while len(self._kept) > 1 and self._kept[0][0] < now - RECENT_SECONDS:
+            self._since = self._kept.popleft()[0]
+
+    def per_second(self, now: float) -> float:
+        return sum(tokens for _, tokens in self._kept) / max(now - self._since, 1e-9)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a build has saved so far."""
+
+    saved: int = 0
+    tokens: int = 0
+    verdicts: Counter[str] = field(default_factory=Counter)
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, traces: Sequence[Trace], grades: Sequence[Grade] | None) -> int:
+        """Count saved traces; returns their tokens. ``grades`` is None in a build that does not grade."""
+        tokens = sum(trace.n_tokens for trace in traces)
+        self.saved += len(traces)
+        self.tokens += tokens
+        self.verdicts.update(["ungraded"] * len(traces) if grades is None else (grade.verdict for grade in grades))
+        self.finish_reasons.update(trace.finish_reason for trace in traces)
+        return tokens
+
+    @property
+    def truncated(self) -> int:
+        return self.finish_reasons["length"]
+
+    @property
+    def correct(self) -> int:
+        return self.verdicts["correct"]
+
+    @property
+    def judged(self) -> int:
+        return sum(self.verdicts[verdict] for verdict in JUDGED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A trace on its way: ``future`` is its verdict, None in a build that does not grade."""
+
+    unit: Unit
+    trace: Trace
+    future: Future[Outcome] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The engine's stream is over; ``error`` is why, if it broke."""
+
+    error: BaseException | None = None
+
+
+class Excluded:
+    """Problems that were left out, with the evidence, on their way to the catalog; filled by the feeding thread."""
+
+    def __init__(self) -> None:
+        self._found: queue.SimpleQueue[tuple[Problem, list[Contamination]]] = queue.SimpleQueue()
+
+    def add(self, problem: Problem, evidence: list[Contamination]) -> None:
+        self._found.put((problem, evidence))
+
+    def drain(self) -> list[tuple[Problem, list[Contamination]]]:
+        return [self._found.get() for _ in range(self._found.qsize())]
+
+
+class Pipeline:
+    """One build at work: what is in flight, what is being graded, what is saved."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        schedule: Schedule,
+        store: Catalog,
+        *,
+        graded: bool = True,
+        commit_every_seconds: float = 1.5,
+        commit_size: int = 256,
+        excluded: Excluded | None = None,
+        progress: Report | None = None,
+    ) -> None:
+        self.plan, self.schedule, self.store, self.graded = plan, schedule, store, graded
+        self._every, self._size, self._progress = commit_every_seconds, commit_size, progress
+        self._excluded = excluded or Excluded()
+        self.n_existing = plan.existing.n - plan.existing.again
+        self.run_id: str | None = None
+        self.stopped = False
+        self.seconds = 0.0
+        self.tally = Tally()
+        self._stop = threading.Event()
+        self._began = time.monotonic()
+        self._rate = Rate(self._began)
+        self._locked_since: float | None = None
+        self._flying: dict[str, Unit] = {}
+        self._inbox: queue.SimpleQueue[Completion | _Entry | _End] = queue.SimpleQueue()
+        self._waiting = 0  # for a verdict
+        self._ready: list[_Entry] = []
+        self._problems: dict[str, Problem] = {}  # of traces that are ready, until they are saved
+        self._decisions: list[Decision] = []
+        self._left_out: list[tuple[Problem, list[Contamination]]] = []
+        self._first: Unit | None = None
+
+    def has_work(self) -> bool:
+        """Whether there is anything to generate; looks at what the catalog holds, starts nothing."""
+        self._first = self._first or self.schedule.take()
+        return self._first is not None
+
+    def generate(self, engine: Engine, graders: int) -> None:
+        """Stream completions into the catalog until the schedule is finished or somebody interrupts.
+
+        Raises:
+            EngineError: the engine died; what finished is saved.
+            CatalogError: the catalog cannot be written.
+        """
+        self.run_id = f"{utc_now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        self.store.add_run(self._run(engine))
+        self._began = time.monotonic()
+        self._rate = Rate(self._began)
+        self.emit("generating")
+        with _interruptible(self._stop), GradingPool(graders) as pool:
+            pump = threading.Thread(target=self._pump, args=(engine,), name="calset-pump", daemon=True)
+            pump.start()
+            try:
+                self._collect(engine, pool)
+            finally:
+                self._stop.set()
+                engine.cancel()
+                pump.join(timeout=60)
+                self.seconds = time.monotonic() - self._began
+        self.emit("stopped" if self.stopped else "done")
+
+    # -- the engine's side: its own threads -------------------------------------------------------------------------
+
+    def _pump(self, engine: Engine) -> None:
+        """Hand on what comes out of the engine, then the end or the error."""
+        try:
+            for completion in engine.stream(self._requests(), self.plan.sampling):
+                self._inbox.put(completion)
+            self._inbox.put(_End())
+        except BaseException as error:
+            self._inbox.put(_End(error))
+
+    def _requests(self) -> Iterator[Request]:
+        while not self._stop.is_set():
+            if self._waiting + len(self._ready) >= MAX_HELD:
+                time.sleep(0.05)
+                continue
+            unit, self._first = self._first, None
+            unit = unit or self.schedule.take(timeout=0.2)
+            if unit is None:
+                if self.schedule.finished:
+                    return
+                continue
+            self._flying[unit.trace_id] = unit
+            seed = ids.request_seed(self.plan.seed, unit.problem.problem_id, unit.sample_index)
+            yield Request(unit.trace_id, unit.prompt_ids, seed, self.plan.max_tokens)
+
+    # -- the catalog's side: the calling thread ---------------------------------------------------------------------
+
+    def _collect(self, engine: Engine, pool: GradingPool) -> None:
+        end: _End | None = None
+        committed, pause = time.monotonic(), self._every
+        while end is None or self._waiting or self._unsaved():
+            item = self._next()
+            if isinstance(item, Completion):
+                self._enter(item, pool)
+            elif isinstance(item, _Entry):
+                self._waiting -= 1
+                self._settle(item)
+            elif item is not None:
+                end = item
+            now = time.monotonic()
+            last = end is not None and not self._waiting
+            if last or len(self._ready) >= self._size or (self._ready and now - committed >= pause):
+                self._commit()
+                committed = time.monotonic()
+                pause = max(self._every, COMMIT_SHARE * (committed - now))
+            if self._stop.is_set() and not self.stopped:
+                self.stopped = True
+                engine.cancel()
+        if end.error is not None and not self.stopped:
+            raise _engine_error(end.error) from end.error
+
+    def _next(self) -> Completion | _Entry | _End | None:
+        try:
+            return self._inbox.get(timeout=0.1)
+        except queue.Empty:
+            return None
+
+    def _enter(self, completion: Completion, pool: GradingPool) -> None:
+        unit = self._flying.pop(completion.key)
+        trace = self._trace(unit, completion)
+        future = submit(pool, trace, unit.problem, unit.problem.grader) if self.graded else None
+        entry = _Entry(unit, trace, future)
+        if future is None or future.done():
+            self._settle(entry)
+        else:
+            self._waiting += 1
+            future.add_done_callback(lambda _: self._inbox.put(entry))
+
+    def _settle(self, entry: _Entry) -> None:
+        verdict = None if entry.future is None else entry.future.result().verdict
+        self._ready.append(entry)
+        self._problems[entry.unit.problem.problem_id] = entry.unit.problem
+        self.schedule.settle(entry.unit, entry.trace, verdict)
+
+    def _trace(self, unit: Unit, completion: Completion) -> Trace:
+        info, plan = self.plan.info, self.plan
+        token_ids = completion.token_ids
+        parts = split(token_ids, info.reasoning, info.decode)
+        ended = bool(token_ids) and token_ids[-1] in info.eos_token_ids
+        text = info.tokenizer.decode(list(token_ids[:-1] if ended else token_ids), skip_special_tokens=False)
+        return Trace(
+            trace_id=unit.trace_id,
+            problem_id=unit.problem.problem_id,
+            run_id=self.run_id or "",
+            generation_key=plan.key,
+            sample_index=unit.sample_index,
+            request_seed=ids.request_seed(plan.seed, unit.problem.problem_id, unit.sample_index),
+            prompt_ids=unit.prompt_ids,
+            completion_ids=token_ids,
+            text=text,
+            response=parts.response,
+            finish_reason=completion.finish_reason,
+            max_tokens=plan.max_tokens,
+            reasoning_start=parts.reasoning_start,
+            reasoning_end=parts.reasoning_end,
+            answer_start=parts.answer_start,
+            attempt=unit.attempt,
+            seconds=completion.seconds,
+        )
+
+    def _unsaved(self) -> bool:
+        """Gather what goes with the traces; whether there is anything to commit."""
+        self._decisions += [replace(decision, run_id=self.run_id or "") for decision in self.schedule.decisions()]
+        self._left_out += self._excluded.drain()
+        return bool(self._ready or self._decisions or self._left_out)
+
+    def _commit(self) -> None:
+        """Traces, verdicts and what goes with them in one transaction; kept for the next try when others hold it."""
+        self._unsaved()
+        traces = [entry.trace for entry in self._ready]
+        grades = [
+            grade_row(entry.trace, entry.unit.problem.grader, entry.future.result())
+            for entry in self._ready
+            if entry.future is not None
+        ]
+        try:
+            done = self.store.record(
+                traces,
+                grades,
+                problems=[*self._problems.values(), *(problem for problem, _ in self._left_out)],
+                decisions=self._decisions,
+                contaminations=[one for _, evidence in self._left_out for one in evidence],
+            )
+        except CatalogLocked:
+            self._locked_since = self._locked_since or time.monotonic()
+            if time.monotonic() - self._locked_since > LOCK_PATIENCE_SECONDS:
+                raise
+            return
+        self._locked_since = None
+        self._ready, self._problems, self._decisions, self._left_out = [], {}, [], []
+        # What another build of the same traces had saved meanwhile is there, but not ours.
+        self.n_existing += len(traces) - len(done.fresh)
+        mine = [trace for trace in traces if (trace.trace_id, trace.attempt) in done.fresh]
+        verdicts = [grade for grade in grades if (grade.trace_id, grade.attempt) in done.fresh]
+        self._rate.add(time.monotonic(), self.tally.add(mine, verdicts if self.graded else None))
+        self.emit("generating")
+
+    # -- what is said -----------------------------------------------------------------------------------------------
+
+    def emit(self, phase: str) -> None:
+        """Report where the build stands."""
+        if self._progress is None:
+            return
+        now = time.monotonic()
+        seconds = max(now - self._began, 1e-9)
+        target = self.schedule.facts()
+        total = None if target else self.plan.n_requested
+        self._progress(
+            BuildProgress(
+                total=total,
+                saved=self.tally.saved,
+                existing=self.n_existing,
+                tokens=self.tally.tokens,
+                tokens_per_second=self._rate.per_second(now),
+                lifetime_tokens_per_second=self.tally.tokens / seconds,
+                truncated=self.tally.truncated,
+                correct=self.tally.correct,
+                judged=self.tally.judged,
+                eta_seconds=self._eta(total, seconds, target),
+                phase=phase,
+                finish_reasons=dict(self.tally.finish_reasons),
+                target=target,
+            )
+        )
+
+    def _eta(self, total: int | None, seconds: float, target: Mapping[str, int]) -> float | None:
+        if total is not None:
+            left = total - self.n_existing - self.tally.saved
+            return left * seconds / self.tally.saved if self.tally.saved else None
+        met, need = target.get("met", 0), target.get("need", 0)
+        return max(0, need - met) * seconds / met if met and self.tally.saved else None
+
+    def _run(self, engine: Engine) -> Run:
+        info, plan = self.plan.info, self.plan
+        return Run(
+            run_id=self.run_id or "",
+            kind=plan.kind,
+            generation_key=plan.key,
+            model=info.model,
+            model_revision=info.revision,
+            tokenizer_hash=info.tokenizer_hash,
+            chat_template_hash=info.chat_template_hash,
+            system_prompt=plan.system_prompt,
+            sampling=plan.sampling.as_dict(),
+            max_tokens=plan.max_tokens,
+            seed=plan.seed,
+            engine=engine.name,
+            engine_version=engine.version,
+            reasoning_format=info.reasoning.name,
+            versions=versions(),
+            hardware=hardware(),
+            command=shlex.join(sys.argv),
+            model_path=str(info.folder.resolve()) if info.is_local else None,
+        )
+
+
+def _engine_error(error: BaseException) -> EngineError:
+    return error if isinstance(error, EngineError) else EngineError(f"the engine failed: {first_line(error)}")
+
+
+@contextmanager
+def _interruptible(stop: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks for an orderly stop; a second Ctrl-C ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,258 @@
+"""What a build is going to do, found out before an engine starts: everything that can be wrong is found here.
+
+Problems are streamed twice, never held: once here, to count, to measure every prompt and to find what is there already,
+and once while generating. Must not know: engines at work, grading, progress bars.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, TypeVar
+
+from calset import ids
+from calset.builder.engines import Sampling
+from calset.builder.model_info import ModelInfo
+from calset.builder.problems import ProblemSource, open_problems
+from calset.builder.schedule import Opened
+from calset.catalog.catalog import Catalog
+from calset.catalog.records import Problem, RunKind
+from calset.errors import CatalogLocked, InputError
+
+MAX_TOKENS = 32_768  # when the user gives none and the context holds more
+MIN_TOKENS = 8
+BLOCK = 256  # problems opened at a time: one look into the catalog each
+IDS_A_LOOK = 10_000
+LOCK_PATIENCE_SECONDS = 600.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """How many of the asked samples the catalog holds, and why some are run again."""
+
+    n: int = 0
+    again: int = 0  # of these, to be superseded
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked build: what is asked of which model on which problems. Lengths are in tokens."""
+
+    info: ModelInfo
+    sources: tuple[ProblemSource, ...]
+    samples: int
+    sampling: Sampling
+    system_prompt: str | None
+    max_tokens: int
+    longest: int  # of prompt and completion together
+    kind: RunKind
+    seed: int
+    key: str
+    problem_ids: tuple[str, ...] = field(repr=False)
+    prompt_tokens: int  # of one sample of every problem
+    first_prompt_ids: tuple[int, ...]
+    existing: Existing
+    warnings: tuple[str, ...]
+
+    @property
+    def n_requested(self) -> int:
+        return len(self.problem_ids) * self.samples
+
+    @property
+    def n_todo(self) -> int:
+        return self.n_requested - self.existing.n + self.existing.again
+
+    def problems(self) -> Iterator[Problem]:
+        """The problems of all sources in order, each once."""
+        return unique(self.sources)
+
+    def opened(self, store: Catalog) -> Iterator[Opened]:
+        """The problems with their prompts and what the catalog holds of each, read a block at a time."""
+        fresh = not self.existing.n
+        problems = self.problems()
+        while block := list(islice(problems, BLOCK)):
+            names = [problem.problem_id for problem in block]
+            found = {} if fresh else patiently(lambda names=names: store.attempts(self.key, names))
+            for problem in block:
+                prompt = self.info.prompt_ids(problem.question, self.system_prompt)
+                yield Opened(problem, prompt, found.get(problem.problem_id, {}))
+
+
+def unique(sources: Sequence[ProblemSource]) -> Iterator[Problem]:
+    """The sources' problems; one that several hold comes once."""
+    if len(sources) == 1:
+        yield from sources[0]
+        return
+    seen: set[str] = set()
+    for source in sources:
+        for problem in source:
+            if problem.problem_id not in seen:
+                seen.add(problem.problem_id)
+                yield problem
+
+
+def open_sources(specs: Sequence[str], store: Catalog, **options: Any) -> tuple[ProblemSource, ...]:
+    """The sources that specs name; one that the catalog knows already stays at the revision recorded there.
+
+    Raises:
+        InputError: see ``open_problems``; or no spec.
+    """
+    if not specs:
+        raise InputError("no problems given")
+    pinned = {source.spec: source.revision for source in (store.sources() if store.exists() else [])}
+    return tuple(open_problems(spec, revision=pinned.get(spec), **options) for spec in specs)
+
+
+def make_plan(
+    info: ModelInfo,
+    sources: Sequence[ProblemSource],
+    store: Catalog,
+    *,
+    samples: int,
+    sampling: Sampling,
+    system_prompt: str | None = None,
+    max_tokens: int | None = None,
+    limit: int | None = None,
+    kind: RunKind = "build",
+    seed: int = 0,
+    retry: Collection[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """Read every problem once, render every prompt, and look what the catalog holds; writes nothing.
+
+    Args:
+        limit: prompt and completion tokens that fit; the model's own when None.
+        progress: called with the number of problems read, about once a second.
+
+    Raises:
+        InputError: no problems, a prompt that the template refuses, or one that leaves no room for a completion.
+    """
+    measured = _measure(info, sources, system_prompt, progress)
+    names = ", ".join(source.source.spec for source in sources)
+    if measured.longest is None:
+        raise InputError(f"{names} holds no problems")
+    budget = _token_budget(max_tokens, limit or info.max_model_len, measured.n_longest, measured.longest)
+    key = ids.generation_key(
+        model=info.model,
+        revision=info.revision,
+        tokenizer_hash=info.tokenizer_hash,
+        chat_template_hash=info.chat_template_hash,
+        system_prompt=system_prompt,
+        sampling=sampling.as_dict(),
+        # An evaluation reports its seed and limit as its own, so other ones are other traces; a build's stay out of it.
+        kind=kind if kind == "build" else f"{kind}-{seed}-{budget}",
+    )
+    return Plan(
+        info=info,
+        sources=tuple(sources),
+        samples=samples,
+        sampling=sampling,
+        system_prompt=system_prompt,
+        max_tokens=budget,
+        longest=measured.n_longest + budget,
+        kind=kind,
+        seed=seed,
+        key=key,
+        problem_ids=tuple(measured.problem_ids),
+        prompt_tokens=measured.n_tokens,
+        first_prompt_ids=measured.first,
+        existing=_existing(store, key, measured.problem_ids, samples, budget, frozenset(retry)),
+        warnings=tuple(_warnings(info, sampling, samples)),
+    )
+
+
+@dataclass(slots=True)
+class _Measured:
+    """What one reading of all problems found; the longest prompt by its problem."""
+
+    problem_ids: list[str] = field(default_factory=list)
+    n_tokens: int = 0
+    n_longest: int = 0
+    longest: Problem | None = None
+    first: tuple[int, ...] = ()
+
+
+def _measure(
+    info: ModelInfo,
+    sources: Sequence[ProblemSource],
+    system_prompt: str | None,
+    progress: Callable[[int], None] | None,
+) -> _Measured:
+    found, said = _Measured(), time.monotonic()
+    for problem in unique(sources):
+        prompt = info.prompt_ids(problem.question, system_prompt)
+        found.problem_ids.append(problem.problem_id)
+        found.n_tokens += len(prompt)
+        found.first = found.first or prompt
+        if len(prompt) > found.n_longest:
+            found.n_longest, found.longest = len(prompt), problem
+        if progress is not None and time.monotonic() - said > 1:
+            said = time.monotonic()
+            progress(len(found.problem_ids))
+    return found
+
+
+def _token_budget(max_tokens: int | None, limit: int, longest: int, problem: Problem) -> int:
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
+    left = limit - longest
+    if left < (max_tokens or MIN_TOKENS):
+        need = f"{max_tokens} for the completion" if max_tokens else "room for a completion"
+        what = f"the prompt of problem {problem.problem_id} ({problem.source} row {problem.source_row})"
+        raise InputError(f"{what} has {longest} tokens; with {need} it does not fit the model's context of {limit}")
+    return max_tokens or min(left, MAX_TOKENS)
+
+
+def _warnings(info: ModelInfo, sampling: Sampling, samples: int) -> Iterator[str]:
+    if info.reasoning.name == "none":
+        yield f"{info.model} marks no reasoning (<think>): its whole responses are graded"
+    if sampling.temperature == 0 and samples > 1:
+        yield "temperature 0 gives the same trace for each sample of a problem"
+
+
+def _existing(
+    store: Catalog, key: str, problem_ids: Sequence[str], samples: int, max_tokens: int, retry: frozenset[str]
+) -> Existing:
+    """What is there; with warnings about traces that their limit cut: a build's limit is not in their key."""
+    there, cut, failed = 0, Counter[bool](), 0
+    limits: dict[bool, int] = {}
+    if not store.exists():
+        return Existing()
+    for start in range(0, len(problem_ids), IDS_A_LOOK):
+        part = problem_ids[start : start + IDS_A_LOOK]
+        for row in store.count_attempts(key, part, samples=samples, max_tokens=max_tokens):
+            there += row.n
+            failed += row.n if row.broken else 0
+            if row.cut:
+                cut[row.as_long] += row.n
+                limits[row.as_long] = max(limits.get(row.as_long, 0), row.max_tokens)
+    again = (cut[False] if "truncated" in retry else 0) + (failed if "error" in retry else 0)
+    warnings = []
+    for as_long, count in sorted(cut.items()):
+        what = f"{count} existing {'trace was' if count == 1 else 'traces were'} cut at {limits[as_long]} tokens"
+        if "truncated" not in retry and not as_long:
+            warnings.append(f"{what} and kept: --retry truncated runs them again with {max_tokens}")
+        elif "truncated" in retry and as_long:
+            warnings.append(f"{what}, no less than this build's {max_tokens}: not run again; raise --max-tokens")
+    return Existing(there, again, tuple(warnings))
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """What ``work`` returns, tried again while another process holds the catalog.
+
+    Raises:
+        CatalogLocked: it held it for ``LOCK_PATIENCE_SECONDS``.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            return work()
+        except CatalogLocked:
+            if time.monotonic() - began > LOCK_PATIENCE_SECONDS:
+                raise

@@ -1,0 +1,111 @@
+"""Which (problem, sample) to generate next.
+
+Why apart: a build with a fixed number of samples and an adaptive one differ in this alone. Must not know: engines,
+grading, progress. ``take`` belongs to the thread that feeds the engine, ``settle`` to the one that collects verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from calset import ids
+from calset.catalog.records import Attempt, Decision, Problem, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A problem as a build opens it. ``existing``: sample index -> its newest attempt in the catalog."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    existing: Mapping[int, Attempt]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One request to make: a sample of a problem. ``attempt`` is 0 unless it is run again."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    sample_index: int
+    trace_id: str
+    attempt: int = 0
+
+
+class Schedule(Protocol):
+    """The work list of a build, made while it runs."""
+
+    def take(self, timeout: float = 0.0) -> Unit | None:
+        """The next unit; None when there is none now, after up to ``timeout`` seconds of waiting for a verdict."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether ``take`` will give no more."""
+        ...
+
+    def settle(self, unit: Unit, trace: Trace, verdict: str | None) -> None:
+        """What came of a unit; ``verdict`` is None in a build that does not grade."""
+        ...
+
+    def decisions(self) -> list[Decision]:
+        """What was decided since the last call; for the catalog."""
+        ...
+
+    def facts(self) -> dict[str, int]:
+        """What progress and report show of it; empty for a plain schedule."""
+        ...
+
+    def warnings(self) -> list[str]:
+        """What the user must know of how it ended."""
+        ...
+
+
+class FixedSchedule:
+    """``samples`` of every problem, minus what is there, plus what is asked to be run again.
+
+    Samples of a problem stand together: an engine with a prefix cache prefills their prompt once.
+    """
+
+    def __init__(
+        self, opened: Iterator[Opened], key: str, samples: int, *, max_tokens: int, retry: Collection[str] = ()
+    ) -> None:
+        self._key, self._samples, self._max_tokens, self._retry = key, samples, max_tokens, frozenset(retry)
+        self._units = self._all(opened)
+        self._finished = False
+
+    def _all(self, opened: Iterator[Opened]) -> Iterator[Unit]:
+        for one in opened:
+            for index in range(self._samples):
+                there = one.existing.get(index)
+                if there is None or self.again(there):
+                    trace_id = ids.trace_id(one.problem.problem_id, self._key, index)
+                    yield Unit(one.problem, one.prompt_ids, index, trace_id, 0 if there is None else there.attempt + 1)
+
+    def again(self, attempt: Attempt) -> bool:
+        """Whether an existing attempt is to be superseded."""
+        cut = attempt.finish_reason == "length" and attempt.max_tokens < self._max_tokens
+        return ("truncated" in self._retry and cut) or ("error" in self._retry and attempt.broken)
+
+    def take(self, timeout: float = 0.0) -> Unit | None:
+        unit = next(self._units, None)
+        self._finished = unit is None
+        return unit
+
+    @property
+    def finished(self) -> bool:
+        return self._finished
+
+    def settle(self, unit: Unit, trace: Trace, verdict: str | None) -> None:
+        """Nothing depends on it."""
+
+    def decisions(self) -> list[Decision]:
+        return []
+
+    def facts(self) -> dict[str, int]:
+        return {}
+
+    def warnings(self) -> list[str]:
+        return []

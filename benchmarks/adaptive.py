@@ -10,9 +10,10 @@ the ratio of completion tokens, adaptive to fixed.
 
 Columns: ``ratio`` the median over the orders with the least and the greatest; ``floor`` what a rule would spend that
 knew every outcome beforehand and sampled only the problems inside the band; ``false`` the share of the stopped problems
-that K samples would have put inside the band; ``lost`` the share of the problems begun and inside the band that were stopped, ``put_off`` that were left open in favour
-of more promising ones; ``problems`` how many were begun; ``difficulty`` and ``length`` the mean of what is selected;
-``short`` orders that ran out of problems before the N samples (left out of ratio).
+that K samples would have put inside the band; of the problems begun that are inside the band, ``lost`` the share that
+was stopped and ``put_off`` the share that was left open for more promising ones; ``problems`` how many were begun;
+``difficulty`` and ``length`` the mean of what is selected; ``short`` orders that ran out of problems before the N
+samples (left out of ratio).
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ TASKS = (
     "gym:products?min_terms=3&max_terms=3&min_digits=1&max_digits=1&seed=300000000&size=44",
 )
 MAX_TOKENS = 512
+HEAD = (
+    "in_flight confidence first policy        ratio (least greatest) false  lost  put_off problems difficulty length"
+    " short"
+)
 
 
 def main() -> None:
@@ -78,9 +83,7 @@ def table(problems: list[Problem], recipe: Recipe, k: int, args: argparse.Namesp
     print(f"fixed K: {' '.join(f'{name} {value:.4g}' for name, value in medians(fixed).items())}")
     print(f"floor {statistics.median(f.floor_tokens / f.tokens for f in fixed):.3f}, best from counts alone", end=" ")
     print(f"{best(problems, recipe, k):.3f} (in samples)")
-    print(
-        "in_flight confidence first policy        ratio (least greatest) false lost  put_off problems difficulty length short"
-    )
+    print(HEAD)
     for slots, confidence in product(args.in_flight, args.confidence):
         line(orders, fixed, recipe, StoppingRule(recipe.difficulty, k, confidence), slots, "all", Policy(), args)
     for first in args.first:
@@ -106,8 +109,8 @@ def line(orders, fixed, recipe, rule, slots, name, policy, args) -> None:
     m = medians(runs)
     print(
         f"{slots:9d} {rule.confidence:10.2f} {rule.first:5d} {name:12s}  {statistics.median(ratios):.3f} "
-        f"({min(ratios):.3f} {max(ratios):.3f})     {false / max(1, stopped):.3f} {lost:.3f} {put_off:7.3f} {m['problems']:8.0f} "
-        f"{m['difficulty']:10.3f} {m['length']:6.0f} {len(runs) - len(whole):5d}",
+        f"({min(ratios):.3f} {max(ratios):.3f})     {false / max(1, stopped):.3f}  {lost:.3f} {put_off:7.3f} "
+        f"{m['problems']:8.0f} {m['difficulty']:10.3f} {m['length']:6.0f} {len(runs) - len(whole):5d}",
         flush=True,
     )
 

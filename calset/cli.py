@@ -343,6 +343,7 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
 @click.option("--samples", type=click.IntRange(min=1), help="At most N samples.")
 @click.option("--tokens", type=click.IntRange(min=1), help="At most N tokens, whole samples.")
 @click.option("--difficulty", metavar="LO..HI", help="The band of 1 - pass rate, e.g. 0.2..0.8.")
+@click.option("--min-k", type=click.IntRange(min=1), help="Only problems with at least K judged traces.")
 @click.option("--length-quantiles", metavar="LO..HI", help="The band of lengths among the candidates, e.g. 0.25..0.75.")
 @click.option("--length-tokens", metavar="LO..HI", help="The band of lengths in tokens, e.g. 2000..8000.")
 @click.option("--per-problem", type=click.IntRange(min=1), help="Traces a problem at most.")

@@ -60,6 +60,7 @@ def some_recipe(draw: st.DrawFn) -> Recipe:
         correct=draw(st.booleans()),
         finished=draw(st.booleans()),
         difficulty=band(tenths),
+        min_k=draw(st.none() | st.integers(1, 6)),
         length_quantiles=quantiles,
         length_tokens=None if quantiles else band(st.integers(0, 20)),
         order=draw(st.sampled_from(["harder", "random", "catalog"])),
@@ -85,7 +86,8 @@ def test_rank_takes_exactly_what_the_filters_and_bands_say(pool: list[Candidate]
     passed = [
         c
         for c in pool
-        if (c.correct or not recipe.correct)
+        if c.k >= (recipe.min_k or 0)
+        and (c.correct or not recipe.correct)
         and (c.finished or not recipe.finished)
         and (recipe.difficulty is None or _inside(c, recipe.difficulty))
     ]
@@ -397,6 +399,24 @@ def test_evaluation_traces_are_never_candidates(tmp_path: Path) -> None:
     assert select(catalog, "x", "rac").n_samples == 3
 
 
+def test_min_k_leaves_out_problems_with_fewer_judged_traces(tmp_path: Path) -> None:
+    whole = [("correct", 10)] * 2 + [("incorrect", 10)] * 2
+    catalog = fill(tmp_path / "c.duckdb", [whole, [("correct", 10), ("incorrect", 10)], [*whole[:3], ("timeout", 10)]])
+    every = Recipe("every", per_problem=None)
+    assert select(catalog, "all", every).n_samples == 10
+    subset = select(catalog, "whole", every, min_k=4)
+    assert {row["k"] for row in facts(catalog, subset)} == {4}
+    assert (subset.n_samples, subset.pool["min_k"], subset.pool["median_k"]) == (4, 4, 4.0)
+    assert subset.recipe["min_k"] == 4
+    with pytest.raises(InputError, match=r"filter 'min_k' \(traces 10, candidates 10, min_k 0"):
+        select(catalog, "none", every, min_k=5)
+
+
+def test_a_recipe_without_min_k_is_the_question_it_was_before_there_was_one() -> None:
+    assert "min_k" not in SSGR.as_dict()
+    assert SSGR.with_options(min_k=8).as_dict()["min_k"] == 8
+
+
 def test_superseded_and_ungraded_traces(tmp_path: Path) -> None:
     catalog = fill(tmp_path / "c.duckdb", [[("truncated", 5), ("ungraded", 7)]])
     first = catalog.rows("SELECT trace_id FROM trace WHERE n_tokens = 5")[0]["trace_id"]
@@ -429,7 +449,7 @@ def test_warnings_for_a_poor_pool(tmp_path: Path) -> None:
         {"difficulty": (0.1, float("nan"))}, {"length_quantiles": (0.5, 2)}, {"length_tokens": (5, 1)},
         {"length_tokens": (0.5, 9)}, {"samples": 0}, {"tokens": -1}, {"samples": True}, {"tokens": 1.5},
         {"samples": 3, "tokens": 5}, {"length_tokens": (1, 2), "length_quantiles": (0.1, 0.2)}, {"order": "easier"},
-        {"kind": "image"}, {"correct": "yes"}, {"per_problem": 0}, {"windows": 5}, {"name": ""},
+        {"kind": "image"}, {"correct": "yes"}, {"per_problem": 0}, {"min_k": 0}, {"windows": 5}, {"name": ""},
     ],
 )  # fmt: skip
 def test_bad_options_name_the_key(options: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ class Recipe:
         correct: only traces whose verdict is correct.
         finished: only traces whose finish reason is "stop".
         difficulty: lowest and highest difficulty, both included; None takes every trace, judged or not.
+        min_k: only traces of problems with at least so many judged traces; None for any. An adaptive build stops most
+            problems early, so its selections ask for the full number.
         length_quantiles: band of completion lengths as quantiles within the candidates that passed the filters above,
             both ends included: with n lengths in ascending order, quantile q is the ceil(q n)-th (the first for q = 0).
         length_tokens: the same band given in tokens instead.
@@ -52,6 +54,7 @@ class Recipe:
     correct: bool = False
     finished: bool = False
     difficulty: tuple[float, float] | None = None
+    min_k: int | None = None
     length_quantiles: tuple[float, float] | None = None
     length_tokens: tuple[int, int] | None = None
     order: Order = "random"
@@ -66,7 +69,7 @@ class Recipe:
         self._require(self.order in get_args(Order), "order", f"one of {', '.join(get_args(Order))}")
         for key in ("correct", "finished"):
             self._require(isinstance(getattr(self, key), bool), key, "true or false")
-        for key in ("per_problem", "samples", "tokens", "window"):
+        for key in ("min_k", "per_problem", "samples", "tokens", "window"):
             value = getattr(self, key)
             self._require(value is None or (_is_int(value) and value > 0), key, "a positive whole number")
         for key in ("difficulty", "length_quantiles"):
@@ -95,8 +98,14 @@ class Recipe:
         object.__setattr__(self, key, tuple(int(end) if highest is None else end for end in band))
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe as JSON-able values; bands as lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """The recipe as JSON-able values; bands as lists.
+
+        An unset ``min_k`` is left out: subsets kept before there was one must stay the same question.
+        """
+        values = asdict(self)
+        if self.min_k is None:
+            del values["min_k"]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def with_options(self, **options: Any) -> Recipe:
         """The recipe with options replaced; a budget or a length band of one sort drops the other sort's default.
@@ -210,6 +219,9 @@ def rank(candidates: Iterable[Candidate], recipe: Recipe, seed: int) -> Ranking:
     """Filter, band, order and cap; everything of a selection but the budget."""
     pool = list(candidates)
     stages = {"candidates": len(pool)}
+    if recipe.min_k is not None:
+        pool = [c for c in pool if c.k >= recipe.min_k]
+        stages["min_k"] = len(pool)
     median_k = float(median(c.k for c in pool)) if pool else 0.0
     truncated = sum(not c.finished for c in pool) / len(pool) if pool else 0.0
     if recipe.correct:

@@ -267,7 +267,7 @@ def _select_text(
     """Windows of a plain text, consecutive, without overlap, taken in seeded order; a rest at the end is left out."""
     if text is None:
         raise InputError(f"recipe {recipe.name} needs a plain-text file: pass --text FILE")
-    if where is not None or recipe.difficulty or recipe.correct or recipe.finished:
+    if where is not None or recipe.difficulty or recipe.correct or recipe.finished or recipe.min_k:
         raise InputError(f"recipe {recipe.name} takes windows of a text: it has no verdict, difficulty or condition")
     content = _read_text(Path(text))
     owner = _builder(catalog, model)

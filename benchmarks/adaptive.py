@@ -1,0 +1,378 @@
+"""What an adaptive build saves: tokens for N samples of ``ssgr``, adaptive against K samples of every problem.
+
+Builds real traces of the bundled model once (about five minutes with vLLM on two CPU cores), then replays them: the
+problems in several shuffled orders, each sample costing the tokens that it had. Both builds end as soon as the recipe,
+applied by ``calset.catalog.recipes.rank`` with its moving length quantiles, has its N samples. The figure to read is
+the ratio of completion tokens, adaptive to fixed.
+
+    python benchmarks/adaptive.py --catalog adaptive.duckdb
+    python benchmarks/adaptive.py --traces adaptive.duckdb --confidence 0.9 0.95 --first 2
+
+Columns: ``ratio`` the median over the orders with the least and the greatest; ``floor`` what a rule would spend that
+knew every outcome beforehand and sampled only the problems inside the band; ``false`` the share of the stopped problems
+that K samples would have put inside the band; of the problems begun that are inside the band, ``lost`` the share that
+was stopped and ``put_off`` the share that was left open for more promising ones; ``problems`` how many were begun;
+``difficulty`` and ``length`` the mean of what is selected; ``short`` orders that ran out of problems before the N
+samples (left out of ratio).
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import math
+import random
+import statistics
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import calset
+from calset.builder.stopping import Prior, StoppingRule, fit_prior, fit_strata, stratum
+from calset.catalog.catalog import Catalog
+from calset.catalog.recipes import RECIPES, Candidate, Recipe, rank
+from calset.catalog.records import JUDGED
+from calset.demo import MODEL
+
+# The demo's mix of tasks with other seeds, hence other problems.
+TASKS = (
+    "gym:chain_sum?min_terms=2&max_terms=7&min_digits=1&max_digits=4&seed=300000000&size=600",
+    "gym:products?min_terms=2&max_terms=2&min_digits=2&max_digits=2&seed=300000000&size=100",
+    "gym:products?min_terms=2&max_terms=2&min_digits=3&max_digits=3&seed=300000000&size=56",
+    "gym:products?min_terms=3&max_terms=3&min_digits=1&max_digits=1&seed=300000000&size=44",
+)
+MAX_TOKENS = 512
+HEAD = (
+    "in_flight confidence first policy        ratio (least greatest) false  lost  put_off problems difficulty length"
+    " short"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--catalog", type=Path, default=Path("adaptive.duckdb"), help="where the traces are built")
+    parser.add_argument("--traces", type=Path, help="a catalog that has the traces already: replay only")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--recipe", default="ssgr", choices=[n for n, r in RECIPES.items() if r.difficulty])
+    parser.add_argument("--need", type=int, default=50)
+    parser.add_argument("--samples", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--confidence", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.99])
+    parser.add_argument("--first", type=int, nargs="+", default=[1, 3, 4])
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--orders", type=int, default=10)
+    args = parser.parse_args()
+    if args.traces is None:
+        calset.build(
+            MODEL, TASKS, samples=max(args.samples), catalog=args.catalog, engine=args.engine, max_tokens=MAX_TOKENS
+        )
+    problems = read(args.traces or args.catalog, max(args.samples))
+    recipe = RECIPES[args.recipe]
+    for k in args.samples:
+        table(problems, recipe, k, args)
+
+
+def table(problems: list[Problem], recipe: Recipe, k: int, args: argparse.Namespace) -> None:
+    inside = [p for p in problems if in_band(p, recipe, k)]
+    print(f"\nK = {k}, need {args.need}: {len(problems)} problems, {len(inside)} inside the band")
+    orders = []
+    for seed in range(args.orders):
+        orders.append(list(problems))
+        random.Random(seed).shuffle(orders[-1])
+    fixed = [replay_fixed(order, recipe, k, args.need) for order in orders]
+    print(f"fixed K: {' '.join(f'{name} {value:.4g}' for name, value in medians(fixed).items())}")
+    print(f"floor {statistics.median(f.floor_tokens / f.tokens for f in fixed):.3f}, best from counts alone", end=" ")
+    print(f"{best(problems, recipe, k):.3f} (in samples)")
+    print(HEAD)
+    for slots, confidence in product(args.in_flight, args.confidence):
+        line(orders, fixed, recipe, StoppingRule(recipe.difficulty, k, confidence), slots, "all", Policy(), args)
+    for first in args.first:
+        rule = StoppingRule(recipe.difficulty, k, first=first)
+        line(orders, fixed, recipe, rule, max(args.in_flight), "all", Policy(), args)
+    rule = StoppingRule(recipe.difficulty, k)
+    for name, policy in (
+        ("no batches", Policy(batches=False)),
+        ("no strata", Policy(strata=False)),
+        ("no prices", Policy(by_price=False)),
+        ("none", Policy(False, False, False)),
+    ):
+        line(orders, fixed, recipe, rule, max(args.in_flight), name, policy, args)
+
+
+def line(orders, fixed, recipe, rule, slots, name, policy, args) -> None:
+    runs = [Replay(order, recipe, rule, args.need, slots, policy).run() for order in orders]
+    whole = [(run, f) for run, f in zip(runs, fixed, strict=True) if run.reached and f.reached]
+    ratios = [run.tokens / f.tokens for run, f in whole] or [float("nan")]
+    stopped, false = sum(r.stopped for r in runs), sum(r.false_stops for r in runs)
+    begun, completed = sum(r.begun_inside for r in runs), sum(r.completed_inside for r in runs)
+    lost, put_off = false / max(1, begun), 1 - (false + completed) / max(1, begun)
+    m = medians(runs)
+    print(
+        f"{slots:9d} {rule.confidence:10.2f} {rule.first:5d} {name:12s}  {statistics.median(ratios):.3f} "
+        f"({min(ratios):.3f} {max(ratios):.3f})     {false / max(1, stopped):.3f}  {lost:.3f} {put_off:7.3f} "
+        f"{m['problems']:8.0f} {m['difficulty']:10.3f} {m['length']:6.0f} {len(runs) - len(whole):5d}",
+        flush=True,
+    )
+
+
+def medians(runs: list[Spent]) -> dict[str, float]:
+    names = ("problems", "tokens", "difficulty", "length")
+    reached = [run for run in runs if run.reached] or [Spent()]
+    return {name: statistics.median(getattr(run, name) for run in reached) for name in names}
+
+
+def best(problems: list[Problem], recipe: Recipe, k: int) -> float:
+    """What the best of all rules that see counts only spends, knowing the population, as a ratio of samples."""
+    rule = StoppingRule(recipe.difficulty, k)
+    prior = fit_prior(Counter((len(p.correct), sum(p.correct)) for p in problems))
+    return rule.prices(prior)[0, 0] / (k / rule.probability(0, 0, prior))
+
+
+# -- traces ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A problem and its samples in the order in which a build draws them."""
+
+    problem_id: str
+    source: str
+    n_prompt_tokens: int
+    correct: tuple[bool, ...]
+    finished: tuple[bool, ...]
+    tokens: tuple[int, ...]
+    trace_ids: tuple[str, ...]
+
+    def candidates(self, k: int) -> list[Candidate]:
+        difficulty = (k - sum(self.correct[:k])) / k
+        return [
+            Candidate(
+                self.trace_ids[i], self.problem_id, i, self.correct[i], self.finished[i], difficulty, k, self.tokens[i]
+            )
+            for i in range(k)
+        ]
+
+
+def read(catalog: Path, samples: int) -> list[Problem]:
+    """The problems that have all their samples judged, in the order of their ids."""
+    rows = Catalog(catalog).query(
+        "SELECT problem_id, source, n_prompt_tokens, verdict, finished, n_tokens, trace_id FROM trace "
+        f"WHERE kind = 'build' AND sample_index < {samples} ORDER BY problem_id, sample_index"
+    )
+    by_problem = defaultdict(list)
+    for row in rows.rows:
+        by_problem[row[0]].append(row)
+    found = []
+    for problem_id, traces in by_problem.items():
+        if len(traces) == samples and all(verdict in JUDGED for _, _, _, verdict, *_ in traces):
+            _, (source, *_), (prompt, *_), verdicts, finished, tokens, trace_ids = zip(*traces, strict=True)
+            found.append(
+                Problem(
+                    problem_id, source, prompt, tuple(v == "correct" for v in verdicts), finished, tokens, trace_ids
+                )
+            )
+    return found
+
+
+def in_band(problem: Problem, recipe: Recipe, k: int) -> bool:
+    return StoppingRule(recipe.difficulty, k).in_band(sum(problem.correct[:k]))
+
+
+class Selected:
+    """The candidates so far, and whether the recipe has its N among them."""
+
+    def __init__(self, recipe: Recipe, k: int, need: int) -> None:
+        self.recipe, self.k, self.need = recipe, k, need
+        self.inside = 0
+        self._candidates: list[Candidate] = []
+
+    def complete(self, problem: Problem) -> bool:
+        """Take in a completed problem; True when the recipe now has its N."""
+        if not in_band(problem, self.recipe, self.k):
+            return False  # no candidate of it reaches the length band, so nothing changes
+        self.inside += 1
+        self._candidates += problem.candidates(self.k)
+        if self.inside < self.need:
+            return False
+        order = rank(self._candidates, self.recipe, 0).order
+        self.difficulty = statistics.mean(c.difficulty or 0.0 for c in order)
+        self.length = statistics.mean(c.n_tokens for c in order)
+        return len(order) >= self.need
+
+
+# -- replays --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Spent:
+    """What a build cost, in completion tokens."""
+
+    tokens: float = 0
+    floor_tokens: float = 0  # of problems inside the band
+    problems: int = 0
+    stopped: int = 0
+    false_stops: int = 0
+    begun_inside: int = 0
+    completed_inside: int = 0
+    reached: bool = False
+    difficulty: float = 0.0
+    length: float = 0.0
+
+    def reach(self, selected: Selected) -> None:
+        self.reached, self.difficulty, self.length = True, selected.difficulty, selected.length
+
+
+def replay_fixed(order: list[Problem], recipe: Recipe, k: int, need: int) -> Spent:
+    """All K samples of one problem after the other until the recipe has its N."""
+    spent, selected = Spent(), Selected(recipe, k, need)
+    for problem in order:
+        spent.problems += 1
+        cost = sum(problem.tokens[:k])
+        spent.tokens += cost
+        spent.floor_tokens += cost * in_band(problem, recipe, k)
+        if selected.complete(problem):
+            spent.reach(selected)
+            break
+    return spent
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What an adaptive build does beside its rule; each part can be left out to see what it is worth."""
+
+    by_price: bool = True  # the least price next, a fresh problem's among them; else open problems first
+    strata: bool = True  # a prior for each stratum; else one for all
+    batches: bool = True  # several samples of a problem at once where none can turn out wasted; else one
+
+
+@dataclass(eq=False)
+class Open:
+    """A problem that is being sampled."""
+
+    problem: Problem
+    stratum: str
+    drawn: int = 0
+    back: int = 0
+    wanted: int = 0  # samples to draw before the next decision
+
+    @property
+    def state(self) -> tuple[int, int]:
+        return self.drawn, sum(self.problem.correct[: self.drawn])
+
+
+@dataclass
+class Replay:
+    """An adaptive build with a number of samples in flight, a sample taking as long as it has tokens."""
+
+    problems: list[Problem]
+    recipe: Recipe
+    rule: StoppingRule
+    need: int
+    slots: int
+    policy: Policy = field(default_factory=Policy)
+
+    def run(self) -> Spent:
+        self.spent = Spent()
+        self.selected = Selected(self.recipe, self.rule.samples, self.need)
+        self.beliefs = Beliefs(self.rule, self.policy)
+        self.ready: list[Open] = []
+        self.sending: list[Open] = []
+        self.fresh = list(reversed(self.problems))
+        flying: list[tuple[float, int, Open]] = []
+        number, now = 0, 0.0
+        while True:
+            while len(flying) < self.slots and (unit := self.next_unit()):
+                cost = unit.problem.tokens[unit.drawn]
+                unit.drawn, number = unit.drawn + 1, number + 1
+                self.spent.tokens += cost
+                heapq.heappush(flying, (now + cost, number, unit))
+            if not flying:
+                return self.spent
+            now, _, unit = heapq.heappop(flying)
+            unit.back += 1
+            if unit.back == unit.wanted and self.decide(unit):
+                # What the samples in flight have not cost when they are cancelled.
+                self.spent.tokens -= sum(end - now for end, _, _ in flying)
+                self.spent.reach(self.selected)
+                return self.spent
+
+    def next_unit(self) -> Open | None:
+        """The problem of the next sample: of the batch under way, else of a new one."""
+        if not self.sending:
+            unit = min(self.ready, key=self.beliefs.rank, default=None)
+            limit = self.beliefs.limit if self.fresh else math.inf
+            if self.fresh and (unit is None or self.beliefs.rank(unit) > limit):
+                self.spent.problems += 1
+                problem = self.fresh.pop()
+                self.spent.begun_inside += in_band(problem, self.recipe, self.rule.samples)
+                unit = Open(problem, stratum(problem.source, problem.n_prompt_tokens) if self.policy.strata else "")
+            elif unit is not None:
+                self.ready.remove(unit)
+            else:
+                return None
+            k, n_correct = unit.state
+            more = self.rule.patience(k, n_correct, self.beliefs.prices(unit.stratum), limit)
+            unit.wanted = k + (more if self.policy.batches else max(1, min(self.rule.first, self.rule.samples) - k))
+            self.sending = [unit] * (unit.wanted - k)
+        return self.sending.pop()
+
+    def decide(self, unit: Open) -> bool:
+        """All of a problem's samples are back; True when the recipe has its N."""
+        k, n_correct = self.beliefs.see(unit)
+        action = self.rule.decide(k, n_correct, self.beliefs.prior(unit.stratum))
+        if action == "continue":
+            self.ready.append(unit)
+            return False
+        inside = in_band(unit.problem, self.recipe, self.rule.samples)
+        if action == "stop":
+            self.spent.stopped += 1
+            self.spent.false_stops += inside
+            return False
+        self.spent.completed_inside += inside
+        return self.selected.complete(unit.problem)
+
+
+class Beliefs:
+    """The priors as they are learned on the way: from every problem so far, stopped, completed or open."""
+
+    def __init__(self, rule: StoppingRule, policy: Policy) -> None:
+        self.rule, self.policy = rule, policy
+        self.states: dict[str, tuple[str, int, int]] = {}
+        self.refit()
+
+    def see(self, unit: Open) -> tuple[int, int]:
+        self.states[unit.problem.problem_id] = (unit.stratum, *unit.state)
+        if len(self.states) >= self.fitted * 1.1:
+            self.refit()
+        return unit.state
+
+    def refit(self) -> None:
+        counts: dict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
+        for name, k, n_correct in self.states.values():
+            counts[name][k, n_correct] += 1
+        self.pooled, self.priors = fit_strata(counts)
+        self.tables = {}
+        self.probabilities: dict[tuple[str, int, int], float] = {}
+        self.fitted = len(self.states)
+        self.limit = self.rule.prices(self.pooled)[0, 0] if self.policy.by_price else math.inf
+
+    def prior(self, name: str) -> Prior:
+        return self.priors.get(name, self.pooled)
+
+    def prices(self, name: str):
+        if name not in self.tables:
+            self.tables[name] = self.rule.prices(self.prior(name))
+        return self.tables[name]
+
+    def rank(self, unit: Open) -> float:
+        k, n_correct = unit.state
+        if self.policy.by_price:
+            return self.prices(unit.stratum)[k, n_correct]
+        key = (unit.stratum, k, n_correct)
+        if key not in self.probabilities:
+            self.probabilities[key] = -self.rule.probability(k, n_correct, self.prior(unit.stratum))
+        return self.probabilities[key]
+
+
+if __name__ == "__main__":
+    main()

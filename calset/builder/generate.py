@@ -151,11 +151,12 @@ def build(
         retry=retry,
         progress=_checking(progress),
     )
+    schedule = _schedule(plan, store, retry, aim)
     for source in sources:
         store.add_source(source.source)
     work = Pipeline(
         plan,
-        _schedule(plan, store, retry, aim),
+        schedule,
         store,
         graded=graded,
         commit_every_seconds=commit_every_seconds,

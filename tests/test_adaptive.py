@@ -1,0 +1,172 @@
+"""Adaptive builds: they end with what the recipe needs, spend less than fixed K, and say what they decided."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from calset.builder.adaptive import Target
+from calset.builder.engines import Completion, Request, Sampling
+from calset.builder.generate import build
+from calset.builder.model_info import ModelInfo, inspect
+from calset.catalog.catalog import Catalog
+from calset.catalog.recipes import Recipe
+from calset.catalog.selection import select
+from calset.errors import EngineError, InputError
+
+SAMPLES = 8
+
+
+class Population:
+    """An engine double that answers each problem rightly at the problem's own rate, by the request's seed alone."""
+
+    name, version, max_model_len = "population", "1", 2048
+
+    def __init__(self, info: ModelInfo, path: Path, n: int, *, fail_after: int | None = None) -> None:
+        self.info, self.loaded, self.fail_after = info, info.revision, fail_after
+        self.requests: list[Request] = []
+        rates = [(0.0, 0.02, 0.3, 0.55, 0.9, 1.0, 1.0)[i % 7] for i in range(n)]
+        rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(n)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.problems = str(path)
+        self.rate = {
+            info.prompt_ids(row["question"]): (rate, row["answer"]) for row, rate in zip(rows, rates, strict=True)
+        }
+
+    def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        for n, request in enumerate(requests):
+            if n == self.fail_after:
+                raise EngineError("the engine died; run the same command again to continue")
+            self.requests.append(request)
+            draw = random.Random(request.seed)
+            rate, answer = self.rate[request.prompt_ids]
+            said = answer if draw.random() < rate else "-1"
+            text = "<think>\n" + "1" * draw.randint(1, 60) + f"\n</think>\n\\boxed{{{said}}}"
+            tokens = self.info.tokenizer(text, add_special_tokens=False).input_ids
+            yield Completion(request.key, (*tokens, self.info.eos_token_ids[0]), "stop", 0.01)
+
+    def cancel(self) -> None: ...
+    def load_weights(self, model: Path, revision: str) -> None: ...
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def info(tiny_model: Path) -> ModelInfo:
+    return inspect(tiny_model)
+
+
+def run(model: Path, engine: Population, path: Path, **options):
+    options = {"target": "ssgr", "need": 15, "samples": SAMPLES} | options
+    return build(model, engine.problems, engine=engine, catalog=path, graders=1, **options)
+
+
+def test_it_ends_with_what_the_recipe_needs_and_spends_less_than_fixed_k(tiny_model: Path, info, tmp_path: Path):
+    path = tmp_path / "c.duckdb"
+    engine = Population(info, tmp_path / "p.jsonl", 400)
+    report = run(tiny_model, engine, path)
+    assert report.target is not None
+    assert report.target["met"] >= report.target["need"] == 15
+    assert not report.warnings
+    subset = select(path, "s", "ssgr", samples=15, min_k=SAMPLES)
+    assert (subset.n_samples, subset.warnings) == (15, [])
+    # Fixed K on the problems that it opened would have cost so many.
+    opened = report.target["complete"] + report.target["stopped"] + report.target["open"]
+    assert report.n_new == len(engine.requests) < 0.85 * SAMPLES * opened
+    assert opened < 400  # the rest was not needed
+    counts = dict(Catalog(path).query("SELECT k, count(*) FROM problem GROUP BY k").rows)
+    assert counts[SAMPLES] >= report.target["complete"]
+    assert max(counts) == SAMPLES
+
+
+def test_every_decision_is_kept_with_what_it_rested_on(tiny_model: Path, info, tmp_path: Path):
+    path = tmp_path / "c.duckdb"
+    report = run(tiny_model, Population(info, tmp_path / "p.jsonl", 400), path, confidence=0.9)
+    rows = Catalog(path).query("SELECT action, k, n_correct, samples, probability, confidence, run_id FROM decisions")
+    found: dict[str, list[tuple]] = {}
+    for action, *rest in rows.rows:
+        found.setdefault(action, []).append(tuple(rest))
+    assert report.target is not None
+    assert (len(found["complete"]), len(found["stop"])) == (report.target["complete"], report.target["stopped"])
+    assert all(k == SAMPLES and p in (0, 1) for k, _, _, p, _, _ in found["complete"])
+    assert all(p <= 0.1 and k < SAMPLES for k, _, _, p, _, _ in found["stop"])
+    assert all(p > 0.1 for _, _, _, p, _, _ in found["continue"])
+    assert {run for rows in found.values() for *_, run in rows} == {report.run_id}
+
+
+def test_the_samples_are_those_of_a_build_with_fixed_k(tiny_model: Path, info, tmp_path: Path):
+    adaptive, fixed = tmp_path / "a.duckdb", tmp_path / "f.duckdb"
+    run(tiny_model, Population(info, tmp_path / "p.jsonl", 60), adaptive, need=5)
+    engine = Population(info, tmp_path / "p.jsonl", 60)
+    build(tiny_model, engine.problems, engine=engine, catalog=fixed, samples=SAMPLES, graders=1)
+    wanted = dict(Catalog(fixed).query("SELECT trace_id, text FROM trace").rows)
+    drawn = Catalog(adaptive).query("SELECT trace_id, text FROM trace").rows
+    assert drawn
+    assert all(wanted[trace] == text for trace, text in drawn)
+
+
+def test_a_build_that_died_goes_on_where_it_was(tiny_model: Path, info, tmp_path: Path):
+    path = tmp_path / "c.duckdb"
+    with pytest.raises(EngineError, match="run the same command again"):
+        run(tiny_model, Population(info, tmp_path / "p.jsonl", 400, fail_after=70), path)
+    saved = Catalog(path).query("SELECT count(*) FROM traces").rows[0][0]
+    assert saved == 70
+    engine = Population(info, tmp_path / "p.jsonl", 400)
+    report = run(tiny_model, engine, path)
+    assert report.n_existing == 70
+    assert not {r.key for r in engine.requests} & {
+        t for (t,) in Catalog(path).query("SELECT trace_id FROM traces ORDER BY created_at LIMIT 70").rows
+    }
+    assert select(path, "s", "ssgr", samples=15, min_k=SAMPLES).n_samples == 15
+    again = Population(info, tmp_path / "p.jsonl", 400)
+    assert run(tiny_model, again, path).run_id is None  # the need is met: no engine, nothing drawn
+    assert not again.requests
+
+
+def test_problems_that_run_out_are_said(tiny_model: Path, info, tmp_path: Path):
+    report = run(tiny_model, Population(info, tmp_path / "p.jsonl", 21), tmp_path / "c.duckdb", need=500)
+    assert len(report.warnings) == 1
+    assert "the problems ran out: ssgr can take" in report.warnings[0]
+    assert report.target is not None
+    assert report.target["open"] == 0
+
+
+def test_a_need_in_tokens_and_a_recipe_without_a_band(tiny_model: Path, info, tmp_path: Path):
+    path = tmp_path / "c.duckdb"
+    recipe = Recipe("right", correct=True, finished=True, per_problem=None)
+    report = run(
+        tiny_model, Population(info, tmp_path / "p.jsonl", 400), path, target=recipe, need=None, need_tokens=4000
+    )
+    assert report.target is not None
+    assert report.target["unit"] == "tokens"
+    subset = select(path, "s", recipe, tokens=4000)
+    assert 3800 < subset.n_tokens <= 4000
+    assert report.target["stopped"] == 0  # nothing to be outside of
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"need": 5}, "pass a target recipe"),
+        ({"target": "ssgr"}, "needs one of need"),
+        ({"target": "ssgr", "need": 5, "need_tokens": 5}, "needs one of need"),
+        ({"target": "prompts", "need": 5}, "takes no traces"),
+        ({"target": "sgrr", "need": 5}, "no recipe 'sgrr'"),
+        ({"target": "ssgr", "need": 0}, "need must be at least 1"),
+        ({"target": "ssgr", "need": 5, "confidence": 1.5}, "confidence must be"),
+        ({"target": "ssgr", "need": 5, "retry": ["error"]}, "do not go together"),
+        ({"target": "ssgr", "need": 5, "graded": False}, "cannot run ungraded"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(tiny_model: Path, tmp_path: Path, options: dict, says: str):
+    with pytest.raises(InputError, match=says):
+        build(tiny_model, "demo", catalog=tmp_path / "c.duckdb", **options)
+    assert not (tmp_path / "c.duckdb").exists()
+
+
+def test_a_target_counts_samples_or_tokens():
+    assert Target.of("ssgr", need=3).unit == "samples"
+    assert Target.of("ssgr", need_tokens=3).wanted == 3

@@ -571,6 +571,8 @@ def _print_trace(row: dict[str, Any], *, full: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors are one line on standard error, exit code 2 for bad input, 1 for a failure."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that is not UTF-8
     try:
         code = cli.main(argv, prog_name="calset", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -26,6 +26,11 @@ def clean(text: str) -> str:
     return text
 
 
+def clean_params(params: Iterable[Any]) -> list[Any]:
+    """Query parameters as DuckDB takes them: an argument of a command line may hold bytes that are no UTF-8."""
+    return [clean(param) if isinstance(param, str) else param for param in params]
+
+
 def dump_json(value: Any) -> str:
     """JSON text that DuckDB accepts: clean strings, NaN and infinities as null, unknown objects as their str()."""
     try:

@@ -598,7 +598,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> None:
-    terminal.note("calset: " + " ".join(message.split()))
+    line = " ".join(message.split())  # an error of DuckDB's quotes the value, and a value may have 10 MB
+    terminal.note("calset: " + (line if len(line) <= 4000 else f"{line[:4000]}…"))
 
 
 if __name__ == "__main__":

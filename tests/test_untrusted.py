@@ -228,6 +228,12 @@ def test_hostile_arguments_are_answered_in_one_harmless_line(
     assert Catalog("calset.duckdb").query("SELECT count(*) > 5 FROM traces").rows == [(True,)]
 
 
+def test_an_error_that_quotes_ten_megabytes_stays_short(folder: Path) -> None:
+    done = calset("query", "SELECT answer::INTEGER FROM problem WHERE question = 'big answer'", cwd=folder)
+    harmless(done, 2)
+    assert len(done.stderr) < 5000
+
+
 def test_a_terminal_of_another_encoding_gets_escapes(folder: Path) -> None:
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [*CALSET, "query", "SELECT question FROM problem WHERE question LIKE 'emoji%'"]
@@ -248,6 +254,25 @@ def test_half_a_surrogate_pair_in_a_question_is_refused_in_one_line(tmp_path: Pa
     done = calset("problems", "q.jsonl", cwd=tmp_path)
     harmless(done, 2)
     assert b"surrogate" in done.stderr
+
+
+def test_metadata_too_deep_to_keep_is_refused_not_a_crash(tmp_path: Path) -> None:
+    """Python's own limit is near 1,000, a little more or less wherever JSON is read or written."""
+    from calset.builder.problems import load_problems
+    from calset.errors import InputError
+
+    outcomes = set()
+    for depth in (400, *range(960, 1000)):
+        (tmp_path / "q.jsonl").write_text('{"question":"q","answer":"2","n":' + "[" * depth + "]" * depth + "}\n")
+        catalog = Catalog(tmp_path / "c.duckdb")
+        try:
+            source, problems = load_problems(str(tmp_path / "q.jsonl"))
+            catalog.add_source(source)
+            catalog.add_problems(problems)
+            outcomes.add("kept")
+        except InputError:
+            outcomes.add("refused")
+    assert outcomes == {"kept", "refused"}
 
 
 def test_a_source_of_hostile_problems_is_previewed(folder: Path, rows: list[dict[str, Any]]) -> None:

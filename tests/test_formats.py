@@ -471,5 +471,11 @@ def test_a_system_prompt_that_the_template_adds_is_known(infos: dict[str, ModelI
     assert own["gpt-oss"].startswith("You are ChatGPT.")
 
 
-def test_a_template_that_writes_the_date_is_known(infos: dict[str, ModelInfo]) -> None:
+def test_a_template_that_writes_the_date_is_known(infos: dict[str, ModelInfo], tmp_path: Path) -> None:
     assert [name for name, info in infos.items() if info.template_reads_clock] == ["gpt-oss"]
+    dated = "{{ date_string if date_string is defined else strftime_now('%Y') }}" + chatml()
+    folder = make_folder(tmp_path / "m", replace(MADE["qwen3"], template=dated))
+    assert inspect(folder).template_reads_clock
+    fixed = inspect(folder, template_options={"date_string": "26 Jul 2024"})
+    assert not fixed.template_reads_clock
+    assert "26 Jul 2024" in fixed.tokenizer.decode(fixed.prompt_ids("1+1?"))

@@ -121,7 +121,8 @@ def inspect(
         family=family,
         template_options=options,
         template_system=template_system(tokenizer, options),
-        template_reads_clock="strftime_now" in template,
+        # Llama 3.2's leaves the clock alone when told its date_string.
+        template_reads_clock="strftime_now" in template and "date_string" not in options,
     )
 
 

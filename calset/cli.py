@@ -607,6 +607,8 @@ def _print_trace(row: dict[str, Any], *, full: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors are one line on standard error, exit code 2 for bad input, 1 for a failure."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that is not UTF-8
     try:
         code = cli.main(argv, prog_name="calset", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -632,7 +634,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> None:
-    terminal.note("calset: " + " ".join(message.split()))
+    line = " ".join(message.split())  # an error of DuckDB's quotes the value, and a value may have 10 MB
+    terminal.note("calset: " + (line if len(line) <= 4000 else f"{line[:4000]}…"))
 
 
 if __name__ == "__main__":

@@ -45,8 +45,11 @@ def generation_key(
     system_prompt: str | None,
     sampling: Mapping[str, Any],
     kind: str = "build",
+    template_options: Mapping[str, Any] | None = None,
 ) -> str:
     """What makes two traces of one problem draws from the same distribution: all but ``max_tokens`` and the seed.
+
+    ``template_options`` (``enable_thinking``, ...) count when there are any: without, a key is what it was before them.
 
     Raises:
         ValueError: ``sampling`` holds ``max_tokens`` or ``seed``.
@@ -54,6 +57,8 @@ def generation_key(
     if {"max_tokens", "seed"} & set(sampling):
         raise ValueError("max_tokens and seed are not part of the generation key")
     parts = [model, revision, tokenizer_hash, chat_template_hash, system_prompt, dict(sampling)]
+    if template_options:
+        parts.append({"template_options": dict(template_options)})
     # Evaluation traces live apart from build traces, so that evaluating never feeds calibration.
     return digest("generation", *parts) if kind == "build" else digest("generation", *parts, kind)
 

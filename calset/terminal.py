@@ -19,8 +19,9 @@ from typing import Any
 
 from calset.jsonable import jsonable
 
-# C0 and C1 control characters but tab and newline, and the bidirectional overrides that can reorder a line.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# C0 and C1 control characters but tab and newline, the line and paragraph separators, and the bidirectional marks and
+# overrides that can reorder a line.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 PLAIN_SECONDS = 5.0  # how often plain progress prints a line
 
 
@@ -32,9 +33,13 @@ def clean(text: Any) -> str:
 
 def emit_json(value: Any) -> None:
     """One JSON document on one line of standard output."""
+    sys.stdout.write(_json_line(value))
+
+
+def _json_line(value: Any) -> str:
     text = json.dumps(jsonable(value), ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
     # As escapes they mean the same to a JSON parser and nothing to a terminal.
-    sys.stdout.write(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def say(text: str = "") -> None:
@@ -111,7 +116,7 @@ class Progress:
             return
         if self.mode == "json":
             event = {"event": self.label, "done": done, "total": total, **facts, "final": final}
-            sys.stderr.write(json.dumps(jsonable(event)) + "\n")
+            sys.stderr.write(_json_line(event))
             sys.stderr.flush()
             return
         shown = ", ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, ""))
@@ -134,15 +139,15 @@ class Progress:
             from rich.progress import Progress as RichProgress
 
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[facts]}", markup=False),
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.label, total=total, facts="")
+            self._task = self._bar.add_task(clean(self.label), total=total, facts="")
         self._bar.update(self._task, completed=done, total=total, facts=clean(shown))
 
     def close(self) -> None:

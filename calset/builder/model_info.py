@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect as signatures
 import json
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from calset import demo, ids
 from calset.builder.engines.base import Sampling, import_problem
-from calset.builder.reasoning import ReasoningFormat, detect
+from calset.builder.families import Family, Traits, recognise
+from calset.builder.reasoning import ReasoningFormat, detect, shared_prefix
 from calset.errors import InputError, first_line
 
 # All but the weights, which the engine fetches itself.
@@ -33,8 +37,14 @@ class ModelInfo:
     chat_template_hash: str
     max_model_len: int
     eos_token_ids: tuple[int, ...]
-    sampling: Sampling  # the defaults of its generation_config.json
+    sampling: Sampling  # the defaults: see sampling_from
     reasoning: ReasoningFormat
+    # Field of ``sampling`` -> "generation_config", "family NAME" or "default".
+    sampling_from: Mapping[str, str] = field(default_factory=dict)
+    family: Family | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)  # what the chat template is rendered with
+    template_system: str | None = None  # the system prompt that the template adds when none is given
+    template_reads_clock: bool = False  # it writes today's date into the prompt: another day, other token ids
 
     def prompt_ids(self, question: str, system_prompt: str | None = None) -> tuple[int, ...]:
         """The chat template's ids for one question, ending where the model's turn begins.
@@ -47,7 +57,7 @@ class ModelInfo:
             messages.insert(0, {"role": "system", "content": system_prompt})
         try:
             found = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self.template_options
             )
         except Exception as error:
             raise InputError(f"the chat template of {self.model} refuses the prompt: {first_line(error)}") from error
@@ -58,12 +68,19 @@ class ModelInfo:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
-def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
+def inspect(
+    model: str | Path, *, revision: str | None = None, template_options: Mapping[str, Any] | None = None
+) -> ModelInfo:
     """Read a model's config, tokenizer and template, from a folder or the Hub; loads no weights, runs no remote code.
+
+    Args:
+        template_options: what the chat template is rendered with, e.g. ``{"enable_thinking": False}`` (Qwen3) or
+            ``{"reasoning_effort": "high"}`` (gpt-oss).
 
     Raises:
         InputError: no such folder or Hub model, no config.json, no safetensors, no usable tokenizer, chat template or
-            generation_config.json, or a transformers that cannot be imported.
+            generation_config.json, an option that the template does not read, or a transformers that cannot be
+            imported.
     """
     try:
         from transformers import AutoTokenizer
@@ -78,7 +95,15 @@ def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
     except Exception as error:
         raise InputError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
     template = _chat_template(model, tokenizer)
+    options = dict(template_options or {})
+    _check_options(model, tokenizer, template, options)
+    try:
+        reasoning = detect(tokenizer, template, options)
+    except Exception as error:  # Jinja's, or whatever the template raises
+        raise InputError(f"the chat template of {model} refuses a plain question: {first_line(error)}") from error
     defaults = _generation_config(folder)
+    family = recognise(Traits(config.get_text_config().model_type, template, reasoning))
+    sampling, sampling_from = _sampling(defaults, folder / "generation_config.json", family)
     return ModelInfo(
         model=recorded_name(model, folder, is_local),
         location=str(folder) if is_local else str(model),
@@ -90,8 +115,14 @@ def inspect(model: str | Path, *, revision: str | None = None) -> ModelInfo:
         chat_template_hash=ids.text_hash(template),
         max_model_len=_max_model_len(model, config),
         eos_token_ids=_eos_token_ids(defaults, config, tokenizer),
-        sampling=_sampling(defaults, folder / "generation_config.json"),
-        reasoning=detect(tokenizer, template),
+        sampling=sampling,
+        reasoning=reasoning,
+        sampling_from=sampling_from,
+        family=family,
+        template_options=options,
+        template_system=template_system(tokenizer, options),
+        # Llama 3.2's leaves the clock alone when told its date_string.
+        template_reads_clock="strftime_now" in template and "date_string" not in options,
     )
 
 
@@ -166,31 +197,68 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _sampling(defaults: dict[str, Any], path: Path) -> Sampling:
-    """generation_config's values, whatever its ``do_sample`` says: calset samples unless told temperature 0.
+def _sampling(defaults: dict[str, Any], path: Path, family: Family | None) -> tuple[Sampling, dict[str, str]]:
+    """generation_config's values, whatever its ``do_sample`` says (calset samples unless told temperature 0); what it
+    leaves open from the family's recipe; and where each came from.
 
     Raises:
         InputError: a value that is no number or out of its range; names the file.
     """
-
-    def value(name: str, default: float) -> float:
+    recipe = family.sampling if family else {}
+    values: dict[str, float] = {}
+    origins: dict[str, str] = {}
+    for name, neutral in ((f.name, f.default) for f in fields(Sampling)):
         found = defaults.get(name)
-        if found is None:
-            return default
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
-            raise InputError(f"{name} must be a number, not {found!r}")
-        return float(found)
-
+        if found is not None:
+            origins[name] = "generation_config"
+        elif family is not None and name in recipe:
+            found, origins[name] = recipe[name], f"family {family.name}"
+        else:
+            found, origins[name] = neutral, "default"
+        values[name] = _number(path, name, found)
     try:
-        return Sampling(
-            temperature=value("temperature", 1.0),
-            top_p=value("top_p", 1.0),
-            top_k=max(0, int(value("top_k", 0))),
-            min_p=value("min_p", 0.0),
-            repetition_penalty=value("repetition_penalty", 1.0),
-        )
+        return Sampling(**{**values, "top_k": max(0, int(values["top_k"]))}), origins
     except InputError as error:
         raise InputError(f"{path}: {error}; correct it there") from error
+
+
+def _number(path: Path, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{path}: {name} must be a number, not {value!r}; correct it there")
+    return float(value)
+
+
+def _check_options(model: str | Path, tokenizer: Any, template: str, options: Mapping[str, Any]) -> None:
+    """Refuse an option that would do nothing: Jinja takes a name that no template reads in silence."""
+    taken = {*signatures.signature(tokenizer.apply_chat_template).parameters, "messages", "strftime_now"}
+    for name in options:
+        if not name.isidentifier() or name in taken or not re.search(rf"\b{name}\b", template):
+            raise InputError(
+                f"the chat template of {model} reads no option {name!r}; its model card names those it has"
+            )
+
+
+def template_system(tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> str | None:
+    """The system prompt that a chat template adds by itself, as text without special tokens; None when it adds none.
+
+    A conversation's second question follows its user turn's header alone, so what stands before the first one and is
+    not that header is the template's own. None too where the template takes no such conversation.
+    """
+    words = ("calset question one", "calset reply", "calset question two")
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **(template_options or {}))
+        # First, or the end of one special token could be taken for that of another.
+        for token in sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)[::-1]:
+            text = text.replace(token, "\0")
+        head, rest = text.split(words[0])
+        between = rest.split(words[1])[1].split(words[2])[0]
+    except Exception:
+        return None
+    own = head[: len(head) - shared_prefix(head[::-1], between[::-1])]
+    own = re.sub(r"^\W*(system|developer)\b", "", own).replace("\0", "\n").strip()
+    return own if re.search(r"\w", own) else None
 
 
 def _eos_token_ids(defaults: dict[str, Any], config: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from calset.catalog.records import (
     utc_now,
 )
 from calset.catalog.schema import TABLES
-from calset.catalog.values import arrow_batch, chunks, clean, dump_json
+from calset.catalog.values import arrow_batch, chunks, clean, clean_params, dump_json
 from calset.errors import InputError, first_line
 from calset.jsonable import jsonable
 
@@ -119,7 +119,7 @@ class Catalog:
     def rows(self, sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """Rows of a read-only query of calset's own as dicts, JSON columns parsed; for a user's SQL see ``query``."""
         with self._open("own") as con:
-            cursor = con.execute(sql, list(params))
+            cursor = con.execute(sql, clean_params(params))
             names = [column[0] for column in cursor.description or []]
             rows = cursor.fetchall()
         return [
@@ -403,7 +403,7 @@ class Catalog:
         with self._open("query") as con:
             try:
                 check_select(con, sql)
-                cursor = con.execute(sql, [clean(p) if isinstance(p, str) else p for p in params])
+                cursor = con.execute(sql, clean_params(params))
                 columns = [(str(c[0]), str(c[1])) for c in cursor.description or []]
                 rows = cursor.fetchall() if limit is None else cursor.fetchmany(limit + 1)
             except duckdb.Error as error:

@@ -22,7 +22,7 @@ from calset.catalog.conditions import require_stable
 from calset.catalog.connection import opened
 from calset.catalog.recipes import Candidate, Kind, Ranking, Recipe, get_recipe, rank, spend, tie_break
 from calset.catalog.records import Sample, Subset
-from calset.catalog.values import clean
+from calset.catalog.values import clean, clean_params
 from calset.errors import InputError, first_line
 
 
@@ -110,7 +110,7 @@ _CANDIDATES = """
 
 def _pool(catalog: Catalog, recipe: Recipe, model: str | None, where: str | None) -> _Pool:
     with opened(catalog.path, "query", catalog.lock_timeout) as con:
-        rows = con.execute(_CANDIDATES, [model, model, model, _folder(model)]).fetchall()
+        rows = con.execute(_CANDIDATES, clean_params([model, model, model, _folder(model)])).fetchall()
         stages = {"traces": len(rows)}
         if where is not None:
             kept = _matching(con, where)

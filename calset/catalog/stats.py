@@ -14,6 +14,7 @@ from typing import Any
 from calset.catalog.catalog import Catalog
 from calset.catalog.connection import opened
 from calset.catalog.records import JUDGED
+from calset.catalog.values import clean_params
 from calset.errors import InputError
 
 _Ask = Callable[..., list[dict[str, Any]]]
@@ -116,10 +117,10 @@ def stats(catalog: Catalog | str | Path, model: str | None = None, source: str |
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     with opened(catalog.path, "own", catalog.lock_timeout) as con:
         # One pass over the joins, into memory; every number below then counts the same rows.
-        con.execute(f"CREATE TEMP TABLE t AS {_NARROW}", [model, model, source, source]).fetchall()
+        con.execute(f"CREATE TEMP TABLE t AS {_NARROW}", clean_params([model, model, source, source])).fetchall()
 
         def ask(sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
-            cursor = con.execute(sql, list(params))
+            cursor = con.execute(sql, clean_params(params))
             names = [column[0] for column in cursor.description or []]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 

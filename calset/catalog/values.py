@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calset.errors import InputError
 from calset.jsonable import jsonable
 
 if TYPE_CHECKING:
@@ -26,10 +27,21 @@ def clean(text: str) -> str:
     return text
 
 
+def clean_params(params: Iterable[Any]) -> list[Any]:
+    """Query parameters as DuckDB takes them: an argument of a command line may hold bytes that are no UTF-8."""
+    return [clean(param) if isinstance(param, str) else param for param in params]
+
+
 def dump_json(value: Any) -> str:
-    """JSON text that DuckDB accepts: clean strings, NaN and infinities as null, unknown objects as their str()."""
+    """JSON text that DuckDB accepts: clean strings, NaN and infinities as null, unknown objects as their str().
+
+    Raises:
+        InputError: nested deeper than Python's stack allows.
+    """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except RecursionError as error:
+        raise InputError("a value is nested too deeply to be kept as JSON; flatten it") from error
     except ValueError:
         text = json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False, default=_plain)
     return clean(text)

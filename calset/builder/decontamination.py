@@ -20,12 +20,9 @@ Must not know: models, engines.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from calset.builder.problems import load_problems
+from calset.builder.words import Words, normalise
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Contamination, Problem, Source, utc_now
 from calset.catalog.values import chunks
@@ -42,132 +40,8 @@ NGRAMS = (8, 13)
 MIN_SHARE = 0.5
 TEMPLATE_SHARE = 0.005
 TEMPLATE_FLOOR = 2  # a small source (AIME has 30 questions) repeats a phrase by chance before 0.5 % means anything
-PAGE = 512
-
-
-# --- words ------------------------------------------------------------------------------------------------------
-
-
-class Words(NamedTuple):
-    """A question as normalised words, and where each stands in the text: character offsets (start, end)."""
-
-    words: tuple[str, ...]
-    spans: tuple[tuple[int, int], ...]
-
-
-# Commands that only change how a formula looks, and other names for one symbol.
-_LOOKS = frozenset(
-    "left right big Big bigg Bigg displaystyle textstyle text textbf textit textrm mathrm mathbf mathit mathsf mathbb "
-    "mathcal operatorname quad qquad limits nolimits begin end hspace vspace".split()
-)
-_SYMBOLS = {
-    "times": "*", "cdot": "*", "ast": "*", "div": "/", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠",
-    "neq": "≠", "lt": "<", "gt": ">", "pm": "±", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "%": "%",
-    "degree": "circ", "pi": "π", "×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-",
-}  # fmt: skip
-_OPERATORS = frozenset("+-*/=<>^≤≥≠±")
-_PIECE = re.compile(
-    r"""
-      ^[ \t]*[-*+•][ \t]+                                   # the mark of a list's item: no word
-    | \*{2,}                                                # Markdown's bold
-    | \\(?P<command>[a-zA-Z]+|.)
-    | (?P<number>\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?)
-    | (?P<superscript>[⁰¹²³⁴-⁹]+)
-    | (?P<letters>(?:(?![⁰¹²³⁴-⁹])[^\W\d_])+(?:['’](?:(?![⁰¹²³⁴-⁹])[^\W\d_])+)*)
-    | (?P<symbol>[-+*/=<>^%≤≥≠±×·⋅÷−])
-    """,
-    re.VERBOSE | re.MULTILINE,
-)
-_SPACELESS = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff])")  # Chinese and Japanese write no spaces
-_BETWEEN = r"\\(?:left|right|[bB]igg?)(?![a-zA-Z])|\\[,;:! ]|[()\[\]{}_"
-_TIGHT = re.compile(rf"(?:{_BETWEEN}])*")  # f(x), x_{1}, \frac{1}{2}: between the parts of one word
-_LOOSE = re.compile(rf"(?:{_BETWEEN} \t])*")  # beside an operator, spaces do not matter either
-
-
-def normalise(text: str) -> Words:
-    """The words of a question, whatever its case, punctuation, spacing and LaTeX.
-
-    A formula is one word however it is spaced ("1 + 2 =" and "1+2="), or a grid of short symbols would fill an n-gram
-    meant for eight words of prose. Operators are kept: "3 + 4" is not "3 - 4". Text without a single word is one word.
-    """
-    words: list[str] = []
-    spans: list[tuple[int, int]] = []
-    glue = False  # the last piece was an operator, which takes what follows into its word
-    apart = False  # the last piece was a character of a script without spaces, a word of its own
-    for piece, start, end in _pieces(text):
-        operator, before = piece in _OPERATORS, apart
-        apart = not piece.isascii() and _SPACELESS.fullmatch(piece) is not None
-        if words and not (apart or before):
-            gap = _LOOSE if glue or operator or piece == "%" else _TIGHT
-            if gap.fullmatch(text, spans[-1][1], start):
-                words[-1] += piece
-                spans[-1] = (spans[-1][0], end)
-                glue = operator
-                continue
-        words.append(piece)
-        spans.append((start, end))
-        glue = operator
-    if not words:
-        bare = text.strip()
-        at = text.find(bare)
-        return Words((bare.casefold(),), ((at, at + len(bare)),)) if bare else Words((), ())
-    return Words(tuple(words), tuple(spans))
-
-
-def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
-    """Numbers, runs of letters, operators and symbols, each (normalised, start, end)."""
-    for match in _PIECE.finditer(text):
-        kind, start, end = match.lastgroup, match.start(), match.end()
-        if kind == "letters":
-            yield from _letters(match[0], start, end)
-        elif kind == "number":
-            yield _plain(match[0].replace(",", "")), start, end
-        elif kind == "superscript":
-            yield "^", start, start
-            yield _plain(match[0]), start, end
-        elif kind == "command" and match["command"] not in _LOOKS:
-            name = match["command"]
-            if name in _SYMBOLS or name.isalpha():
-                yield _SYMBOLS.get(name, name.casefold()), start, end
-        elif kind == "symbol":
-            symbol = _SYMBOLS.get(match[0], match[0])
-            if symbol != "-" or _is_minus(text, start, end):
-                yield symbol, start, end
-
-
-def _letters(found: str, start: int, end: int) -> Iterator[tuple[str, int, int]]:
-    if found.isascii():
-        yield found.replace("'", "").lower(), start, end
-    elif _SPACELESS.search(found):
-        at = start
-        for part in _SPACELESS.split(found):
-            if part:
-                yield _plain(part), at, at + len(part)
-            at += len(part)
-    else:
-        yield _plain(found.replace("'", "").replace("’", "")), start, end
-
-
-def _plain(text: str) -> str:
-    if text.isascii():
-        return text.lower()
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).replace("\u2044", "/")
-
-
-def _is_minus(text: str, start: int, end: int) -> bool:
-    """Whether a hyphen is a minus: beside a number or a bracket, or between two one-letter names."""
-    before = text[max(0, start - 8) : start].rstrip(" \t")
-    after = text[end : end + 8].lstrip(" \t")
-    if not before or not after:
-        return after[:1].isdigit()
-    if before[-1].isdigit() or before[-1] in ")]}" or after[0].isdigit() or after[0] in "([{\\":
-        return True
-    lone_before = before[-1].isalpha() and not before[-2:-1].isalpha()
-    lone_after = after[0].isalpha() and not after[1:2].isalpha()
-    return lone_before and lone_after
-
-
-# --- overlap ----------------------------------------------------------------------------------------------------
+PAGE = 512  # problems checked between two commits
+N_EXAMPLES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +261,7 @@ def clean(problems: Iterable[Problem], decontaminator: Decontaminator) -> Iterat
         yield problem, decontaminator.check(problem)
 
 
-def against(
+def against_sources(
     specs: str | Sequence[str], n: Sequence[int] = NGRAMS, *, min_share: float = MIN_SHARE, **options: Any
 ) -> Decontaminator:
     """A ``Decontaminator`` of evaluation sources named as ``load_problems`` takes them (``options`` are its own).
@@ -398,3 +272,121 @@ def against(
     OverlapRule(tuple(n), min_share)  # before anything is read
     named = [specs] if isinstance(specs, str) else list(specs)
     return Decontaminator((load_problems(spec, **options) for spec in named), n, min_share=min_share)
+
+
+# --- what a catalog holds already -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DecontaminationReport:
+    """What a check found; the evidence itself is in the catalog's view ``excluded``."""
+
+    evaluations: tuple[str, ...]  # names of the evaluation sources
+    n_evaluation: int  # their questions
+    n_checked: int
+    n_contaminated: int  # problems
+    n_traces: int  # calibration traces that the catalog holds of contaminated problems
+    by_source: Mapping[str, int]  # evaluation source -> contaminated problems
+    examples: tuple[Mapping[str, Any], ...]  # the strongest evidence against each of a few problems
+    catalog: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def decontaminate(
+    catalog: Catalog | str | Path | None,
+    against: str | Sequence[str],
+    *,
+    problems: str | Sequence[str] | None = None,
+    n: Sequence[int] = NGRAMS,
+    min_share: float = MIN_SHARE,
+    question: str | None = None,
+    answer: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DecontaminationReport:
+    """Check problems against evaluation sources and keep the evidence, so that a selection can leave them out.
+
+    Args:
+        catalog: where the problems are and the evidence goes.
+        against: evaluation sources, as ``load_problems`` takes them.
+        problems: check these sources; those that are contaminated are kept with their evidence. By default the problems
+            that the catalog holds, but for those that it only holds because they were evaluated.
+        n, min_share: see ``Decontaminator``.
+        question, answer: the columns of the evaluation sources.
+        progress: called with (checked, all) after each page.
+
+    Raises:
+        InputError: an unknown source, a rule that makes no sense, or no catalog to check.
+        CatalogError: the catalog cannot be read or written.
+    """
+    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    decontaminator = against_sources(against, n, min_share=min_share, question=question, answer=answer)
+    if problems is None:
+        pages, total = _kept_problems(store, decontaminator.sources)
+    else:
+        pages, total = _named_problems([problems] if isinstance(problems, str) else problems)
+    strongest: dict[str, Contamination] = {}
+    questions: dict[str, str] = {}
+    by_source: Counter[str] = Counter()
+    n_checked = 0
+    for sources, page in pages:
+        found = [(problem, evidence) for problem, evidence in clean(page, decontaminator) if evidence]
+        if found:
+            for source in sources:
+                store.add_source(source)
+            store.record((), (), problems=[p for p, _ in found], contaminations=[c for _, e in found for c in e])
+        for problem, evidence in found:
+            by_source.update({c.evaluation_source for c in evidence})
+            strongest[problem.problem_id] = max(evidence, key=lambda c: (c.share, c.n))
+            questions[problem.problem_id] = problem.question
+        n_checked += len(page)
+        if progress is not None:
+            progress(n_checked, total)
+    worst = sorted(strongest.values(), key=lambda c: (-c.share, -c.n_shared, c.problem_id))[:N_EXAMPLES]
+    return DecontaminationReport(
+        evaluations=tuple(sorted(source.name for source in decontaminator.sources)),
+        n_evaluation=len(decontaminator),
+        n_checked=n_checked,
+        n_contaminated=len(strongest),
+        n_traces=_traces_of(store, list(strongest)),
+        by_source=dict(sorted(by_source.items())),
+        examples=tuple({"question": questions[c.problem_id], **asdict(c)} for c in worst),
+        catalog=str(store.path),
+    )
+
+
+_Pages = Iterator[tuple[Sequence[Source], Sequence[Problem]]]
+
+
+def _kept_problems(store: Catalog, evaluations: Sequence[Source]) -> tuple[_Pages, int]:
+    """The catalog's problems in pages. Evaluating keeps the evaluation's own problems too: they are no finding, unless
+    they have calibration traces (two draws of a procedural task share problems)."""
+    rows = store.rows(
+        """
+        SELECT problem_id FROM problems p
+        WHERE source_id NOT IN (SELECT unnest(?::VARCHAR[])) OR EXISTS (
+            SELECT 1 FROM traces t JOIN runs r ON r.run_id = t.run_id
+            WHERE t.problem_id = p.problem_id AND r.kind = 'build')
+        ORDER BY problem_id
+        """,
+        [[source.source_id for source in evaluations]],
+    )
+    kept = [row["problem_id"] for row in rows]
+    return (((), list(store.problems(part).values())) for part in chunks(kept, PAGE)), len(kept)
+
+
+def _named_problems(specs: Sequence[str]) -> tuple[_Pages, int]:
+    loaded = [(source, list(problems)) for source, problems in map(load_problems, specs)]
+    pages = (([source], part) for source, problems in loaded for part in chunks(problems, PAGE))
+    return pages, sum(len(problems) for _, problems in loaded)
+
+
+def _traces_of(store: Catalog, problem_ids: list[str]) -> int:
+    if not problem_ids or not store.exists():
+        return 0
+    sql = """
+        SELECT count(*) AS n FROM latest_traces t JOIN runs r ON r.run_id = t.run_id
+        WHERE r.kind = 'build' AND t.problem_id IN (SELECT unnest(?::VARCHAR[]))
+    """
+    return store.rows(sql, [problem_ids])[0]["n"]

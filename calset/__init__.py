@@ -30,6 +30,7 @@ _HOMES = {
     "evaluate": "calset.pruning.evaluate",
     "export": "calset.catalog.export",
     "grade": "calset.builder.regrade",
+    "judge": "calset.builder.judge",
     "load_problems": "calset.builder.problems",
     "prune": "calset.pruning.prune",
     "resolve": "calset.catalog.export",
@@ -50,6 +51,7 @@ __all__ = [
     "evaluate",
     "export",
     "grade",
+    "judge",
     "load_problems",
     "prune",
     "resolve",
@@ -74,6 +76,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from calset.builder.decontamination import decontaminate
     from calset.builder.generate import build
+    from calset.builder.judge import judge
     from calset.builder.problems import load_problems
     from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog

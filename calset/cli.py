@@ -68,6 +68,20 @@ def progress_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+class _GraderOption(click.Option):
+    """Lists the graders when help is asked for: looking for those that packages bring takes time."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from calset.builder.grading import graders
+
+        record = super().get_help_record(ctx)
+        return record and (record[0], f"{', '.join(graders())}. {record[1]}")
+
+
+def grader_option(default: str) -> Callable[..., Any]:
+    return click.option("--grader", cls=_GraderOption, help=f"Default: {default}.")
+
+
 def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--question", help="The question's column in a file. Default: question."),
@@ -87,7 +101,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, default=0, show_default=True, help="Every trace's own seed derives from it."),
         click.option("--system-prompt", help="None unless given."),
         click.option("--limit", type=int, help="Only the first N problems."),
-        click.option("--grader", help="math or gym. Default: the source's own."),
+        grader_option("the source's own"),
         click.option("--concurrency", type=click.IntRange(min=1), help="Requests in flight at most, at each server."),
     ]
     for option in reversed(options):
@@ -240,15 +254,29 @@ def _command_line() -> str:
 
 
 @cli.command()
-@click.option("--grader", help="math or gym. Default: each problem's own.")
+@grader_option("each problem's own")
 @click.option("--model", help="Only this model's traces.")
 @click.option("--source", help="Only this source's problems.")
+@click.option("--run", help="Only this run's traces.")
+@click.option(
+    "--verdict", "verdicts", metavar="VERDICT[,...]", help="Only traces whose present verdict is one of these."
+)
 @click.option("--ungraded", is_flag=True, help="Only traces without a verdict.")
+@click.option("--force", is_flag=True, help="Also what this grader at this version has graded.")
+@click.option(
+    "--judge", metavar="MODEL", help="Let this model judge instead; its judgements stand beside the verdicts."
+)
+@click.option("--judge-engine", default="auto", show_default=True, envvar="CALSET_ENGINE", help="As build's --engine.")
 @catalog_option
 @progress_option
 @json_option
 def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
-    """Grade stored traces again; earlier verdicts stay in the history."""
+    """Grade stored traces again, or let a model judge them; earlier verdicts stay in the history."""
+    options["verdicts"] = tuple(filter(None, (options["verdicts"] or "").replace(" ", "").split(",")))
+    judge, engine = options.pop("judge"), options.pop("judge_engine")
+    if judge is not None:
+        _judge(judge, engine, catalog, progress_mode, as_json, **options)
+        return
     from calset.builder.regrade import grade as run
 
     with terminal.progress(progress_mode, "graded") as bar:
@@ -256,8 +284,40 @@ def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> N
     if as_json:
         terminal.emit_json(report.as_dict())
         return
-    terminal.say(f"{report.n_graded} traces graded, {report.n_changed} verdicts changed")
+    skipped = f" ({report.n_skipped} had this verdict already)" if report.n_skipped else ""
+    terminal.say(f"{report.n_graded} traces graded, {report.n_changed} verdicts changed{skipped}")
     terminal.table(["verdict", "traces"], sorted(report.verdicts.items(), key=lambda x: -x[1]))
+    if report.changes:
+        changed = [(before, after, n) for before, row in report.changes.items() for after, n in row.items()]
+        terminal.table(["before", "now", "traces"], sorted(changed, key=lambda x: -x[2]))
+
+
+def _judge(model: str, engine: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
+    from calset.builder.judge import judge as run
+
+    if options.pop("grader") or options.pop("force"):
+        raise InputError("--judge takes neither --grader nor --force: a judge judges each trace once")
+    ungraded = options.pop("ungraded")
+    options["verdicts"] = ("ungraded",) if ungraded else options["verdicts"]
+    options["traces_of"] = options.pop("model")
+    with terminal.progress(progress_mode, "judged") as bar:
+        report = run(
+            _existing(catalog),
+            model,
+            engine=engine,
+            progress=lambda done, total: bar.update(done, total, {}),
+            **options,
+        )
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    terminal.say(f"{report.n_judged} traces judged by {report.judge}, {report.n_sent} of them read; verdicts unchanged")
+    pairs = [(rule, judged, n) for rule, row in report.confusion.items() for judged, n in row.items()]
+    terminal.table(["rule", "judge", "traces"], sorted(pairs, key=lambda x: -x[2]))
+    if report.agreement is not None:
+        terminal.say(
+            f"Agreement: {report.agreement:.1%} of what both judged; unreadable replies: {report.unparsable:.1%}"
+        )
 
 
 @cli.command()

@@ -3,6 +3,7 @@ r"""Graders against hand-labelled answers, and workers against answers that hang
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from calset.builder.grading import (
     Outcome,
     grade_response,
     grader_version,
+    graders,
     last_boxed,
     verdict_without_grading,
 )
 from calset.builder.grading.pool import GradingPool
-from calset.errors import InputError
+from calset.errors import CalsetError, InputError
 
 # (reference, response after the thinking, finish reason, verdict a careful person gives)
 MATH = [
@@ -110,8 +112,10 @@ MATH = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}2\\1\end{pmatrix}}", "stop", "incorrect"),
     (r"\infty", r"\boxed{\infty}", "stop", "correct"),
     ("", r"\boxed{3}", "stop", "gold_unparsable"),
-    ("٣", r"\boxed{3}", "stop", "gold_unparsable"),
-    ("3", r"\boxed{٣}", "stop", "pred_unparsable"),
+    ("٣", r"\boxed{3}", "stop", "correct"),  # math-verify alone reads nothing in it
+    ("3", r"\boxed{٣}", "stop", "correct"),
+    ("3", r"\boxed{?}", "stop", "pred_unparsable"),
+    ("?", r"\boxed{3}", "stop", "gold_unparsable"),
     ("3", r"\boxed{\text{}}", "stop", "no_answer"),
     ("3", "\\boxed{" + "1" * 5000 + "}", "stop", "pred_unparsable"),
     ("3", "$" * 60_000 + r"\boxed{3}", "stop", "correct"),
@@ -188,7 +192,7 @@ def test_unfinished_thinking_is_never_graded():
 def test_the_last_box_is_balanced_or_absent(text: str):
     found = last_boxed(text)
     if found is not None:
-        assert f"\\boxed{{{found}}}" in text
+        assert re.search(r"\\boxed\s*\{?" + re.escape(found), text)
     assert last_boxed(text + r"\boxed{9}") == "9"
 
 
@@ -205,11 +209,65 @@ def test_versions_name_the_library():
 
 
 def test_an_unknown_grader_is_refused(pool: GradingPool):
-    with pytest.raises(InputError, match="choose gym or math"):
+    with pytest.raises(InputError, match="choose choice, exact, gym or math"):
         pool.submit("nonsense", "1", "1", {})
 
 
 # --- workers -----------------------------------------------------------------------------------------------------
+
+
+STRANGE = """
+import os, time
+from pathlib import Path
+
+from calset.builder.grading import Outcome
+
+def version():
+    return "1.2"
+
+def grade(answer, response, metadata):
+    word, _, number = response.partition(" ")
+    if "folder" in metadata:
+        with open(Path(metadata["folder"]) / word, "a") as file:
+            file.write("x")
+    if word == "crash":
+        os._exit(3)
+    if word in ("slow", "sleep"):
+        time.sleep(float(number or 1))
+    began = time.process_time()
+    while word == "burn" and time.process_time() - began < float(number):
+        pass
+    return Outcome("correct", response, "strange")
+"""
+
+
+def bring(folder: Path, distribution: str, entry_points: dict[str, str]) -> None:
+    """An installed distribution, as pip leaves one: a dist-info folder beside its module."""
+    info = folder / f"{distribution}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    lines = "".join(f"{name} = {module}\n" for name, module in entry_points.items())
+    (info / "entry_points.txt").write_text(f"[calset.graders]\n{lines}")
+
+
+@pytest.fixture
+def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for notes, with a package on sys.path whose grader ``strange`` sleeps, burns or crashes when told."""
+    site = tmp_path / "site"
+    bring(site, "strange-grader", {"strange": "strange_grader", "absent": "no_such_module", "empty": "this"})
+    (site / "strange_grader.py").write_text(STRANGE)
+    monkeypatch.syspath_prepend(str(site))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    return notes
+
+
+def wait_for(condition, seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return True
 
 
 @pytest.fixture
@@ -238,16 +296,91 @@ def test_a_hanging_answer_times_out_and_the_others_are_graded(children):
     assert not children()
 
 
-def test_a_killed_worker_is_an_error_and_is_replaced(children):
+def test_a_worker_killed_from_outside_costs_no_verdict(children, brought: Path):
+    """The answer is graded once more, in a new worker."""
     with GradingPool(1, deadline_seconds=30) as pool:
-        pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120)
+        slow = pool.submit("strange", "1", "slow", {"folder": str(brought)})
+        wait_for(lambda: (brought / "slow").exists())
         (worker,) = children()
-        hanging = pool.submit("math", "5", r"\boxed{9^{9^{9^9}}}", {})
-        time.sleep(0.3)
         os.kill(worker, signal.SIGKILL)
-        assert hanging.result(timeout=120).verdict == "error"
-        assert pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120).verdict == "correct"
+        assert slow.result(timeout=120).verdict == "correct"
+        assert (brought / "slow").read_text() == "xx"
+        assert worker not in children()
     assert not children()
+
+
+def test_an_answer_that_crashes_its_worker_twice_is_an_error_and_the_next_is_graded(children, brought: Path):
+    with GradingPool(1, deadline_seconds=30) as pool:
+        crashed = pool.submit("strange", "1", "crash", {"folder": str(brought)}).result(timeout=120)
+        assert (crashed.verdict, crashed.detail) == ("error", "the grader crashed twice (exit code 3)")
+        assert (brought / "crash").read_text() == "xx"
+        assert pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120).verdict == "correct"
+
+
+def test_a_worker_that_cannot_start_is_no_verdict(brought: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with GradingPool(1) as pool, pytest.raises(CalsetError, match="does not start"):
+        pool.submit("math", "1", "1", {}).result(timeout=60)
+
+
+def test_a_worker_without_a_cpu_is_not_out_of_time(children, brought: Path):
+    """The worker shares one CPU with a process that goes before it: 0.4 s of work take longer than the deadline."""
+    cpu = min(os.sched_getaffinity(0))
+    with GradingPool(1, deadline_seconds=1) as pool:
+        pool.submit("strange", "1", "1", {}).result(timeout=120)
+        (worker,) = children()
+        os.sched_setaffinity(worker, {cpu})
+        spin = f"import os; os.sched_setaffinity(0, {{{cpu}}}); os.nice(14)\nwhile True: pass"
+        spinner = subprocess.Popen([sys.executable, "-c", spin])
+        try:
+            time.sleep(0.3)
+            began = time.monotonic()
+            outcome = pool.submit("strange", "1", "burn 0.4", {}).result(timeout=120)
+            took = time.monotonic() - began
+        finally:
+            spinner.kill()
+            spinner.wait()
+        assert took > 1, "the worker had the CPU: this showed nothing"
+        assert outcome.verdict == "correct"
+        # Sleeping is no excuse, and neither is work.
+        for response in ("sleep 30", "burn 30"):
+            assert pool.submit("strange", "1", response, {}).result(timeout=60).verdict == "timeout"
+
+
+def test_a_second_worker_starts_only_when_the_first_falls_behind(children, brought: Path):
+    with GradingPool(2) as pool:
+        for n in range(40):
+            pool.submit("strange", "1", str(n), {}).result(timeout=120)
+        assert len(children()) == 1
+        futures = [pool.submit("strange", "1", "burn 0.02", {}) for _ in range(100)]
+        assert len(children()) == 2 or wait_for(lambda: len(children()) == 2)
+        assert {future.result(timeout=120).verdict for future in futures} == {"correct"}
+
+
+def test_submitting_waits_when_too_much_waits_already(brought: Path):
+    with GradingPool(1, max_waiting=3) as pool:
+        pool.submit("strange", "1", "1", {}).result(timeout=120)
+        began, most = time.monotonic(), 0
+        for _ in range(13):
+            pool.submit("strange", "1", "sleep 0.05", {})
+            most = max(most, pool.n_waiting)
+        assert most <= 3
+        assert time.monotonic() - began > 9 * 0.05  # all but those in work and in line were waited for
+
+
+def test_workers_give_way_to_everything_else(children, brought: Path):
+    with GradingPool(1) as pool:
+        pool.submit("strange", "1", "1", {}).result(timeout=120)
+        (worker,) = children()
+        assert os.getpriority(os.PRIO_PROCESS, worker) == 19
+
+
+def test_closing_drops_what_waits():
+    with GradingPool(1) as pool:
+        futures = [pool.submit("math", "5", r"\boxed{9^{9^{9^9}}}", {}) for _ in range(3)]
+    assert futures[-1].cancelled()
+    with pytest.raises(CalsetError, match="closed"):
+        pool.submit("math", "1", "1", {})
 
 
 def test_workers_start_lazily_and_work_from_other_threads(children):
@@ -299,3 +432,44 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
         time.sleep(0.05)
     else:
         assert not Path(f"/proc/{worker}").exists()
+
+
+# --- graders that other packages bring ---------------------------------------------------------------------------
+
+
+def test_a_packages_grader_grades_a_build(brought: Path, tiny_model: Path, tmp_path: Path, scripted_engine):
+    from calset.builder.generate import build
+    from calset.builder.model_info import inspect
+    from calset.catalog.catalog import Catalog
+
+    assert graders()["strange"] == "strange_grader"
+    engine = scripted_engine(inspect(tiny_model).revision)
+    catalog = Catalog(tmp_path / "c.duckdb")
+    problems = "gym:chain_sum?min_terms=2&max_terms=2&size=3&seed=3"
+    report = build(tiny_model, problems, samples=2, catalog=catalog, engine=engine, grader="strange")
+    assert sum(report.verdicts.values()) == 6
+    rows = catalog.query("SELECT DISTINCT grader, grader_version FROM grades").rows
+    assert rows == [("strange", "1.2")]
+
+
+def test_a_name_that_two_claim_is_refused_and_the_rest_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bring(tmp_path, "hijack", {"math": "strange_grader"})
+    bring(tmp_path, "first", {"twice": "one"})
+    bring(tmp_path, "second", {"twice": "two"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match="'math' is claimed by calset and hijack"):
+        grade_response("math", "1", "1", {})
+    with pytest.raises(InputError, match="'twice' is claimed by first and second"):
+        grader_version("twice")
+    assert graders()["math"] == "calset.builder.grading.math"
+    assert "twice" not in graders()
+    assert grade_response("exact", "1", "1", {}).verdict == "correct"
+
+
+def test_a_packages_grader_that_does_not_work_is_named(brought: Path):
+    with pytest.raises(InputError, match="'absent' cannot be imported from no_such_module"):
+        grader_version("absent")
+    with pytest.raises(InputError, match=r"'empty' is no grader: this has no function version\(\)"):
+        grader_version("empty")
+    with GradingPool(1) as pool, pytest.raises(CalsetError, match="the absent grader cannot be imported"):
+        pool.submit("absent", "1", "1", {}).result(timeout=60)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calset.builder.grading import check_grader
+from calset.builder.grading import check_grader, grader_version
+from calset.builder.grading import graders as known
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
+from calset.catalog import worklist
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import Problem, Trace
 
 
 @dataclass(frozen=True, slots=True)
 class GradeReport:
-    """What a re-grading did; earlier verdicts stay in the history."""
+    """What a re-grading did; earlier verdicts stay in the history. ``n_skipped`` had this grader's verdict already."""
 
     n_graded: int
     n_changed: int
-    verdicts: Mapping[str, int]
+    n_skipped: int
+    verdicts: dict[str, int]
+    changes: dict[str, dict[str, int]]  # verdict before -> verdict now -> traces, where they differ
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -35,60 +38,53 @@ def grade(
     grader: str | None = None,
     model: str | None = None,
     source: str | None = None,
+    run: str | None = None,
+    verdicts: Sequence[str] = (),
     ungraded: bool = False,
+    force: bool = False,
     graders: int = 2,
     commit_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> GradeReport:
     """Grade stored traces again; the newest verdict counts, earlier ones stay.
 
+    A trace whose newest grade is by the same grader at the same version is skipped: its verdict would be the same.
+
     Args:
         grader: instead of each problem's own.
-        model, source: only these traces.
+        model, source, run: only these traces.
+        verdicts: only traces whose present verdict is one of these, e.g. ``["no_answer", "pred_unparsable"]``.
         ungraded: only traces without a verdict.
+        force: grade again what this grader at this version has graded, too.
         progress: called with (graded and saved, all) after each commit.
 
     Raises:
-        InputError: an unknown grader.
+        InputError: an unknown grader or verdict, or a run that is not there.
         CatalogError: the catalog cannot be read or written.
     """
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    if grader is not None:
-        check_grader(grader)
-    before = _verdicts(store, ungraded, model, source)
-    began, changed, verdicts = time.monotonic(), 0, Counter[str]()
+    # A package's grader that is gone matters only if a trace wants it: then submit() says so.
+    names = [check_grader(grader)] if grader is not None else [g for g in worklist.graders_of(store) if g in known()]
+    if run is not None:
+        store.run(run)
+    every = worklist.Wanted(
+        verdicts=("ungraded",) if ungraded else tuple(verdicts), run_id=run, model=model, source=source, grader=grader
+    )
+    wanted = every if force else replace(every, done={name: grader_version(name) for name in names})
+    total = worklist.count(store, wanted)
+    skipped = worklist.count(store, every) - total
+    began, now, changes = time.monotonic(), Counter[str](), Counter[tuple[str, str]]()
     with GradingPool(graders) as pool:
-        for page in _pages(store, ungraded, model, source, commit_size):
-            futures = [(t, p, submit(pool, t, p, grader or p.grader)) for t, p in page]
-            grades = [grade_row(t, grader or p.grader, f.result()) for t, p, f in futures]
-            store.record([], grades)
-            verdicts.update(g.verdict for g in grades)
-            changed += sum(before.get(g.trace_id) != g.verdict for g in grades)
+        for page in worklist.pages(store, wanted, commit_size):
+            by = [grader or trace.problem.grader for trace in page]
+            futures = [submit(pool, trace, trace.problem, name) for trace, name in zip(page, by, strict=True)]
+            grades = [grade_row(t, name, f.result()) for t, name, f in zip(page, by, futures, strict=True)]
+            store.add_grades(grades)
+            now.update(g.verdict for g in grades)
+            changes.update((t.verdict, g.verdict) for t, g in zip(page, grades, strict=True) if t.verdict != g.verdict)
             if progress is not None:
-                progress(verdicts.total(), len(before))
-    return GradeReport(verdicts.total(), changed, dict(verdicts), time.monotonic() - began)
-
-
-def _verdicts(store: Catalog, ungraded: bool, model: str | None, source: str | None) -> dict[str, str]:
-    """Trace id -> present verdict of what is to be graded: all that a re-grading holds of every trace at once."""
-    rows = store.query(
-        """
-        SELECT trace_id, verdict FROM trace
-        WHERE (? IS NULL OR model = ?) AND (? IS NULL OR source = ?) AND (NOT ? OR verdict = 'ungraded')
-        """,
-        [model, model, source, source, ungraded],
-    ).rows
-    return dict(rows)
-
-
-def _pages(
-    store: Catalog, ungraded: bool, model: str | None, source: str | None, size: int
-) -> Iterator[list[tuple[Trace, Problem]]]:
-    page: list[tuple[Trace, Problem]] = []
-    for item in store.traces_to_grade(verdicts=("ungraded",) if ungraded else None, model=model, source=source):
-        page.append(item)
-        if len(page) == size:
-            yield page
-            page = []
-    if page:
-        yield page
+                progress(now.total(), max(total, now.total()))
+    nested: dict[str, dict[str, int]] = {}
+    for (before, after), n in sorted(changes.items()):
+        nested.setdefault(before, {})[after] = n
+    return GradeReport(now.total(), changes.total(), skipped, dict(now), nested, time.monotonic() - began)

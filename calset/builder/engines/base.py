@@ -67,12 +67,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One unit of work. ``key`` comes back on the completion; ``max_tokens`` counts completion tokens."""
+    """One unit of work. ``key`` comes back on the completion; ``max_tokens`` counts completion tokens.
+
+    ``json_schema`` (as JSON text): the completion is to be JSON of that schema. An engine that cannot see to it samples
+    freely; whoever asks must read what comes leniently.
+    """
 
     key: str
     prompt_ids: tuple[int, ...]
     seed: int
     max_tokens: int
+    json_schema: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

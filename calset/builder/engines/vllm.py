@@ -228,7 +228,7 @@ class VllmEngine:
 
     async def _complete(self, request: Request, sampling: Sampling) -> Completion:
         from vllm import SamplingParams, TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         params = SamplingParams(
             temperature=sampling.temperature,
@@ -241,6 +241,7 @@ class VllmEngine:
             stop_token_ids=self._stop_token_ids,
             output_kind=RequestOutputKind.FINAL_ONLY,
             detokenize=False,
+            structured_outputs=StructuredOutputsParams(json=request.json_schema) if request.json_schema else None,
         )
         self._counter += 1
         began, last = time.monotonic(), None

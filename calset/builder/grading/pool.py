@@ -1,49 +1,65 @@
-"""Grading in worker processes that can be killed.
+"""Grading in worker processes that can be killed, beside a generation that they must not slow.
 
 Why it exists: sympy can loop for ever inside one C call (a power tower), where neither an alarm nor a
 ProcessPoolExecutor can reach it. Each worker is a bare interpreter that imports nothing but the grader it is asked
 for, talks JSON lines over pipes, and is killed and replaced when it passes the deadline or dies.
+
+Workers run at the lowest priority, so a deadline counts the time that a worker ran or slept, not the time it stood in
+line for a CPU: a busy machine must not turn into ``timeout`` verdicts. A second worker costs a second of imports and a
+hundred megabytes, so it starts only when the first falls behind.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import selectors
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from calset.builder.grading import MAX_RESPONSE_CHARS, Outcome, check_grader
 from calset.errors import CalsetError
 
-START_SECONDS = 120.0  # importing sympy on a loaded machine; not counted against a grade's deadline
+START_SECONDS = 120.0  # importing sympy; not counted against a grade's deadline
 MEMORY_BYTES = 8 * 2**30
+BACKLOG = 32  # jobs waiting for each worker that make it worth starting another
+PATIENCE_SECONDS = 1.0  # or one job waiting that long
+MAX_WAITING = 4096  # then submit() waits: jobs hold their responses
+POLL_SECONDS = 0.25
+
+
+class _Job(NamedTuple):
+    message: dict[str, Any]
+    future: Future[Outcome]
+    since: float
 
 
 class GradingPool:
     """Worker processes that grade, each answer within a deadline; a context manager.
 
     Args:
-        processes: workers at most; each starts when there is work for it.
-        deadline_seconds: a worker that takes longer for one response is killed; the verdict is ``timeout``.
+        processes: workers at most; the first starts with the first job, another when jobs wait.
+        deadline_seconds: a worker that takes longer for one response, apart from waiting for a CPU, is killed; the
+            verdict is ``timeout``.
+        max_waiting: jobs that wait at most; then ``submit`` does.
     """
 
-    def __init__(self, processes: int = 2, deadline_seconds: float = 15.0) -> None:
-        self._deadline = deadline_seconds
-        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="calset-grading")
-        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+    def __init__(self, processes: int = 2, deadline_seconds: float = 15.0, *, max_waiting: int = MAX_WAITING) -> None:
+        self._processes, self._deadline, self._max_waiting = processes, deadline_seconds, max_waiting
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
         self._all: set[_Worker] = set()
-        self._lock = threading.Lock()
         self._closed = False
 
     def submit(self, grader: str, answer: str, response: str, metadata: Mapping[str, Any]) -> Future[Outcome]:
@@ -51,23 +67,42 @@ class GradingPool:
 
         Raises:
             InputError: no such grader.
+            CalsetError: the pool is closed.
         """
-        job = {
+        message = {
             "grader": check_grader(grader),
             "answer": answer,
             "response": response[-MAX_RESPONSE_CHARS:],
             "metadata": dict(metadata),
         }
-        return self._threads.submit(self._grade, job)
+        future: Future[Outcome] = Future()
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._max_waiting)
+            if self._closed:
+                raise CalsetError("the grading pool is closed")
+            self._waiting.append(_Job(message, future, time.monotonic()))
+            self._changed.notify_all()
+        self._grow()
+        return future
+
+    @property
+    def n_waiting(self) -> int:
+        """Jobs that no worker has begun."""
+        return len(self._waiting)
 
     def close(self) -> None:
         """Kill the workers and drop what waits; may be called twice."""
-        with self._lock:
+        with self._changed:
             self._closed = True
-            workers = list(self._all)
+            dropped, workers = list(self._waiting), list(self._all)
+            self._waiting.clear()
+            self._changed.notify_all()
+        for job in dropped:
+            job.future.cancel()
         for worker in workers:
             worker.kill()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for thread in self._threads:
+            thread.join()
 
     def __enter__(self) -> GradingPool:
         return self
@@ -75,27 +110,75 @@ class GradingPool:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _grade(self, job: dict[str, Any]) -> Outcome:
-        try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = self._start()
-        try:
-            worker.load(job["grader"])
-            reply = worker.ask(job, self._deadline)
-        except (_WorkerFailed, TimeoutError) as failure:
-            worker.kill()
+    def _grow(self) -> None:
+        """Start the first worker, or another one when those there are fall behind."""
+        with self._changed:
+            n = len(self._threads)
+            if self._closed or n >= self._processes or not self._waiting:
+                return
+            behind = len(self._waiting) > BACKLOG * n or time.monotonic() - self._waiting[0].since > PATIENCE_SECONDS
+            if n == 0 or behind:
+                # Daemons: an interpreter that ends without close() does not wait for a grade.
+                thread = threading.Thread(target=self._run, name=f"calset-grading-{n}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _run(self) -> None:
+        """One worker's thread: its process lives in here, and is replaced in here."""
+        worker: _Worker | None = None
+        while (job := self._take()) is not None:
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            try:
+                worker, outcome = self._grade(worker, job.message)
+            except BaseException as error:
+                worker = None
+                job.future.set_exception(error)
+            else:
+                job.future.set_result(outcome)
+
+    def _take(self) -> _Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting)
+            if self._closed:
+                return None
+            job = self._waiting.popleft()
+            self._changed.notify_all()
+            return job
+
+    def _grade(self, worker: _Worker | None, message: dict[str, Any]) -> tuple[_Worker | None, Outcome]:
+        """The verdict, and the worker that is still good for another. One that dies is not the answer's fault at once:
+        it may have been killed from outside. The answer is graded again in a new one, and that is all."""
+        grader, failure, began = message["grader"], None, False
+        for _ in range(2):
+            worker = worker or self._start()
+            try:
+                worker.load(grader)
+                began = True
+                reply = worker.ask(message, self._deadline, self._grow)
+            except TimeoutError:
+                self._end(worker)
+                return None, Outcome("timeout", detail=f"no verdict within {self._deadline:g} s")
+            except _WorkerFailed as error:
+                failure, worker = error, self._end(worker)
+            except BaseException:
+                self._end(worker)
+                raise
+            else:
+                if "error" in reply:
+                    return worker, Outcome("error", detail=reply["error"])
+                return worker, Outcome(reply["verdict"], reply["extracted"], reply["detail"])
+        if not began:
+            raise CalsetError(f"the {grader} grader's worker does not start: {failure}")
+        return None, Outcome("error", detail=f"the grader crashed twice ({failure})")
+
+    def _end(self, worker: _Worker) -> None:
+        worker.kill()
+        with self._changed:
             self._all.discard(worker)
-            if isinstance(failure, TimeoutError):
-                return Outcome("timeout", detail=f"no verdict within {self._deadline:g} s")
-            return Outcome("error", detail=f"the grader crashed ({failure})")
-        self._idle.put(worker)
-        if "error" in reply:
-            return Outcome("error", detail=reply["error"])
-        return Outcome(reply["verdict"], reply["extracted"], reply["detail"])
 
     def _start(self) -> _Worker:
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise CalsetError("the grading pool is closed")
             worker = _Worker()
@@ -111,8 +194,9 @@ class _Worker:
     """One process; used by one thread at a time."""
 
     def __init__(self) -> None:
-        root = Path(__file__).parents[3]
-        code = f"import sys; sys.path.insert(0, {str(root)!r}); from calset.builder.grading.pool import work; work()"
+        # The parent's own path: a third-party grader is where the parent found it.
+        path = [str(Path(__file__).parents[3]), *map(str, sys.path)]
+        code = f"import sys; sys.path[:] = {path!r}; from calset.builder.grading.pool import work; work()"
         # Not multiprocessing: its children import the caller's main module again. A group of its own, since Ctrl-C goes
         # to the terminal's whole group and would end a worker that has not come to ignore it yet.
         self._process = subprocess.Popen(
@@ -130,27 +214,32 @@ class _Worker:
         """Import a grader before the clock runs.
 
         Raises:
-            CalsetError: it cannot be imported: every grade would fail.
+            CalsetError: it cannot be imported, or does not start: every grade would fail.
+            _WorkerFailed: the process ended.
         """
         if grader in self._loaded:
             return
         try:
             reply = self.ask({"load": grader}, START_SECONDS)
-        except (_WorkerFailed, TimeoutError) as failure:
-            self.kill()
-            raise CalsetError(f"the {grader} grader's worker does not start: {failure or 'no answer'}") from failure
+        except TimeoutError as failure:
+            raise CalsetError(f"the {grader} grader's worker does not start: no answer") from failure
         if "error" in reply:
             raise CalsetError(f"the {grader} grader cannot be imported: {reply['error']}")
         self._loaded.add(grader)
 
-    def ask(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Send one line, receive one.
+    def ask(
+        self, message: dict[str, Any], seconds: float, meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Send one line, receive one; calls ``meanwhile`` a few times a second.
+
+        Args:
+            seconds: that the worker may run or sleep. What it spends waiting for a CPU is not counted.
 
         Raises:
             TimeoutError: no answer in time.
             _WorkerFailed: the process ended.
         """
-        deadline = time.monotonic() + seconds
+        began, in_line = time.monotonic(), self._seconds_in_line()
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:  # never, with PIPE
             raise _WorkerFailed("no pipes")
@@ -160,9 +249,12 @@ class _Worker:
             with selectors.DefaultSelector() as selector:
                 selector.register(stdout, selectors.EVENT_READ)
                 while b"\n" not in self._buffer:
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not selector.select(left):
-                        raise TimeoutError
+                    if not selector.select(min(POLL_SECONDS, seconds)):
+                        meanwhile()
+                        used = time.monotonic() - began - (self._seconds_in_line() - in_line)
+                        if used >= seconds:
+                            raise TimeoutError
+                        continue
                     chunk = os.read(stdout.fileno(), 1 << 16)
                     if not chunk:
                         raise _WorkerFailed(f"exit code {self._process.wait(10)}")
@@ -173,6 +265,13 @@ class _Worker:
             raise
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             raise _WorkerFailed(str(error) or type(error).__name__) from error
+
+    def _seconds_in_line(self) -> float:
+        """How long the worker was ready to run and had no CPU; 0 where the kernel does not tell (not Linux)."""
+        try:
+            return int(Path(f"/proc/{self._process.pid}/schedstat").read_bytes().split()[1]) / 1e9
+        except (OSError, IndexError, ValueError):
+            return 0.0
 
     def kill(self) -> None:
         """End the process and reap it; may be called twice and from another thread."""
@@ -190,6 +289,7 @@ def work() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # stopping is the parent's, which closes the pipes
+    _step_back()
     _limit_memory()
     for line in sys.stdin.buffer:
         job = json.loads(line)
@@ -220,9 +320,18 @@ def _warm_up(grader: str) -> None:
     """One grade, so that imports and the parser's tables are there before a deadline runs."""
     from calset.builder.grading import grade_response
 
-    samples = {"math": ("1/2", r"\boxed{\frac{2}{4}}", {}), "gym": ("3", "3", {"task": "chain_sum"})}
+    samples = {"math": ("x^2", r"\boxed{\frac{x^3}{x}}", {}), "gym": ("3", "3", {"task": "chain_sum"})}
     if grader in samples:
         grade_response(grader, *samples[grader])
+
+
+def _step_back() -> None:
+    """The lowest priority there is: whoever generates goes first."""
+    with suppress(AttributeError, OSError):
+        os.nice(19)
+    with suppress(AttributeError, OSError):
+        # A batch process is not woken in the middle of another's time slice.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _limit_memory() -> None:

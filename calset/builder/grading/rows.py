@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from typing import Protocol
 
 from calset.builder.grading import Outcome, grader_version, verdict_without_grading
 from calset.builder.grading.pool import GradingPool
-from calset.catalog.records import Grade, Problem, Trace
+from calset.catalog.records import Grade, Problem
 
 
-def submit(pool: GradingPool, trace: Trace, problem: Problem, grader: str) -> Future[Outcome]:
+class Gradable(Protocol):
+    """What grading needs of a trace: a ``Trace`` that a build has just made, or a stored one without its tokens."""
+
+    @property
+    def trace_id(self) -> str: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def finish_reason(self) -> str: ...
+    @property
+    def answer_start(self) -> int: ...
+
+
+def submit(pool: GradingPool, trace: Gradable, problem: Problem, grader: str) -> Future[Outcome]:
     """The verdict of a trace, later; at once where its end already says it."""
     known = verdict_without_grading(trace.response, trace.finish_reason, trace.answer_start >= 0)
     if known is None:
@@ -19,7 +35,7 @@ def submit(pool: GradingPool, trace: Trace, problem: Problem, grader: str) -> Fu
     return done
 
 
-def grade_row(trace: Trace, grader: str, outcome: Outcome) -> Grade:
+def grade_row(trace: Gradable, grader: str, outcome: Outcome) -> Grade:
     """What the catalog keeps of an outcome."""
     return Grade(
         trace_id=trace.trace_id,

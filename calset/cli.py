@@ -100,6 +100,20 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-tokens", type=int, help="Completion tokens at most. Default: what the context holds."),
         click.option("--seed", type=int, default=0, show_default=True, help="Every trace's own seed derives from it."),
         click.option("--system-prompt", help="None unless given."),
+        click.option(
+            "--template-option",
+            "template_options",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="What the chat template is rendered with, e.g. enable_thinking=false. Repeatable.",
+        ),
+        click.option(
+            "--engine-option",
+            "engine_options",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="The engine's own, e.g. tensor_parallel_size=8; a value is JSON or else text. Repeatable.",
+        ),
         click.option("--limit", type=int, help="Only the first N problems."),
         grader_option("the source's own"),
         click.option("--concurrency", type=click.IntRange(min=1), help="Requests in flight at most, at each server."),
@@ -170,8 +184,7 @@ def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], **option
     """Generate and grade a model's own traces; killed or stopped, the same command continues."""
     from calset.builder.generate import build as run
 
-    options["catalog"] = _open(options["catalog"])
-    options["engine_options"] = _named_values(options["engine_options"])
+    _prepare(options)
     with terminal.progress(progress_mode, "saved") as bar:
         report = run(options.pop("model"), list(problems), progress=_build_progress(bar), **options)
     if as_json:
@@ -185,7 +198,14 @@ def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], **option
         sys.exit(130)
 
 
-def _named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
+def _prepare(options: dict[str, Any]) -> None:
+    """The options of a generating command as the API takes them."""
+    options["catalog"] = _open(options["catalog"])
+    for name in ("engine", "template"):
+        options[f"{name}_options"] = _named_values(f"--{name}-option", options[f"{name}_options"])
+
+
+def _named_values(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
     """``tensor_parallel_size=8`` -> {"tensor_parallel_size": 8}."""
     import json
 
@@ -193,7 +213,7 @@ def _named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise InputError(f"--engine-option takes NAME=VALUE, not {pair!r}")
+            raise InputError(f"{option} takes NAME=VALUE, not {pair!r}")
         try:
             values[name] = json.loads(text)
         except ValueError:
@@ -230,6 +250,8 @@ def _print_build(report: Any) -> None:
         f"{report.n_new} new traces of {report.n_problems} problems ({report.n_existing} were there), "
         f"{report.n_tokens:,} tokens in {terminal.duration(report.seconds)}{speed}"
     )
+    if report.n_excluded:
+        terminal.say(f"{report.n_excluded} problems were left out: calset query 'FROM excluded' shows the evidence")
     if verdicts:
         terminal.say(f"Verdicts: {verdicts}. Finish reasons: {reasons}")
     for warning in report.warnings:
@@ -637,7 +659,7 @@ def evaluate(model: str, problems: tuple[str, ...], progress_mode: str, as_json:
     """Generate and grade held-out problems: accuracy, length, non-termination, loops, tokens/s."""
     from calset.pruning.evaluate import evaluate as run
 
-    options["catalog"] = _open(options["catalog"])
+    _prepare(options)
     with terminal.progress(progress_mode, "evaluated") as bar:
         report = run(model, list(problems), progress=_build_progress(bar), **options)
     if as_json:

@@ -21,6 +21,7 @@ import pytest
 from factories import START, fill, make_grade, make_problem, make_run, make_source, make_trace
 
 from calset import ids
+from calset.catalog import catalog as catalog_module
 from calset.catalog import connection, migrations, schema
 from calset.catalog.catalog import Catalog
 from calset.catalog.export import export
@@ -86,16 +87,32 @@ def test_inserting_again_changes_nothing(catalog: Catalog) -> None:
         assert only(catalog, f"SELECT count(*) FROM {table}") == n
 
 
-def test_existing_trace_ids_belong_to_one_generation_key(catalog: Catalog) -> None:
-    assert catalog.existing_trace_ids("anything") == set()
+def test_what_is_there_of_a_generation_key_is_told_by_problem_and_sample(catalog: Catalog) -> None:
+    problem, other, one, two = make_problem(), make_problem(1), make_run("one"), make_run("two")
+    asked = [problem.problem_id, other.problem_id]
+    assert catalog.attempts("anything", asked) == {}
     assert not catalog.exists()
-    problem, one, two = make_problem(), make_run("one"), make_run("two")
-    catalog.add_problems([problem])
+    catalog.add_problems([problem, other])
     catalog.add_run(one)
     catalog.add_run(two)
-    traces = [make_trace(problem, run, i) for run in (one, two) for i in range(3)]
-    catalog.add_traces(traces)
-    assert catalog.existing_trace_ids(one.generation_key) == {t.trace_id for t in traces[:3]}
+    traces = [make_trace(problem, run, i, max_tokens=64) for run in (one, two) for i in range(3)]
+    cut = make_trace(problem, one, 3, finish_reason="length", max_tokens=8)
+    again = make_trace(problem, one, 3, attempt=1, finish_reason="abort", max_tokens=16)
+    catalog.record([*traces, cut], [make_grade(traces[0], "correct")])
+    found = catalog.attempts(one.generation_key, asked)
+    assert list(found) == [problem.problem_id]
+    assert sorted(found[problem.problem_id]) == [0, 1, 2, 3]
+    assert [found[problem.problem_id][i].verdict for i in (0, 1)] == ["correct", None]
+    assert {a.trace_id for a in found[problem.problem_id].values()} == {t.trace_id for t in (*traces[:3], cut)}
+    counted = catalog.count_attempts(one.generation_key, asked, samples=4, max_tokens=16)
+    assert sorted((c.n, c.cut, c.as_long, c.broken, c.max_tokens) for c in counted) == [
+        (1, True, False, False, 8),
+        (3, False, True, False, 64),
+    ]
+    catalog.add_traces([again])
+    assert catalog.attempts(one.generation_key, asked)[problem.problem_id][3].broken
+    counted = catalog.count_attempts(one.generation_key, asked, samples=4, max_tokens=16)
+    assert sorted((c.n, c.broken) for c in counted) == [(1, True), (3, False)]
 
 
 def test_a_trace_or_grade_without_its_parent_is_refused_and_nothing_of_the_batch_is_kept(catalog: Catalog) -> None:
@@ -415,7 +432,7 @@ def test_own_reads_work_inside_a_connection_of_the_users(tmp_path: Path) -> None
         con.execute("SET threads = 1")
         assert stats(catalog).traces == 2
         assert catalog.trace(trace_id[:10])["trace_id"] == trace_id
-        assert catalog.existing_trace_ids(make_run().generation_key)
+        assert catalog.attempts(make_run().generation_key, [make_problem().problem_id])
         assert [run.model for run in catalog.runs()] == ["tiny"]
         assert load(catalog, "kept").content_hash == subset.content_hash
         assert diff(catalog, "kept", subset).same
@@ -537,10 +554,14 @@ def test_an_interrupted_first_migration_is_carried_on(tmp_path: Path) -> None:
 def test_a_catalog_of_the_first_schema_gets_the_builder_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     added = {"decisions", "contaminations", "judgements"}
     with monkeypatch.context() as first:
-        first.setattr(schema, "TABLES", {k: v for k, v in schema.TABLES.items() if k not in added})
+        older = {k: dict(v) for k, v in schema.TABLES.items() if k not in added}
+        for column in ("sampling_from", "template_options", "engine_options"):
+            del older["runs"][column]
+        first.setattr(schema, "TABLES", older)
         first.setattr(schema, "VIEWS", {k: v for k, v in schema.VIEWS.items() if k not in ("excluded", "judgement")})
         first.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:1])
         first.setattr(migrations, "SCHEMA_VERSION", 1)
+        first.setattr(catalog_module, "TABLES", {**catalog_module.TABLES, "runs": older["runs"]})
         catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
     for table in (*sorted(added), "excluded", "judgement"):
         assert catalog.query(f"SELECT count(*) FROM {table}").rows == [(0,)]
@@ -588,7 +609,7 @@ def test_a_changed_schema_comes_with_a_migration() -> None:
     # edit that never left this machine needs only the digest.
     tables = {name: list(columns.items()) for name, columns in schema.TABLES.items()}
     views = {name: " ".join(sql.split()) for name, sql in schema.VIEWS.items()}
-    assert (migrations.SCHEMA_VERSION, ids.digest(tables, views)) == (2, "59aa22661db92c0b7cbd6ebc")
+    assert (migrations.SCHEMA_VERSION, ids.digest(tables, views)) == (2, "b9ac053d97d5ed9250356374")
 
 
 def _as_nobody(path: str, results: multiprocessing.Queue) -> None:

@@ -11,18 +11,21 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calset.builder.adaptive import AdaptiveSchedule, Target
 from calset.builder.engines import Engine, check_options, open_engine, resolve_engine
 from calset.builder.model_info import inspect
-from calset.builder.pipeline import BuildProgress, Pipeline, Report
+from calset.builder.pipeline import BuildProgress, Excluded, Pipeline, Report
 from calset.builder.plan import Plan, make_plan, open_sources
 from calset.builder.schedule import FixedSchedule, Schedule
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
 from calset.catalog.records import RunKind
 from calset.errors import InputError
+
+if TYPE_CHECKING:
+    from calset.builder.decontamination import Decontaminator
 
 RETRIES = ("truncated", "error")
 
@@ -40,6 +43,7 @@ class BuildReport:
     n_problems: int
     n_requested: int | None  # None when an adaptive build decided it as it went
     n_existing: int
+    n_excluded: int  # problems that an evaluation source holds too
     n_new: int
     n_tokens: int
     seconds: float
@@ -79,7 +83,9 @@ def build(
     max_tokens: int | None = None,
     seed: int = 0,
     system_prompt: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
     limit: int | None = None,
+    decontaminate: str | Sequence[str] = (),
     kind: RunKind = "build",
     graded: bool = True,
     question: str | None = None,
@@ -112,7 +118,10 @@ def build(
         confidence: of stopping a problem; 0.95 when None.
         engine: ``auto``, ``vllm``, ``transformers``, URLs of OpenAI-compatible servers, or a running engine, which
             stays open; when it holds other weights than ``model``'s, they are swapped in.
-        temperature, top_p, top_k, min_p: override the model's own.
+        temperature, top_p, top_k, min_p: override the model's own (docs/models.md says where those come from).
+        template_options: what the chat template is rendered with, e.g. ``{"enable_thinking": False}``.
+        decontaminate: evaluation sources; a problem that they hold too is left out, and the evidence kept
+            (docs/decontamination.md).
         max_tokens: completion tokens at most; when None, what the context leaves, at most 32768.
         limit: only the first that many problems of each source.
         kind: ``evaluate`` keeps the traces apart from calibration.
@@ -135,7 +144,7 @@ def build(
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     specs = [problems] if isinstance(problems, str) else list(problems)
     sources = open_sources(specs, store, question=question, answer=answer, grader=grader, limit=limit)
-    info = inspect(model)
+    info = inspect(model, template_options=template_options)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     plan = make_plan(
         info,
@@ -149,9 +158,16 @@ def build(
         kind=kind,
         seed=seed,
         retry=retry,
+        decontaminator=_decontaminator(decontaminate),
         progress=_checking(progress),
     )
-    schedule = _schedule(plan, store, retry, aim)
+    excluded = Excluded()
+    opened = plan.opened(store, excluded.add)
+    schedule: Schedule
+    if aim is not None:
+        schedule = AdaptiveSchedule(opened, plan.key, samples, aim, seed=seed)
+    else:
+        schedule = FixedSchedule(opened, plan.key, samples, max_tokens=plan.max_tokens, retry=retry)
     for source in sources:
         store.add_source(source.source)
     work = Pipeline(
@@ -161,6 +177,8 @@ def build(
         graded=graded,
         commit_every_seconds=commit_every_seconds,
         commit_size=commit_size,
+        excluded=excluded,
+        engine_options=engine_options,
         progress=progress,
     )
     warnings = [*plan.warnings, *plan.existing.warnings]
@@ -176,6 +194,7 @@ def build(
                 f"vLLM is installed but cannot be imported, {running.name} ran instead; --engine vllm says why"
             )
         work.generate(running, graders)
+        warnings += getattr(running, "warnings", [])
     finally:
         if isinstance(engine, str):
             running.close()
@@ -213,11 +232,12 @@ def _check(
         check_options(resolve_engine(engine), options)
 
 
-def _schedule(plan: Plan, store: Catalog, retry: Collection[str], target: Target | None) -> Schedule:
-    opened = plan.opened(store)
-    if target is not None:
-        return AdaptiveSchedule(opened, plan.key, plan.samples, target, seed=plan.seed)
-    return FixedSchedule(opened, plan.key, plan.samples, max_tokens=plan.max_tokens, retry=retry)
+def _decontaminator(sources: str | Sequence[str]) -> Decontaminator | None:
+    if not sources:
+        return None
+    from calset.builder.decontamination import against_sources
+
+    return against_sources(sources)
 
 
 def _running(
@@ -257,6 +277,7 @@ def _report(
         n_problems=len(plan.problem_ids),
         n_requested=plan.n_requested if target is None else None,
         n_existing=work.n_existing,
+        n_excluded=len(plan.excluded_ids),
         n_new=tally.saved,
         n_tokens=tally.tokens,
         seconds=work.seconds,

@@ -155,11 +155,12 @@ class Pipeline:
         commit_every_seconds: float = 1.5,
         commit_size: int = 256,
         excluded: Excluded | None = None,
+        engine_options: Mapping[str, Any] | None = None,
         progress: Report | None = None,
     ) -> None:
         self.plan, self.schedule, self.store, self.graded = plan, schedule, store, graded
         self._every, self._size, self._progress = commit_every_seconds, commit_size, progress
-        self._excluded = excluded or Excluded()
+        self._excluded, self._engine_options = excluded or Excluded(), engine_options or {}
         self.n_existing = plan.existing.n - plan.existing.again
         self.run_id: str | None = None
         self.stopped = False
@@ -179,8 +180,14 @@ class Pipeline:
         self._first: Unit | None = None
 
     def has_work(self) -> bool:
-        """Whether there is anything to generate; looks at what the catalog holds, starts nothing."""
+        """Whether there is anything to generate; looks at what the catalog holds, starts nothing.
+
+        Where there is nothing, what was left out on the way is kept at once.
+        """
         self._first = self._first or self.schedule.take()
+        if self._first is None and (left_out := self._excluded.drain()):
+            evidence = [one for _, found in left_out for one in found]
+            self.store.record([], [], problems=[problem for problem, _ in left_out], contaminations=evidence)
         return self._first is not None
 
     def generate(self, engine: Engine, graders: int) -> None:
@@ -401,6 +408,12 @@ class Pipeline:
             hardware=hardware(),
             command=shlex.join(sys.argv),
             model_path=str(info.folder.resolve()) if info.is_local else None,
+            sampling_from={
+                name: "asked for" if value != getattr(info.sampling, name) else info.sampling_from.get(name, "default")
+                for name, value in plan.sampling.as_dict().items()
+            },
+            template_options=dict(info.template_options),
+            engine_options=dict(self._engine_options),
         )
 
 

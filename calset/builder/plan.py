@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from calset import ids
 from calset.builder.engines import Sampling
@@ -19,8 +19,11 @@ from calset.builder.model_info import ModelInfo
 from calset.builder.problems import ProblemSource, open_problems
 from calset.builder.schedule import Opened
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import Problem, RunKind
+from calset.catalog.records import Contamination, Problem, RunKind
 from calset.errors import CatalogLocked, InputError
+
+if TYPE_CHECKING:
+    from calset.builder.decontamination import Decontaminator
 
 MAX_TOKENS = 32_768  # when the user gives none and the context holds more
 MIN_TOKENS = 8
@@ -29,6 +32,7 @@ IDS_A_LOOK = 10_000
 LOCK_PATIENCE_SECONDS = 600.0
 
 T = TypeVar("T")
+LeaveOut = Callable[[Problem, list[Contamination]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,8 @@ class Plan:
     first_prompt_ids: tuple[int, ...]
     existing: Existing
     warnings: tuple[str, ...]
+    excluded_ids: frozenset[str] = frozenset()  # problems that an evaluation source holds too
+    decontaminator: Decontaminator | None = None
 
     @property
     def n_requested(self) -> int:
@@ -68,14 +74,18 @@ class Plan:
     def n_todo(self) -> int:
         return self.n_requested - self.existing.n + self.existing.again
 
-    def problems(self) -> Iterator[Problem]:
-        """The problems of all sources in order, each once."""
-        return unique(self.sources)
+    def problems(self, leave_out: LeaveOut | None = None) -> Iterator[Problem]:
+        """The problems of all sources in order, each once; an excluded one goes to ``leave_out`` with the evidence."""
+        for problem in unique(self.sources):
+            if problem.problem_id not in self.excluded_ids:
+                yield problem
+            elif leave_out is not None and self.decontaminator is not None:
+                leave_out(problem, self.decontaminator.check(problem))
 
-    def opened(self, store: Catalog) -> Iterator[Opened]:
+    def opened(self, store: Catalog, leave_out: LeaveOut | None = None) -> Iterator[Opened]:
         """The problems with their prompts and what the catalog holds of each, read a block at a time."""
         fresh = not self.existing.n
-        problems = self.problems()
+        problems = self.problems(leave_out)
         while block := list(islice(problems, BLOCK)):
             names = [problem.problem_id for problem in block]
             found = {} if fresh else patiently(lambda names=names: store.attempts(self.key, names))
@@ -122,21 +132,27 @@ def make_plan(
     kind: RunKind = "build",
     seed: int = 0,
     retry: Collection[str] = (),
+    decontaminator: Decontaminator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Read every problem once, render every prompt, and look what the catalog holds; writes nothing.
 
     Args:
         limit: prompt and completion tokens that fit; the model's own when None.
+        decontaminator: leaves out the problems that evaluation sources hold too.
         progress: called with the number of problems read, about once a second.
 
     Raises:
-        InputError: no problems, a prompt that the template refuses, or one that leaves no room for a completion.
+        InputError: no problems, or none that is left in; a prompt that the template refuses, or one that leaves no
+            room for a completion.
     """
-    measured = _measure(info, sources, system_prompt, progress)
+    measured = _measure(info, sources, system_prompt, decontaminator, progress)
     names = ", ".join(source.source.spec for source in sources)
     if measured.longest is None:
-        raise InputError(f"{names} holds no problems")
+        n = len(measured.excluded_ids)
+        raise InputError(
+            f"all {n} problems of {names} are in evaluation sources" if n else f"{names} holds no problems"
+        )
     budget = _token_budget(max_tokens, limit or info.max_model_len, measured.n_longest, measured.longest)
     key = ids.generation_key(
         model=info.model,
@@ -147,6 +163,7 @@ def make_plan(
         sampling=sampling.as_dict(),
         # An evaluation reports its seed and limit as its own, so other ones are other traces; a build's stay out of it.
         kind=kind if kind == "build" else f"{kind}-{seed}-{budget}",
+        template_options=info.template_options,
     )
     return Plan(
         info=info,
@@ -164,6 +181,8 @@ def make_plan(
         first_prompt_ids=measured.first,
         existing=_existing(store, key, measured.problem_ids, samples, budget, frozenset(retry)),
         warnings=tuple(_warnings(info, sampling, samples)),
+        excluded_ids=frozenset(measured.excluded_ids),
+        decontaminator=decontaminator,
     )
 
 
@@ -172,6 +191,7 @@ class _Measured:
     """What one reading of all problems found; the longest prompt by its problem."""
 
     problem_ids: list[str] = field(default_factory=list)
+    excluded_ids: list[str] = field(default_factory=list)
     n_tokens: int = 0
     n_longest: int = 0
     longest: Problem | None = None
@@ -182,10 +202,14 @@ def _measure(
     info: ModelInfo,
     sources: Sequence[ProblemSource],
     system_prompt: str | None,
+    decontaminator: Decontaminator | None,
     progress: Callable[[int], None] | None,
 ) -> _Measured:
     found, said = _Measured(), time.monotonic()
     for problem in unique(sources):
+        if decontaminator is not None and decontaminator.check(problem):
+            found.excluded_ids.append(problem.problem_id)
+            continue
         prompt = info.prompt_ids(problem.question, system_prompt)
         found.problem_ids.append(problem.problem_id)
         found.n_tokens += len(prompt)
@@ -212,6 +236,8 @@ def _token_budget(max_tokens: int | None, limit: int, longest: int, problem: Pro
 def _warnings(info: ModelInfo, sampling: Sampling, samples: int) -> Iterator[str]:
     if info.reasoning.name == "none":
         yield f"{info.model} marks no reasoning (<think>): its whole responses are graded"
+    if info.template_reads_clock:
+        yield f"the chat template of {info.model} writes today's date into the prompt: another day, other token ids"
     if sampling.temperature == 0 and samples > 1:
         yield "temperature 0 gives the same trace for each sample of a problem"
 

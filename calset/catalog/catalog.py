@@ -39,7 +39,7 @@ from calset.errors import InputError, first_line
 from calset.jsonable import jsonable
 
 DEFAULT_PATH = "calset.duckdb"
-_JSON_COLUMNS = {"metadata", "sampling", "versions", "hardware", "recipe", "pool", "warnings", "record"}
+_JSON_COLUMNS = {name for columns in TABLES.values() for name, kind in columns.items() if kind == "JSON"}
 
 
 @dataclass(frozen=True, slots=True)

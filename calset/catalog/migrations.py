@@ -21,9 +21,11 @@ def _nothing(con: duckdb.DuckDBPyConnection) -> None:
     """For a step that needs no statement: the first tables, which every older file has, and steps for a view only."""
 
 
-def _create_tables(con: duckdb.DuckDBPyConnection, *tables: str) -> None:
-    for table in tables:
+def _builder_tables(con: duckdb.DuckDBPyConnection) -> None:
+    for table in ("decisions", "contaminations", "judgements"):
         con.execute(schema.create_table(table))
+    for column in ("sampling_from", "template_options", "engine_options"):
+        con.execute(f"ALTER TABLE runs ADD COLUMN {column} JSON")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Migration:
 # last, as rows are inserted by position), a view's change none.
 MIGRATIONS: Sequence[Migration] = (
     Migration(1, "first_tables"),
-    Migration(2, "builder_tables", lambda con: _create_tables(con, "decisions", "contaminations", "judgements")),
+    Migration(2, "builder_tables", lambda con: _builder_tables(con)),
 )
 SCHEMA_VERSION = MIGRATIONS[-1].number
 

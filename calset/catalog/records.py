@@ -85,6 +85,9 @@ class Run:
     command: str
     model_path: str | None = None  # where a local model's folder was; recipes that need its tokenizer look there
     started_at: datetime = field(default_factory=utc_now)
+    sampling_from: Mapping[str, str] | None = None  # where each value of ``sampling`` came from
+    template_options: Mapping[str, Any] | None = None  # what the chat template was rendered with
+    engine_options: Mapping[str, Any] | None = None  # the engine's own, as given
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,9 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "command": "VARCHAR",
         "model_path": "VARCHAR",
         "started_at": "TIMESTAMP",
+        "sampling_from": "JSON",
+        "template_options": "JSON",
+        "engine_options": "JSON",
     },
     "traces": {
         "trace_id": "VARCHAR",

@@ -86,10 +86,12 @@ def evaluate(
     top_p: float | None = None,
     top_k: int | None = None,
     system_prompt: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
     question: str | None = None,
     answer: str | None = None,
     grader: str | None = None,
     concurrency: int | None = None,
+    engine_options: Mapping[str, Any] | None = None,
     progress: Callable[[BuildProgress], None] | None = None,
 ) -> EvaluationReport:
     """Generate ``samples`` traces a problem with ``model``, grade them, and summarise; recorded in the catalog.
@@ -123,10 +125,12 @@ def evaluate(
         top_p=top_p,
         top_k=top_k,
         system_prompt=system_prompt,
+        template_options=template_options,
         question=question,
         answer=answer,
         grader=grader,
         concurrency=concurrency,
+        engine_options=engine_options,
         kind="evaluate",
         progress=progress,
     )

@@ -20,8 +20,9 @@ from calset.builder.model_info import inspect
 from calset.builder.pipeline import BuildProgress, Rate
 from calset.builder.regrade import grade
 from calset.catalog.catalog import Catalog
-from calset.errors import EngineError, InputError
+from calset.errors import CatalogLocked, EngineError, InputError
 
+NAMED = list(enumerate(("Ann", "Ben", "Cleo", "Dan", "Eve", "Fay")))
 SUMS = "gym:chain_sum?min_terms=2&max_terms=3&size=12&seed=3"
 
 
@@ -243,6 +244,77 @@ def test_grading_again_keeps_the_history(tiny_model: Path, tmp_path, scripted_en
         grade(path, grader="maths")
 
 
+def test_problems_that_an_evaluation_source_holds_are_left_out_with_the_evidence(
+    tiny_model: Path, tmp_path, scripted_engine
+):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    questions = [f"How many apples does {name} have after buying {n} more of them today?" for n, name in NAMED]
+    mine, held_out = tmp_path / "mine.jsonl", tmp_path / "held_out.jsonl"
+    mine.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in questions))
+    held_out.write_text(json.dumps({"question": questions[3].upper(), "answer": "1"}) + "\n")
+    options = {"samples": 2, "catalog": path, "decontaminate": str(held_out)}
+    report = build(tiny_model, str(mine), engine=scripted_engine(loaded), **options)
+    assert (report.n_excluded, report.n_problems, report.n_new) == (1, len(NAMED) - 1, 2 * (len(NAMED) - 1))
+    store = Catalog(path)
+    assert store.query("SELECT DISTINCT question, evaluation_source FROM excluded").rows == [
+        (questions[3], "held_out.jsonl")
+    ]
+    assert not store.query("SELECT 1 FROM traces t JOIN excluded e USING (problem_id)").rows
+    assert build(tiny_model, str(mine), engine=scripted_engine(loaded), **options).n_new == 0
+    with pytest.raises(InputError, match=r"all 1 problems of .* are in evaluation sources"):
+        build(tiny_model, str(held_out), engine=scripted_engine(loaded), **options)
+
+
+def test_what_is_left_out_is_kept_even_when_there_is_nothing_to_generate(tiny_model: Path, tmp_path, scripted_engine):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    rows = [{"question": f"How many prime factors does {n} have?", "answer": "1"} for n in range(20, 24)]
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    two.write_text(json.dumps(rows[0]) + "\n")
+    build(tiny_model, str(one), samples=1, catalog=path, engine=scripted_engine(loaded))
+    report = build(
+        tiny_model, str(one), samples=1, catalog=path, engine=scripted_engine(loaded), decontaminate=[str(two)]
+    )
+    assert (report.n_new, report.run_id, report.n_excluded) == (0, None, 1)
+    assert Catalog(path).query("SELECT count(DISTINCT problem_id) FROM excluded").rows == [(1,)]
+
+
+def test_the_run_keeps_where_its_sampling_came_from(tiny_model: Path, tmp_path, scripted_engine):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded), top_p=0.5)
+    (run,) = Catalog(path).runs()
+    assert run.sampling_from is not None
+    assert (run.sampling_from["top_p"], run.sampling_from["temperature"]) == ("asked for", "generation_config")
+    assert (run.template_options, run.engine_options) == ({}, {})
+
+
+def test_traces_that_wait_for_a_locked_catalog_are_bounded_and_saved_in_the_end(
+    tiny_model: Path, tmp_path, scripted_engine, monkeypatch: pytest.MonkeyPatch
+):
+    from calset.builder import pipeline
+
+    monkeypatch.setattr(pipeline, "MAX_HELD", 5)
+    path, engine = tmp_path / "c.duckdb", scripted_engine(inspect(tiny_model).revision)
+    build(tiny_model, SUMS, samples=1, limit=1, catalog=path, engine=scripted_engine(engine.loaded))
+    held: list[int] = []
+    store, locked = Catalog(path, lock_timeout=0.2), [3]
+    record = store.record
+
+    def busy(traces, grades, **rest):
+        if traces and locked[0]:
+            locked[0] -= 1
+            held.append(len(traces))
+            time.sleep(0.3)
+            raise CatalogLocked("another process holds it")
+        return record(traces, grades, **rest)
+
+    monkeypatch.setattr(store, "record", busy)
+    report = build(tiny_model, SUMS, samples=4, catalog=store, engine=engine, commit_every_seconds=0.05)
+    assert report.n_new == 47
+    assert max(held) <= 5 + 2  # one under way in each of two threads
+    assert_complete(path, 12, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -253,6 +325,8 @@ def test_grading_again_keeps_the_history(tiny_model: Path, tmp_path, scripted_en
         ({"engine": "sglang"}, "unknown engine"),
         ({"grader": "maths"}, "unknown grader"),
         ({"limit": 0}, "limit must be at least 1"),
+        ({"template_options": {"enable_thinkin": True}}, "reads no option 'enable_thinkin'"),
+        ({"decontaminate": "held-out.jsonl"}, "no file held-out.jsonl"),
         ({"retry": ["everything"]}, "retry takes truncated and error"),
         ({"engine": "transformers", "engine_options": {"tensor_parallel_size": 2}}, "has no option 'tensor_parallel"),
     ],

@@ -37,7 +37,7 @@ from calset.errors import CatalogLocked, EngineError, first_line
 RECENT_SECONDS = 15.0
 # A commit takes processor time from the engine where there are few cores: at most one part in so many.
 COMMIT_SHARE = 20
-MAX_HELD = 1024  # traces that wait for a verdict or a commit, before the engine gets no more work
+MAX_HELD = 1024  # finished traces that are not saved yet, before the engine gets no more work
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ class Pipeline:
 
     def _requests(self) -> Iterator[Request]:
         while not self._stop.is_set():
-            if self._waiting + len(self._ready) >= MAX_HELD:
+            if self._inbox.qsize() + self._waiting + len(self._ready) >= MAX_HELD:
                 time.sleep(0.05)
                 continue
             unit, self._first = self._first, None

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--need", type=int, default=50)
     parser.add_argument("--samples", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--confidence", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.99])
-    parser.add_argument("--first", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--first", type=int, nargs="+", default=[1, 3, 4])
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--orders", type=int, default=10)
     args = parser.parse_args()

@@ -165,7 +165,7 @@ class StoppingRule:
     band: tuple[float, float] | None
     samples: int
     confidence: float = 0.95
-    first: int = 1
+    first: int = 2
 
     def __post_init__(self) -> None:
         if self.band is not None and not (len(self.band) == 2 and 0 <= self.band[0] <= self.band[1] <= 1):

@@ -6,7 +6,7 @@ applied by ``calset.catalog.recipes.rank`` with its moving length quantiles, has
 the ratio of completion tokens, adaptive to fixed.
 
     python benchmarks/adaptive.py --catalog adaptive.duckdb
-    python benchmarks/adaptive.py --traces adaptive.duckdb --confidence 0.9 0.95 --first 2
+    python benchmarks/adaptive.py --traces adaptive.duckdb --confidence 0.95 --first 2
 
 Columns: ``ratio`` the median over the orders with the least and the greatest; ``floor`` what a rule would spend that
 knew every outcome beforehand and sampled only the problems inside the band; ``false`` the share of the stopped problems
@@ -245,6 +245,9 @@ class Policy:
     batches: bool = True  # several samples of a problem at once where none can turn out wasted; else one
 
 
+State = tuple[str, int, int]  # stratum, judged, correct
+
+
 @dataclass(eq=False)
 class Open:
     """A problem that is being sampled."""
@@ -275,7 +278,7 @@ class Replay:
         self.spent = Spent()
         self.selected = Selected(self.recipe, self.rule.samples, self.need)
         self.beliefs = Beliefs(self.rule, self.policy)
-        self.ready: list[Open] = []
+        self.ready: dict[State, list[Open]] = defaultdict(list)
         self.sending: list[Open] = []
         self.fresh = list(reversed(self.problems))
         flying: list[tuple[float, int, Open]] = []
@@ -299,15 +302,17 @@ class Replay:
     def next_unit(self) -> Open | None:
         """The problem of the next sample: of the batch under way, else of a new one."""
         if not self.sending:
-            unit = min(self.ready, key=self.beliefs.rank, default=None)
+            first = min(self.ready, key=self.beliefs.rank, default=None)
             limit = self.beliefs.limit if self.fresh else math.inf
-            if self.fresh and (unit is None or self.beliefs.rank(unit) > limit):
+            if self.fresh and (first is None or self.beliefs.rank(first) > limit):
                 self.spent.problems += 1
                 problem = self.fresh.pop()
                 self.spent.begun_inside += in_band(problem, self.recipe, self.rule.samples)
                 unit = Open(problem, stratum(problem.source, problem.n_prompt_tokens) if self.policy.strata else "")
-            elif unit is not None:
-                self.ready.remove(unit)
+            elif first is not None:
+                unit = self.ready[first].pop()
+                if not self.ready[first]:
+                    del self.ready[first]
             else:
                 return None
             k, n_correct = unit.state
@@ -321,7 +326,7 @@ class Replay:
         k, n_correct = self.beliefs.see(unit)
         action = self.rule.decide(k, n_correct, self.beliefs.prior(unit.stratum))
         if action == "continue":
-            self.ready.append(unit)
+            self.ready[unit.stratum, k, n_correct].append(unit)
             return False
         inside = in_band(unit.problem, self.recipe, self.rule.samples)
         if action == "stop":
@@ -337,7 +342,7 @@ class Beliefs:
 
     def __init__(self, rule: StoppingRule, policy: Policy) -> None:
         self.rule, self.policy = rule, policy
-        self.states: dict[str, tuple[str, int, int]] = {}
+        self.states: dict[str, State] = {}
         self.refit()
 
     def see(self, unit: Open) -> tuple[int, int]:
@@ -352,7 +357,7 @@ class Beliefs:
             counts[name][k, n_correct] += 1
         self.pooled, self.priors = fit_strata(counts)
         self.tables = {}
-        self.probabilities: dict[tuple[str, int, int], float] = {}
+        self.probabilities: dict[State, float] = {}
         self.fitted = len(self.states)
         self.limit = self.rule.prices(self.pooled)[0, 0] if self.policy.by_price else math.inf
 
@@ -364,14 +369,14 @@ class Beliefs:
             self.tables[name] = self.rule.prices(self.prior(name))
         return self.tables[name]
 
-    def rank(self, unit: Open) -> float:
-        k, n_correct = unit.state
+    def rank(self, state: State) -> float:
+        """What goes on first: the least price, else the greatest probability."""
+        name, k, n_correct = state
         if self.policy.by_price:
-            return self.prices(unit.stratum)[k, n_correct]
-        key = (unit.stratum, k, n_correct)
-        if key not in self.probabilities:
-            self.probabilities[key] = -self.rule.probability(k, n_correct, self.prior(unit.stratum))
-        return self.probabilities[key]
+            return self.prices(name)[k, n_correct]
+        if state not in self.probabilities:
+            self.probabilities[state] = -self.rule.probability(k, n_correct, self.prior(name))
+        return self.probabilities[state]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from calset.errors import InputError
 
 BAND = RECIPES["ssgr"].difficulty
 UNIFORM = Prior.uniform()
+unhurried = settings(deadline=None)
+few = settings(deadline=None, max_examples=40)
 
 
 @st.composite
@@ -37,6 +39,7 @@ def some_rule(draw: st.DrawFn, most: int = 8) -> StoppingRule:
 # -- the rule -------------------------------------------------------------------------------------------------------
 
 
+@unhurried
 @given(st.integers(1, 60), st.data())
 def test_the_band_is_the_recipe_s_to_the_last_bit(samples: int, data: st.DataObject) -> None:
     low, high = sorted(data.draw(st.integers(0, 100)) / 100 for _ in range(2))
@@ -47,7 +50,7 @@ def test_the_band_is_the_recipe_s_to_the_last_bit(samples: int, data: st.DataObj
         assert rule.probability(samples, n_correct, UNIFORM) == rule.in_band(n_correct)
 
 
-@settings(deadline=None)
+@unhurried
 @given(some_rule(6), some_prior())
 def test_probability_is_that_of_all_ways_to_go_on(rule: StoppingRule, prior: Prior) -> None:
     rates = [Fraction(round(p * 20), 20) for p in prior.grid]
@@ -72,6 +75,7 @@ def test_what_is_settled_is_certain_and_not_nearly_so() -> None:
     assert StoppingRule(None, 10).probability(3, 3, UNIFORM) == 1.0
 
 
+@unhurried
 @given(some_rule(), some_prior())
 def test_a_decision_follows_probability_and_first(rule: StoppingRule, prior: Prior) -> None:
     for k in range(rule.samples + 2):
@@ -119,7 +123,7 @@ def test_counts_that_cannot_be_are_refused(k: int, n_correct: int) -> None:
 # -- prices and patience --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@few
 @given(some_prior(), st.integers(0, 3), st.integers(0, 3))
 def test_a_price_is_the_least_of_all_ways_to_go_on_and_give_up(prior: Prior, a: int, b: int) -> None:
     samples = 3
@@ -129,9 +133,9 @@ def test_a_price_is_the_least_of_all_ways_to_go_on_and_give_up(prior: Prior, a: 
     for goes_on in product((False, True), repeat=len(states)):
         policy = dict(zip(states, goes_on, strict=True))
         drawn, inside = _walk(rule, prior, policy, 0, 0)
-        least = min(least, drawn / inside if inside > 1e-6 else math.inf)
-    price = rule.prices(prior)[0, 0]
-    assert price == pytest.approx(least, rel=1e-3) if least < 1e4 else price > 9e3
+        least = min(least, drawn / inside if inside > 0 else math.inf)
+    least = least if least < 9e4 else math.inf  # prices end somewhere
+    assert rule.prices(prior)[0, 0] == pytest.approx(least, rel=0.012)
 
 
 def _walk(rule: StoppingRule, prior: Prior, policy: dict, k: int, n_correct: int) -> tuple[float, float]:
@@ -145,17 +149,22 @@ def _walk(rule: StoppingRule, prior: Prior, policy: dict, k: int, n_correct: int
     return 1 + p * right[0] + (1 - p) * wrong[0], p * right[1] + (1 - p) * wrong[1]
 
 
+@unhurried
 @given(some_rule(), some_prior())
 def test_what_the_rule_stops_has_no_price(rule: StoppingRule, prior: Prior) -> None:
     prices = rule.prices(prior)
     for k in range(rule.samples):
         for n_correct in range(k + 1):
-            if rule.decide(k, n_correct, prior) == "stop" or rule.probability(k, n_correct, prior) == 0:
+            probability = rule.probability(k, n_correct, prior)
+            if probability == pytest.approx(1 - rule.confidence, abs=1e-9):
+                continue  # a tie may fall either way
+            if rule.decide(k, n_correct, prior) == "stop" or probability == 0:
                 assert math.isinf(prices[k, n_correct])
-            elif rule.probability(k, n_correct, prior) > 0.001:
+            elif probability > 0.001:
                 assert 1 <= prices[k, n_correct] < math.inf
 
 
+@unhurried
 @given(some_rule(), some_prior(), st.data())
 def test_no_sample_of_a_batch_could_have_been_saved(rule: StoppingRule, prior: Prior, data: st.DataObject) -> None:
     prices = rule.prices(prior)
@@ -259,37 +268,44 @@ class World:
         self.totals = self.samples.sum(axis=1)
         self.inside = np.array([rule.in_band(c) for c in range(rule.samples + 1)])[self.totals]
 
-    def run(self, start: Prior | None = None, learn: bool = True) -> Run:
-        """The adaptive build, its prior fitted again on everything so far whenever that has grown by a third."""
+    def run(self, start: Prior | None = None, put_off: bool = False) -> Run:
+        """The adaptive build, its prior fitted again on everything so far whenever that has grown by a third.
+
+        ``put_off``: problems dearer than a fresh one are left open as well, as when fresh ones never run out.
+        """
         start = start or UNIFORM
         prior, parts, begin = start, [], 0
         counts: Counter[tuple[int, int]] = Counter()
         while begin < len(self.p):
             end = min(len(self.p), begin + max(4, begin // 3))
-            part = self._sample(self.samples[begin:end], prior)
+            part = self._sample(self.samples[begin:end], prior, put_off)
             counts.update(zip(part[0].tolist(), part[1].tolist(), strict=True))
-            prior = fit_prior(counts, start) if learn else start
+            prior = fit_prior(counts, start)
             parts.append(part)
             begin = end
         k, n_correct = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Run(k, n_correct, self.rule)
 
-    def _sample(self, samples: np.ndarray, prior: Prior) -> tuple[np.ndarray, np.ndarray]:
+    def _sample(self, samples: np.ndarray, prior: Prior, put_off: bool) -> tuple[np.ndarray, np.ndarray]:
         k, n_correct = np.zeros(len(samples), dtype=int), np.zeros(len(samples), dtype=int)
         going = np.ones(len(samples), dtype=bool)
+        prices = self.rule.prices(prior)
         for drawn in range(self.rule.samples):
             k += going
             n_correct += going & samples[:, drawn]
-            stops = [self.rule.decide(drawn + 1, c, prior) == "stop" for c in range(drawn + 2)]
-            going &= ~np.array(stops)[n_correct.clip(max=drawn + 1)]
+            stops = np.array([self.rule.decide(drawn + 1, c, prior) == "stop" for c in range(drawn + 2)])
+            if put_off:
+                stops |= prices[drawn + 1, : drawn + 2] > prices[0, 0]
+            going &= ~stops[n_correct]
         return k, n_correct
 
 
+@pytest.mark.parametrize("put_off", [False, True])
 @POPULATION
-def test_what_is_selected_has_fixed_k_s_estimates_and_only_false_stops_are_missing(population: str) -> None:
+def test_what_is_selected_has_fixed_k_s_estimates_and_the_stopped_are_no_others(population: str, put_off: bool) -> None:
     rule = StoppingRule(BAND, 8, confidence=0.8)  # many false stops
     world = World(population, rule, 20_000, seed=2)
-    run = world.run()
+    run = world.run(put_off=put_off)
     selected = run.completed & world.inside
     assert np.array_equal(run.n_correct[selected], world.totals[selected])
     false = run.stopped & world.inside
@@ -323,7 +339,6 @@ def test_taking_the_samples_so_far_as_the_estimate_is_biased_and_all_k_are_not()
     assert fixed.mean() == pytest.approx(-0.036, abs=0.005)
     assert abs(adaptive.mean() - fixed.mean()) < error(adaptive, fixed)
     assert naive.mean() < fixed.mean() - 0.02 - error(naive, fixed)
-    print(fixed.mean(), adaptive.mean(), naive.mean(), world.inside[taken].mean(), taken.mean())
     assert world.inside[taken].mean() < 0.65  # and over a third of what it takes is outside by all 16 samples
 
 

@@ -31,7 +31,7 @@ GRID_SIZE = 65
 PRIOR_STRENGTH = 8.0  # problems that the default prior weighs as much as
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-5
-MAX_PRICE, PRICE_STEPS = 1e5, 400  # the range in which prices are sought, and in how many steps
+MAX_PRICE, PRICE_STEPS = 1e5, 1000  # prices are sought up to the one, in steps of 1.2 %
 MAX_SAMPLES = 1000  # beyond, a binomial coefficient is more than a float holds
 
 
@@ -165,7 +165,7 @@ class StoppingRule:
     band: tuple[float, float] | None
     samples: int
     confidence: float = 0.95
-    first: int = 1
+    first: int = 2
 
     def __post_init__(self) -> None:
         if self.band is not None and not (len(self.band) == 2 and 0 <= self.band[0] <= self.band[1] <= 1):
@@ -237,8 +237,8 @@ class StoppingRule:
         not stopped: it comes back when the source is used up.
 
         Returns:
-            float64 [K + 1, K + 1], by judged samples and by correct ones; inf where the rule stops, where the band is
-            out of reach and where the counts cannot be; 0 where K judged samples are inside.
+            float64 [K + 1, K + 1], to within 1.2 %, by judged samples and by correct ones; inf where the rule stops,
+            where the band is out of reach and where the counts cannot be; 0 where K judged samples are inside.
         """
         size = self.samples
         prices = np.full((size + 1, size + 1), np.inf)

@@ -20,7 +20,7 @@ from calset.catalog.catalog import Catalog
 from calset.errors import InputError
 
 # Of a catalog file. Measured, see docs/planning.md: an almost empty one, and what a completion token adds with its text
-# and a grade (7.0 bytes, rounded up).
+# and a grade (8.9 bytes in a catalog of 4 million, rounded up).
 EMPTY_BYTES = 3_000_000
 BYTES_PER_TOKEN = 10.0
 CPU_BILLIONS = 1.0  # without a GPU here and none named, larger models are planned for an H100
@@ -157,8 +157,12 @@ class PlanReport:
         """For people; the first prompt stands at the end, special tokens and all."""
 
         def span(values: Range, unit: str = "", digits: int = 0) -> str:
+            if values.low == values.high:
+                return f"{values.expected:,.{digits}f}{unit}"
             return f"{values.expected:,.{digits}f}{unit} ({values.low:,.{digits}f} to {values.high:,.{digits}f})"
 
+        small = self.disk_bytes.expected < 1e9
+        disk = span(self.disk_bytes.times(1e-6 if small else 1e-9), " MB" if small else " GB", 0 if small else 1)
         unit = "GPU-hours" if not self.device.startswith("CPU") else "machine-hours"
         free = "" if self.share_of_disk is None else f", {self.share_of_disk:.1%} of what is free"
         return [
@@ -172,7 +176,7 @@ class PlanReport:
             f"at most {self.max_tokens:,}; {self.lengths_from}",
             f"rate: {self.tokens_per_second:,.0f} tokens/s on {self.n_devices} x {self.device}; {self.rate_from}",
             f"{unit}: {span(self.device_hours, digits=2)}; wall time: {span(self.wall_hours, ' h', 2)}",
-            f"disk: {span(self.disk_bytes.times(1e-6), ' MB', 1)}{free}",
+            f"disk: {disk}{free}",
             *(f"Warning: {warning}" for warning in self.warnings),
             f"first prompt, {self.first_prompt_tokens} tokens:",
             self.first_prompt,

@@ -1,30 +1,28 @@
 """Adaptive sampling: spend tokens where they decide something.
 
-A problem gets a few samples first; it is stopped when it is confidently outside the recipe's difficulty band (see
-``stopping``), and gets all its samples otherwise. Problems in hand go before new ones, and no new problem is opened
-while those in hand can be expected to give the recipe what it needs. Only problems with all their samples count for the
-recipe, so that a selected problem's difficulty is the one that a build without stopping gives it. Every decision is
-kept in the catalog. Must not know: engines, the catalog's file, progress bars.
+A problem gets a few samples first; it is stopped when it is confidently outside the recipe's difficulty band, put off
+while others are more promising, and otherwise gets all its samples (see ``stopping``). Only problems with all their
+samples count for the recipe, so that a selected problem's difficulty is the one that a build without stopping gives it.
+Every decision is kept in the catalog. Must not know: engines, the catalog's file, progress bars.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from calset import ids
+from calset.builder.beliefs import Beliefs, State
 from calset.builder.schedule import Opened, Unit
-from calset.builder.stopping import Prior, StoppingRule, fit_prior
+from calset.builder.stopping import StoppingRule, stratum
 from calset.catalog.recipes import Candidate, Recipe, get_recipe, rank
-from calset.catalog.records import JUDGED, Attempt, Decision, Trace
+from calset.catalog.records import JUDGED, Decision, Trace
 from calset.errors import InputError
-
-# A refit of the prior each time that the problems heard from grew by a tenth, or by so many.
-REFIT_EVERY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +67,28 @@ class Target:
         return {"recipe": self.recipe.name, "unit": self.unit, "confidence": self.confidence}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A sample that is in the catalog, or on its way there. ``size`` counts its prompt too."""
+
+    trace_id: str
+    sample_index: int
+    verdict: str | None
+    finished: bool
+    n_tokens: int
+    size: int
+
+
+@dataclass(slots=True, eq=False)
 class _Open:
-    """A problem in hand. ``settled`` samples are in the catalog or on their way there, judged or not."""
+    """A problem that has not all its samples, and is not stopped."""
 
     opened: Opened
-    queue: deque[int] = field(default_factory=deque)  # sample indices to hand out now
-    flying: int = 0
-    settled: int = 0
-    k: int = 0
+    stratum: str
+    samples: dict[int, _Sample] = field(default_factory=dict)
+    flying: int = 0  # handed out, or about to be
     n_correct: int = 0
-    seen: tuple[int, int] | None = None  # (k, n_correct) as the prior knows this problem
-    probability: float = 0.0
-    traces: list[tuple[str, int, str | None, bool, int, int]] = field(default_factory=list)
+    k: int = 0
 
     @property
     def problem_id(self) -> str:
@@ -89,42 +96,36 @@ class _Open:
 
     @property
     def unjudged(self) -> int:
-        return self.settled - self.k
+        return len(self.samples) - self.k
+
+    @property
+    def state(self) -> State:
+        return self.stratum, self.k, self.n_correct
+
+    def add(self, sample: _Sample) -> None:
+        self.samples[sample.sample_index] = sample
+        self.k += sample.verdict in JUDGED
+        self.n_correct += sample.verdict == "correct"
 
 
 class AdaptiveSchedule:
-    """See the module; a ``Schedule``."""
+    """The least price goes first, a fresh problem's among them, until the recipe has what it needs; a ``Schedule``."""
 
-    def __init__(
-        self,
-        opened: Iterator[Opened],
-        key: str,
-        samples: int,
-        target: Target,
-        *,
-        seed: int = 0,
-        first: int | None = None,
-    ) -> None:
+    def __init__(self, opened: Iterator[Opened], key: str, samples: int, target: Target, *, seed: int = 0) -> None:
         recipe = target.recipe
-        options = {} if first is None else {"first": first}
-        self._rule = StoppingRule(recipe.difficulty, samples, target.confidence, **options)
+        self._rule = StoppingRule(recipe.difficulty, samples, target.confidence)
+        self._beliefs = Beliefs(self._rule)
         min_k = samples if recipe.difficulty is not None else None
         self._recipe = recipe.with_options(samples=None, tokens=None, min_k=min_k)
         self._source, self._key, self._samples, self._target, self._seed = opened, key, samples, target, seed
         self._changed = threading.Condition()
-        self._prior = Prior.uniform()
-        self._probabilities: dict[tuple[int, int, int], float] = {}
-        self._at_once: dict[tuple[int, int], int] = {}
-        self._observed: Counter[tuple[int, int]] = Counter()
-        self._heard = self._next_fit = 0
         self._open: dict[str, _Open] = {}
-        self._queued: deque[_Open] = deque()
+        self._ready: dict[State, list[_Open]] = defaultdict(list)
+        self._sending: deque[tuple[_Open, int]] = deque()
         self._candidates: list[Candidate] = []
-        self._ranked: list[Candidate] = []
         self._sizes: dict[str, int] = {}
-        self._n_flying = self._n_stopped = self._n_complete = self._n_in_band = 0
-        self._met, self._dirty = 0, False
-        self._exhausted = self._finished = False
+        self._n_flying = self._n_stopped = self._n_complete = self._n_inside = self._met = 0
+        self._dirty = self._exhausted = False
         self._decisions: list[Decision] = []
 
     # -- the feeding thread -----------------------------------------------------------------------------------------
@@ -133,16 +134,16 @@ class AdaptiveSchedule:
         waited = timeout <= 0
         while True:
             with self._changed:
-                if self._is_met() or not (self._queued or self._wants_more()):
-                    # What is under way can still move the length band, and so what the recipe can take.
-                    self._finished = not self._n_flying
-                    if self._finished or waited:
+                if self._is_met():
+                    return None
+                if self._sending or self._next_batch():
+                    return self._hand_out()
+                if self._exhausted:
+                    if waited or not self._n_flying:
                         return None
                     waited = True
                     self._changed.wait(timeout)
                     continue
-                if self._queued:
-                    return self._hand_out()
             # Reading the next problem may look into the catalog: not while verdicts wait for the lock.
             following = next(self._source, None)
             with self._changed:
@@ -153,30 +154,60 @@ class AdaptiveSchedule:
 
     @property
     def finished(self) -> bool:
-        return self._finished
+        with self._changed:
+            return self._is_met() or (self._exhausted and not (self._n_flying or self._sending or self._ready))
+
+    @property
+    def satisfied(self) -> bool:
+        with self._changed:
+            return self._is_met()
+
+    def reopen(self, dropped: Iterable[Unit]) -> bool:
+        with self._changed:
+            for unit in dropped:
+                self._n_flying -= 1
+                self._sending.append((self._open[unit.problem.problem_id], unit.sample_index))
+            return not self._is_met()
+
+    def _next_batch(self) -> bool:
+        """Send the samples of the open problem of the least price; False when a fresh one is cheaper, or none is open.
+
+        A problem dearer than a fresh one is put off: it comes back when there are no fresh ones left.
+        """
+        first = min(self._ready, key=self._beliefs.price, default=None)
+        limit = math.inf if self._exhausted else self._beliefs.limit
+        if first is None or (not self._exhausted and self._beliefs.price(first) > limit):
+            return False
+        one = self._ready[first].pop()
+        if not self._ready[first]:
+            del self._ready[first]
+        self._send(one, self._rule.patience(one.k, one.n_correct, self._beliefs.prices(one.stratum), limit))
+        return True
+
+    def _send(self, one: _Open, n: int) -> None:
+        """The next ``n`` samples of a problem that it has not, together: an engine may share their prompt's prefill."""
+        missing = [index for index in range(self._samples) if index not in one.samples][:n]
+        one.flying += len(missing)
+        self._sending.extend((one, index) for index in missing)
 
     def _hand_out(self) -> Unit:
-        one = self._queued[0]
-        index = one.queue.popleft()
-        if not one.queue:
-            self._queued.popleft()
-        one.flying += 1
+        one, index = self._sending.popleft()
         self._n_flying += 1
         problem = one.opened.problem
         return Unit(problem, one.opened.prompt_ids, index, ids.trace_id(problem.problem_id, self._key, index))
 
-    def _wants_more(self) -> bool:
-        """Whether the problems in hand are not expected to be enough, and there may be others."""
-        if self._exhausted:
-            return False
-        share = (len(self._ranked) + 1) / (self._n_in_band + 2)  # of problems in the band that give a sample
-        expected = share * sum(one.probability for one in self._open.values())
-        if self._target.unit == "tokens":
-            expected *= self._met / len(self._ranked) if self._ranked else self._mean_size()
-        return self._met + expected < self._target.wanted
-
-    def _mean_size(self) -> float:
-        return sum(self._sizes.values()) / len(self._sizes) if self._sizes else 1.0
+    def _take_in(self, opened: Opened) -> None:
+        one = _Open(opened, stratum(opened.problem.source, len(opened.prompt_ids)))
+        self._open[one.problem_id] = one
+        for index, there in sorted(opened.existing.items()):
+            if index < self._samples:
+                finished, size = there.finish_reason == "stop", there.n_prompt_tokens + there.n_tokens
+                one.add(_Sample(there.trace_id, index, there.verdict, finished, there.n_tokens, size))
+        if one.samples:
+            self._decide(one)
+        else:
+            limit = self._beliefs.limit
+            self._send(one, self._rule.patience(0, 0, self._beliefs.prices(one.stratum), limit))
 
     # -- verdicts: the collecting thread ----------------------------------------------------------------------------
 
@@ -185,129 +216,51 @@ class AdaptiveSchedule:
             one = self._open[unit.problem.problem_id]
             one.flying -= 1
             self._n_flying -= 1
-            size = len(trace.prompt_ids) + trace.n_tokens
-            finished = trace.finish_reason == "stop"
-            self._count(one, trace.trace_id, unit.sample_index, verdict, finished, trace.n_tokens, size)
-            if not one.flying and not one.queue:
+            size, finished = len(trace.prompt_ids) + trace.n_tokens, trace.finish_reason == "stop"
+            one.add(_Sample(trace.trace_id, unit.sample_index, verdict, finished, trace.n_tokens, size))
+            if not one.flying:
                 self._decide(one)
             self._changed.notify_all()
 
-    def _take_in(self, opened: Opened) -> None:
-        one = self._open[opened.problem.problem_id] = _Open(opened)
-        for index, there in sorted(opened.existing.items()):
-            if index < self._samples:
-                self._count_existing(one, index, there)
-        one.probability = self._probability(one)
-        first = min(self._rule.first, self._samples)
-        if one.settled >= first:
-            self._decide(one)
-        else:
-            self._queue(one, first - one.settled)
-
-    def _count_existing(self, one: _Open, index: int, there: Attempt) -> None:
-        finished = there.finish_reason == "stop"
-        size = there.n_prompt_tokens + there.n_tokens
-        self._count(one, there.trace_id, index, there.verdict, finished, there.n_tokens, size)
-
-    @staticmethod
-    def _count(
-        one: _Open, trace_id: str, index: int, verdict: str | None, finished: bool, n_tokens: int, size: int
-    ) -> None:
-        one.settled += 1
-        one.k += verdict in JUDGED
-        one.n_correct += verdict == "correct"
-        one.traces.append((trace_id, index, verdict, finished, n_tokens, size))
-
-    def _queue(self, one: _Open, n: int) -> None:
-        """Have the next ``n`` samples of a problem drawn that it has not; there are so many."""
-        drawn = {index for _, index, *_ in one.traces}
-        one.queue.extend([index for index in range(self._samples) if index not in drawn][:n])
-        self._queued.append(one)
-
     def _decide(self, one: _Open) -> None:
-        """With no sample under way: those that come back first are the short ones, which are more often right."""
-        self._observe(one)
-        one.probability = self._probability(one)
-        if one.settled >= self._samples:
+        """With no sample of it under way."""
+        self._beliefs.see(one.problem_id, one.state)
+        prior = self._beliefs.prior(one.stratum)
+        if len(one.samples) >= self._samples:
             self._complete(one)
-        elif self._rule.decide(one.k, one.n_correct, self._prior, one.unjudged) == "stop":
-            self._note(one, "stop", "some sample could not be judged" if one.unjudged else "outside the band")
+        elif self._rule.decide(one.k, one.n_correct, prior, one.unjudged) == "stop":
+            self._note(one, "stop", "a sample has no verdict" if one.unjudged else "outside the band")
             self._n_stopped += 1
             del self._open[one.problem_id]
         else:
-            n = min(self._samples_at_once(one.k, one.n_correct), self._samples - one.settled)
-            self._note(one, "continue", f"no outcome of {n} more would stop it before" if n > 1 else "open")
-            self._queue(one, n)
+            self._note(one, "continue", "open")
+            self._ready[one.state].append(one)
 
     def _complete(self, one: _Open) -> None:
-        difficulty = (one.k - one.n_correct) / one.k if one.k else None
-        band = self._recipe.difficulty
-        inside = band is None or (
-            difficulty is not None and one.k >= self._samples and band[0] <= difficulty <= band[1]
-        )
+        inside = one.k >= self._samples and self._rule.in_band(one.n_correct)
         self._note(one, "complete", "inside the band" if inside else "outside the band")
         self._n_complete += 1
-        self._n_in_band += inside
-        for trace_id, index, verdict, finished, n_tokens, size in one.traces:
+        self._n_inside += inside
+        difficulty = (one.k - one.n_correct) / one.k if one.k else None
+        for sample in one.samples.values():
             self._candidates.append(
-                Candidate(trace_id, one.problem_id, index, verdict == "correct", finished, difficulty, one.k, n_tokens)
+                Candidate(
+                    sample.trace_id,
+                    one.problem_id,
+                    sample.sample_index,
+                    sample.verdict == "correct",
+                    sample.finished,
+                    difficulty,
+                    one.k,
+                    sample.n_tokens,
+                )
             )
-            self._sizes[trace_id] = size
+            self._sizes[sample.trace_id] = sample.size
         self._dirty = True
         del self._open[one.problem_id]
 
-    # -- what is known ----------------------------------------------------------------------------------------------
-
-    def _observe(self, one: _Open) -> None:
-        if one.seen is not None:
-            self._observed[one.seen] -= 1
-        one.seen = (one.k, one.n_correct)
-        self._observed[one.seen] += 1
-        self._heard += 1
-        if self._heard >= self._next_fit:
-            self._next_fit = self._heard + max(REFIT_EVERY, self._heard // 10)
-            self._prior = fit_prior(self._observed)
-            self._probabilities.clear()
-            self._at_once.clear()
-            for other in self._open.values():
-                other.probability = self._probability(other)
-
-    def _probability(self, one: _Open) -> float:
-        """That all samples put a problem inside the band, given those so far."""
-        counts = (one.k, one.n_correct, one.unjudged)
-        found = self._probabilities.get(counts)
-        if found is None:
-            found = self._probabilities[counts] = self._rule.probability(
-                one.k, one.n_correct, self._prior, one.unjudged
-            )
-        return found
-
-    def _samples_at_once(self, k: int, n_correct: int) -> int:
-        """How many samples must come before any outcome of them can stop the problem: no decision lies between."""
-        found = self._at_once.get((k, n_correct))
-        if found is None:
-            left = self._samples - k
-            found = next(
-                (
-                    n
-                    for n in range(1, left)
-                    if any(self._rule.decide(k + n, n_correct + i, self._prior) == "stop" for i in range(n + 1))
-                ),
-                left,
-            )
-            self._at_once[k, n_correct] = found
-        return max(1, found)
-
-    def _is_met(self) -> bool:
-        """Whether the recipe has what it needs. Its length band moves with every problem: counted anew each time."""
-        if self._dirty:
-            self._dirty = False
-            self._ranked = rank(self._candidates, self._recipe, self._seed).order
-            counts = self._target.unit == "samples"
-            self._met = len(self._ranked) if counts else sum(self._sizes[c.sample_id] for c in self._ranked)
-        return self._met >= self._target.wanted
-
     def _note(self, one: _Open, action: str, reason: str) -> None:
+        prior = self._beliefs.prior(one.stratum)
         self._decisions.append(
             Decision(
                 run_id="",
@@ -318,11 +271,22 @@ class AdaptiveSchedule:
                 k=one.k,
                 n_correct=one.n_correct,
                 samples=self._samples,
-                probability=one.probability,
+                probability=self._rule.probability(one.k, one.n_correct, prior, one.unjudged),
                 confidence=self._rule.confidence,
                 recipe=self._target.recipe.name,
             )
         )
+
+    # -- what is known ----------------------------------------------------------------------------------------------
+
+    def _is_met(self) -> bool:
+        """Whether the recipe has what it needs. Its length band moves with every problem: counted anew each time."""
+        if self._dirty:
+            self._dirty = False
+            ranked = rank(self._candidates, self._recipe, self._seed).order
+            by_sample = self._target.unit == "samples"
+            self._met = len(ranked) if by_sample else sum(self._sizes[candidate.sample_id] for candidate in ranked)
+        return self._met >= self._target.wanted
 
     def decisions(self) -> list[Decision]:
         with self._changed:
@@ -337,7 +301,7 @@ class AdaptiveSchedule:
                 "met": self._met,
                 "samples": self._samples,
                 "complete": self._n_complete,
-                "in_band": self._n_in_band,
+                "in_band": self._n_inside,
                 "stopped": self._n_stopped,
                 "open": len(self._open),
             }

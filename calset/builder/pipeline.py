@@ -167,6 +167,8 @@ class Pipeline:
         self.seconds = 0.0
         self.tally = Tally()
         self._stop = threading.Event()
+        self._taking = threading.Lock()
+        self._over = False  # the engine's present stream
         self._began = time.monotonic()
         self._rate = Rate(self._began)
         self._locked_since: float | None = None
@@ -203,16 +205,31 @@ class Pipeline:
         self._rate = Rate(self._began)
         self.emit("generating")
         with _interruptible(self._stop), GradingPool(graders) as pool:
-            pump = threading.Thread(target=self._pump, args=(engine,), name="calset-pump", daemon=True)
-            pump.start()
             try:
-                self._collect(engine, pool)
+                while self._round(engine, pool):
+                    pass
             finally:
-                self._stop.set()
-                engine.cancel()
-                pump.join(timeout=60)
                 self.seconds = time.monotonic() - self._began
         self.emit("stopped" if self.stopped else "done")
+
+    def _round(self, engine: Engine, pool: GradingPool) -> bool:
+        """One stream of the engine; whether another one is needed.
+
+        It is when a schedule was satisfied, what was in flight was dropped, and what came back meanwhile has moved the
+        recipe's length band, so that the schedule is not satisfied after all.
+        """
+        pump = threading.Thread(target=self._pump, args=(engine,), name="calset-pump", daemon=True)
+        self._over = False
+        pump.start()
+        try:
+            self._collect(engine, pool)
+        finally:
+            with self._taking:  # whoever feeds the engine has taken its last unit after this
+                self._over = True
+            engine.cancel()
+            pump.join(timeout=60)
+        dropped, self._flying = list(self._flying.values()), {}
+        return not self.stopped and self.schedule.reopen(dropped)
 
     # -- the engine's side: its own threads -------------------------------------------------------------------------
 
@@ -226,24 +243,28 @@ class Pipeline:
             self._inbox.put(_End(error))
 
     def _requests(self) -> Iterator[Request]:
-        while not self._stop.is_set():
-            if self._inbox.qsize() + self._waiting + len(self._ready) >= MAX_HELD:
+        while True:
+            if self._inbox.qsize() + self._waiting + len(self._ready) >= MAX_HELD and not self._stop.is_set():
                 time.sleep(0.05)
                 continue
-            unit, self._first = self._first, None
-            unit = unit or self.schedule.take(timeout=0.2)
-            if unit is None:
-                if self.schedule.finished:
+            with self._taking:
+                if self._over or self._stop.is_set():
                     return
-                continue
-            self._flying[unit.trace_id] = unit
-            seed = ids.request_seed(self.plan.seed, unit.problem.problem_id, unit.sample_index)
-            yield Request(unit.trace_id, unit.prompt_ids, seed, self.plan.max_tokens)
+                unit, self._first = self._first, None
+                unit = unit or self.schedule.take(timeout=0.2)
+                if unit is None and self.schedule.finished:
+                    return
+                if unit is not None:
+                    self._flying[unit.trace_id] = unit
+            if unit is not None:
+                seed = ids.request_seed(self.plan.seed, unit.problem.problem_id, unit.sample_index)
+                yield Request(unit.trace_id, unit.prompt_ids, seed, self.plan.max_tokens)
 
     # -- the catalog's side: the calling thread ---------------------------------------------------------------------
 
     def _collect(self, engine: Engine, pool: GradingPool) -> None:
         end: _End | None = None
+        dropping = False
         committed, pause = time.monotonic(), self._every
         while end is None or self._waiting or self._unsaved():
             item = self._next()
@@ -262,6 +283,9 @@ class Pipeline:
                 pause = max(self._every, COMMIT_SHARE * (committed - now))
             if self._stop.is_set() and not self.stopped:
                 self.stopped = True
+                engine.cancel()
+            elif end is None and not dropping and self.schedule.satisfied:
+                dropping = True
                 engine.cancel()
         if end.error is not None and not self.stopped:
             raise _engine_error(end.error) from end.error

@@ -6,7 +6,7 @@ grading, progress. ``take`` belongs to the thread that feeds the engine, ``settl
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,15 @@ class Schedule(Protocol):
     @property
     def finished(self) -> bool:
         """Whether ``take`` will give no more."""
+        ...
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether the purpose is reached, so that what is in flight is better dropped than finished."""
+        ...
+
+    def reopen(self, dropped: Iterable[Unit]) -> bool:
+        """Take back units that were dropped in flight; whether there is more to generate after all."""
         ...
 
     def settle(self, unit: Unit, trace: Trace, verdict: str | None) -> None:
@@ -97,6 +106,13 @@ class FixedSchedule:
     @property
     def finished(self) -> bool:
         return self._finished
+
+    @property
+    def satisfied(self) -> bool:
+        return False
+
+    def reopen(self, dropped: Iterable[Unit]) -> bool:
+        return False
 
     def settle(self, unit: Unit, trace: Trace, verdict: str | None) -> None:
         """Nothing depends on it."""

@@ -321,6 +321,8 @@ def harmony(info: ModelInfo, text: str) -> tuple[Any, str, str]:
         ("<|channel|>final<|message|>the final<|channel|> 4<|return|>", None, "", False),  # a header inside
         ("just 4<|return|>", "", "just 4", True),  # not a single channel: the model left its format
         ("", "", "", True),
+        ("<|channel|>final<|message|>4<|end|>7", "", "4", True),  # text in no message
+        ("<|channel|>final<|message|>4<|call|>7", "", "4", True),
         ("analysis<|message|>4<|return|>", "4", "", False),
     ],
 )  # fmt: skip
@@ -452,6 +454,10 @@ def test_a_qwen3_distilled_from_r1_is_deepseeks(tmp_path: Path) -> None:
     info = inspect(folder)
     assert info.family is not None
     assert info.family.name == "deepseek-r1"
+
+
+def test_another_architecture_with_a_familys_template_is_not_of_it(tmp_path: Path) -> None:
+    assert inspect(make_folder(tmp_path / "m", replace(MADE["deepseek-r1"], model_type="seed_oss"))).family is None
 
 
 def test_a_model_that_does_not_think_has_no_family(tmp_path: Path) -> None:

@@ -321,6 +321,8 @@ def harmony(info: ModelInfo, text: str) -> tuple[Any, str, str]:
         ("<|channel|>final<|message|>the final<|channel|> 4<|return|>", None, "", False),  # a header inside
         ("just 4<|return|>", "", "just 4", True),  # not a single channel: the model left its format
         ("", "", "", True),
+        ("<|channel|>final<|message|>4<|end|>7", "", "4", True),  # text in no message
+        ("<|channel|>final<|message|>4<|call|>7", "", "4", True),
         ("analysis<|message|>4<|return|>", "4", "", False),
     ],
 )  # fmt: skip
@@ -454,6 +456,10 @@ def test_a_qwen3_distilled_from_r1_is_deepseeks(tmp_path: Path) -> None:
     assert info.family.name == "deepseek-r1"
 
 
+def test_another_architecture_with_a_familys_template_is_not_of_it(tmp_path: Path) -> None:
+    assert inspect(make_folder(tmp_path / "m", replace(MADE["deepseek-r1"], model_type="seed_oss"))).family is None
+
+
 def test_a_model_that_does_not_think_has_no_family(tmp_path: Path) -> None:
     info = inspect(make_folder(tmp_path / "m", replace(MADE["qwen3"], template=chatml(), added=())))
     assert info.family is None
@@ -469,6 +475,33 @@ def test_a_system_prompt_that_the_template_adds_is_known(infos: dict[str, ModelI
     assert own["magistral-2507"].startswith("First think:")
     assert own["gpt-oss"] is not None
     assert own["gpt-oss"].startswith("You are ChatGPT.")
+
+
+def test_what_a_sampler_should_know_is_said(infos: dict[str, ModelInfo], tiny_model: Path) -> None:
+    assert inspect(tiny_model).remarks() == ()
+    assert infos["seed-oss"].remarks("be brief") == ()
+    (recipe,) = infos["deepseek-r1"].remarks()
+    assert "temperature 0.6, top_p 0.95" in recipe
+    assert "DeepSeek-R1" in recipe
+    (left,) = infos["deepseek-r1"].remarks(given=["top_p"])
+    assert "top_p" not in left
+    assert infos["deepseek-r1"].remarks("be brief", ["temperature", "top_p"]) == (
+        "deepseek-r1 is recommended to have no system prompt: put instructions into the question",
+    )
+    own = infos["phi-4-reasoning"].remarks()[-1]
+    assert "You are Phi." in own
+    assert not any("system prompt" in line for line in infos["phi-4-reasoning"].remarks("You are Phi."))
+    assert "date" in infos["gpt-oss"].remarks()[-1]
+
+
+def test_a_model_that_needs_its_system_prompt_says_so_where_the_template_adds_none(tmp_path: Path) -> None:
+    made = replace(MADE["magistral-2507"], template=MADE["magistral-2507"].template.split("{%- else %}")[0] + (
+        "{%- endif %}" + MADE["magistral-2507"].template.split("{%- endif %}", 1)[1]
+    ))  # fmt: skip
+    info = inspect(make_folder(tmp_path / "m", made))
+    assert info.template_system is None
+    assert "may not think" in info.remarks()[-1]
+    assert not any("may not think" in line for line in info.remarks("First think, then answer."))
 
 
 def test_a_template_that_writes_the_date_is_known(infos: dict[str, ModelInfo], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from calset.builder.reasoning import ReasoningFormat
 
@@ -25,13 +26,16 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family's published sampling; ``source`` is where it is published, ``advice`` what else is said there."""
+    """A family's published sampling; ``source`` is where it is published.
+
+    ``system_prompt`` is what is said there of one: ``never``, or always its ``own``.
+    """
 
     name: str
     sampling: Mapping[str, float]
     source: str
     recognises: Callable[[Traits], bool] = field(repr=False)
-    advice: str | None = None
+    system_prompt: Literal["never", "own"] | None = None
 
 
 def _deepseek_r1(traits: Traits) -> bool:
@@ -70,7 +74,7 @@ FAMILIES = (
         {"temperature": 0.6, "top_p": 0.95},
         "github.com/deepseek-ai/DeepSeek-R1 README, Usage Recommendations and Evaluation",
         _deepseek_r1,
-        "no system prompt: put all instructions into the question",
+        "never",
     ),
     Family(
         "qwen3",
@@ -83,14 +87,14 @@ FAMILIES = (
         {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
         "model card of Phi-4-reasoning, Usage",
         _phi4_reasoning,
-        "the system prompt of its model card; pass it where the template does not add it",
+        "own",
     ),
     Family(
         "magistral",
         {"temperature": 0.7, "top_p": 0.95},
         "model card of Magistral-Small-2506, Sampling parameters",
         _magistral,
-        "it thinks only with the system prompt of its model card; pass it where the template does not add it",
+        "own",
     ),
 )
 

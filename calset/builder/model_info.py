@@ -6,7 +6,7 @@ import inspect as signatures
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,36 @@ class ModelInfo:
         except Exception as error:
             raise InputError(f"the chat template of {self.model} refuses the prompt: {first_line(error)}") from error
         return tuple(int(i) for i in found)
+
+    def remarks(self, system_prompt: str | None = None, given: Collection[str] = ()) -> tuple[str, ...]:
+        """What somebody who samples this model should know, a line each.
+
+        Args:
+            system_prompt: the one that the build sends.
+            given: the fields of the sampling that the user chose.
+        """
+        lines = []
+        neutral, values = Sampling().as_dict(), self.sampling.as_dict()
+        taken = [
+            f"{name} {values[name]:g}"
+            for name, origin in self.sampling_from.items()
+            if origin.startswith("family") and name not in given and values[name] != neutral[name]
+        ]
+        if self.family and taken:
+            lines.append(
+                f"{self.model} leaves its sampling open: {', '.join(taken)} as recommended for {self.family.name} "
+                f"({self.family.source})"
+            )
+        wanted = self.family.system_prompt if self.family else None
+        if system_prompt is None and self.template_system is not None:
+            lines.append(f"the chat template adds a system prompt: {shortened(self.template_system)!r}")
+        elif system_prompt is None and wanted == "own":
+            lines.append(f"{self.model} may not think without the system prompt of its model card: pass that one")
+        elif system_prompt is not None and wanted == "never":
+            lines.append(f"{self.model} is recommended to have no system prompt: put instructions into the question")
+        if self.template_reads_clock:
+            lines.append("the chat template writes today's date into every prompt: another day, other prompts")
+        return tuple(lines)
 
     def decode(self, token_ids: Any) -> str:
         """Text without special tokens (end of turn, padding)."""
@@ -259,6 +289,12 @@ def template_system(tokenizer: Any, template_options: Mapping[str, Any] | None =
     own = head[: len(head) - shared_prefix(head[::-1], between[::-1])]
     own = re.sub(r"^\W*(system|developer)\b", "", own).replace("\0", "\n").strip()
     return own if re.search(r"\w", own) else None
+
+
+def shortened(text: str, width: int = 80) -> str:
+    """The start of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def _eos_token_ids(defaults: dict[str, Any], config: Any, tokenizer: Any) -> tuple[int, ...]:

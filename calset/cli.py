@@ -94,9 +94,11 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="auto, vllm, transformers, or the addresses of running servers: http://host:8000[,http://host2:8000]. "
             "auto takes vLLM when it is installed.",
         ),
-        click.option("--temperature", type=float, help="Default: the model's generation_config."),
-        click.option("--top-p", type=float, help="Default: the model's generation_config."),
-        click.option("--top-k", type=int, help="0 is off. Default: the model's generation_config."),
+        click.option(
+            "--temperature", type=float, help="Default: the model's generation_config, else its family's recipe."
+        ),
+        click.option("--top-p", type=float, help="Default: the model's generation_config, else its family's recipe."),
+        click.option("--top-k", type=int, help="0 is off. Default: as for --temperature."),
         click.option("--max-tokens", type=int, help="Completion tokens at most. Default: what the context holds."),
         click.option("--seed", type=int, default=0, show_default=True, help="Every trace's own seed derives from it."),
         click.option("--system-prompt", help="None unless given."),

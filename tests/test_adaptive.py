@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Population:
             if n == self.fail_after:
                 raise EngineError("the engine died; run the same command again to continue")
             self.requests.append(request)
+            time.sleep(0.005)  # one at a time, and no faster than its verdicts
             draw = random.Random(request.seed)
             rate, answer = self.rate[request.prompt_ids]
             said = answer if draw.random() < rate else "-1"

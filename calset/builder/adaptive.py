@@ -125,7 +125,7 @@ class AdaptiveSchedule:
         self._candidates: list[Candidate] = []
         self._sizes: dict[str, int] = {}
         self._n_flying = self._n_stopped = self._n_complete = self._n_inside = self._met = 0
-        self._dirty = self._exhausted = False
+        self._dirty = self._exhausted = self._caught_up = False
         self._decisions: list[Decision] = []
 
     # -- the feeding thread -----------------------------------------------------------------------------------------
@@ -134,9 +134,9 @@ class AdaptiveSchedule:
         waited = timeout <= 0
         while True:
             with self._changed:
-                if self._is_met():
+                if self._caught_up and self._is_met():
                     return None
-                if self._sending or self._next_batch():
+                if self._caught_up and (self._sending or self._next_batch()):
                     return self._hand_out()
                 if self._exhausted:
                     if waited or not self._n_flying:
@@ -148,9 +148,11 @@ class AdaptiveSchedule:
             following = next(self._source, None)
             with self._changed:
                 if following is None:
-                    self._exhausted = True
+                    self._exhausted = self._caught_up = True
                 else:
                     self._take_in(following)
+                    # Problems are opened in the source's order: those of an earlier build come first.
+                    self._caught_up = self._caught_up or not following.existing
 
     @property
     def finished(self) -> bool:
@@ -167,7 +169,7 @@ class AdaptiveSchedule:
             for unit in dropped:
                 self._n_flying -= 1
                 self._sending.append((self._open[unit.problem.problem_id], unit.sample_index))
-            return not self._is_met()
+            return not self.finished
 
     def _next_batch(self) -> bool:
         """Send the samples of the open problem of the least price; False when a fresh one is cheaper, or none is open.

@@ -180,7 +180,7 @@ def make_plan(
         prompt_tokens=measured.n_tokens,
         first_prompt_ids=measured.first,
         existing=_existing(store, key, measured.problem_ids, samples, budget, frozenset(retry)),
-        warnings=tuple(_warnings(info, sampling, samples)),
+        warnings=tuple(_warnings(info, sampling, samples, system_prompt)),
         excluded_ids=frozenset(measured.excluded_ids),
         decontaminator=decontaminator,
     )
@@ -233,13 +233,15 @@ def _token_budget(max_tokens: int | None, limit: int, longest: int, problem: Pro
     return max_tokens or min(left, MAX_TOKENS)
 
 
-def _warnings(info: ModelInfo, sampling: Sampling, samples: int) -> Iterator[str]:
+def _warnings(info: ModelInfo, sampling: Sampling, samples: int, system_prompt: str | None) -> Iterator[str]:
     if info.reasoning.name == "none":
         yield f"{info.model} marks no reasoning (<think>): its whole responses are graded"
-    if info.template_reads_clock:
-        yield f"the chat template of {info.model} writes today's date into the prompt: another day, other token ids"
     if sampling.temperature == 0 and samples > 1:
         yield "temperature 0 gives the same trace for each sample of a problem"
+    defaults = info.sampling.as_dict()
+    yield from info.remarks(
+        system_prompt, [name for name, value in sampling.as_dict().items() if value != defaults[name]]
+    )
 
 
 def _existing(

@@ -649,6 +649,37 @@ def test_a_build_through_servers_of_which_one_dies_keeps_what_was_served(doubles
         assert list(completion) == served_ids({"prompt": list(prompt), "seed": seed, "max_tokens": 64})
 
 
+def test_what_a_server_cannot_do_is_kept_as_an_error_that_can_be_run_again(doubles, tiny_model, tmp_path):
+    def fault(handler: Any, body: dict[str, Any]) -> bool:
+        if bad := body["seed"] % 4 == 0:
+            handler.reply(500, {"error": {"message": "cannot"}})
+        return bad
+
+    double = doubles(faults=[fault])
+
+    def run_build(**options: Any) -> Any:
+        return build(
+            tiny_model,
+            "gym:chain_sum?size=20",
+            samples=2,
+            catalog=tmp_path / "c.duckdb",
+            engine=double.url,
+            max_tokens=64,
+            graders=1,
+            engine_options=QUICK,
+            **options,
+        )
+
+    report = run_build()
+    bad = sum(seed % 4 == 0 for seed in double.asked)
+    assert bad
+    assert report.n_new == 40
+    assert report.verdicts["error"] == bad
+    double.faults = []
+    again = run_build(retry=["error"])
+    assert (again.n_new, again.verdicts.get("error", 0)) == (bad, 0)
+
+
 # --- a real vLLM server -----------------------------------------------------------------------------------------
 
 

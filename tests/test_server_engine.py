@@ -269,12 +269,16 @@ def test_requests_in_flight_are_bounded_and_spread_over_the_servers(doubles, ope
 
 
 def test_the_least_loaded_server_is_asked_first(doubles, opened):
-    slow, quick = doubles(seconds=0.6), doubles(seconds=0.02)
-    engine = opened(slow, quick, concurrency=4)
-    requests = requests_for(60)
-    run(engine, requests)
+    """With room for all of them at either."""
+    a, b = doubles(seconds=1.0), doubles(seconds=1.0)
+    run(opened(a, b, concurrency=64), requests_for(20))
+    assert a.most == b.most == 10
+
+
+def test_a_slow_server_holds_up_no_other(doubles, opened):
+    slow, quick = doubles(seconds=2.0), doubles(seconds=0.02)
+    run(opened(slow, quick, concurrency=4), requests_for(60))
     assert len(slow.bodies) <= 8
-    assert len(quick.bodies) >= 52
 
 
 def test_requests_are_pulled_lazily_and_a_slow_source_delays_no_answer(doubles, opened):
@@ -379,21 +383,21 @@ def test_a_request_that_fails_alone_is_given_up_as_an_error_and_the_others_go_on
 def test_an_answer_that_takes_too_long_is_given_up_when_its_server_answers_others(doubles, opened):
     def slow(handler: Any, body: dict[str, Any]) -> bool:
         if body["seed"] == 3:
-            time.sleep(1.5)
+            time.sleep(4)
         return False
 
     double = doubles(faults=[slow])
-    engine = opened(double, read_timeout=0.4)
+    engine = opened(double, read_timeout=1.5)
     requests = requests_for(6)
     found = run(engine, requests)
     assert found["r3"].finish_reason == "error"
     check_served(found, [request for request in requests if request.seed != 3])
-    assert "no answer within 0 seconds (--engine-option read_timeout=SECONDS gives them longer)" in engine.warnings[0]
+    assert "no answer within 2 seconds (--engine-option read_timeout=SECONDS gives them longer)" in engine.warnings[0]
 
 
 def test_a_server_that_dies_is_dropped_and_its_requests_move_on_and_it_comes_back(doubles, opened):
-    a, b = doubles(seconds=0.15), doubles(seconds=0.15)
-    engine = opened(a, b, concurrency=4, failures=3)
+    a, b = doubles(seconds=0.1), doubles(seconds=0.1)
+    engine = opened(a, b, concurrency=4, failures=2)
     requests = requests_for(120)
     threading.Timer(0.4, a.die).start()
     found, served = {}, 0
@@ -451,13 +455,14 @@ def test_when_no_server_is_left_the_error_names_them_and_says_how_to_go_on(doubl
     check_served(run(engine, rest), rest)
 
 
-def test_a_server_that_fails_everything_ends_the_stream_and_gives_nothing_up(doubles, opened):
+@pytest.mark.parametrize("n", [1, 50])
+def test_a_server_that_fails_everything_ends_the_stream_and_gives_nothing_up(doubles, opened, n):
     double = doubles()
     engine = opened(double, concurrency=8)
     double.faults, double.probes_ok = [status(500, 10**9)], False
     found: list[Completion] = []
     with pytest.raises(EngineError, match=r"no server is left .*HTTP 500"):
-        found.extend(engine.stream(requests_for(50), SAMPLING))
+        found.extend(engine.stream(requests_for(n), SAMPLING))
     assert not found
 
 
@@ -470,11 +475,11 @@ def test_one_bad_moment_is_one_failure_however_many_requests_it_hits(doubles, op
     assert not engine.warnings
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_whatever_fails_each_request_comes_back_once_with_its_own_ids(doubles, opened, seed):
     servers = [doubles(faults=[at_random(0.2, 10 * seed + i)], seconds=0.005 * i) for i in range(3)]
     engine = opened(*servers, concurrency=6, failures=4)
-    requests = requests_for(400)
+    requests = requests_for(300)
     threading.Timer(0.3, servers[seed].die).start()
     threading.Timer(1.0, servers[seed].start).start()
     found = run(engine, requests)
@@ -615,7 +620,13 @@ def test_a_retry_after_may_be_a_date():
 
 def test_a_build_through_servers_of_which_one_dies_keeps_what_was_served(doubles, tiny_model, tmp_path):
     a, b = doubles(seconds=0.03), doubles(seconds=0.03)
-    threading.Timer(1.5, a.die).start()
+    died: list[int] = []
+
+    def die(event: Any) -> None:
+        if event.saved and not died:
+            died.append(event.saved)
+            a.die()
+
     report = build(
         tiny_model,
         "gym:chain_sum?size=40",
@@ -624,8 +635,11 @@ def test_a_build_through_servers_of_which_one_dies_keeps_what_was_served(doubles
         engine=f"{a.url},{b.url}/v1",
         max_tokens=64,
         concurrency=2,
+        commit_every_seconds=0.2,
         engine_options=QUICK | {"failures": 2},
+        progress=die,
     )
+    assert died[0] < 240
     assert (report.engine, report.n_new) == ("server", 240)
     rows = Catalog(tmp_path / "c.duckdb").query(
         "SELECT prompt_ids, completion_ids, request_seed FROM trace_tokens JOIN traces USING (trace_id, attempt)"
@@ -633,6 +647,37 @@ def test_a_build_through_servers_of_which_one_dies_keeps_what_was_served(doubles
     assert len(rows.rows) == 240
     for prompt, completion, seed in rows.rows:
         assert list(completion) == served_ids({"prompt": list(prompt), "seed": seed, "max_tokens": 64})
+
+
+def test_what_a_server_cannot_do_is_kept_as_an_error_that_can_be_run_again(doubles, tiny_model, tmp_path):
+    def fault(handler: Any, body: dict[str, Any]) -> bool:
+        if bad := body["seed"] % 4 == 0:
+            handler.reply(500, {"error": {"message": "cannot"}})
+        return bad
+
+    double = doubles(faults=[fault])
+
+    def run_build(**options: Any) -> Any:
+        return build(
+            tiny_model,
+            "gym:chain_sum?size=20",
+            samples=2,
+            catalog=tmp_path / "c.duckdb",
+            engine=double.url,
+            max_tokens=64,
+            graders=1,
+            engine_options=QUICK,
+            **options,
+        )
+
+    report = run_build()
+    bad = sum(seed % 4 == 0 for seed in double.asked)
+    assert bad
+    assert report.n_new == 40
+    assert report.verdicts["error"] == bad
+    double.faults = []
+    again = run_build(retry=["error"])
+    assert (again.n_new, again.verdicts.get("error", 0)) == (bad, 0)
 
 
 # --- a real vLLM server -----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ PROBE_SECONDS = 300.0  # for one token; a server's first request may compile som
 QUEUE_SECONDS = 600.0  # that a request may wait in the server's own queue, on top of its tokens' time
 PAUSE_SECONDS = 60.0  # between two tries of a failing server at most
 ASKED_PAUSE_SECONDS = 600.0  # what a server may ask for by Retry-After at most
-ATTEMPTS = 4  # of a request that fails alone, on servers that answer others
+ATTEMPTS = 4  # of a request, when servers that answer others fail on it
 IDLE_SECONDS = 2.0  # that a free connection is kept: vLLM closes one after 5, and a race would look like a failure
 _DONE = object()
 
@@ -108,7 +108,7 @@ class _Server:
     why: str = ""  # it was dropped
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     trial: asyncio.Task[None] | None = None
-    row: list[str] = field(default_factory=list)  # whose failures stand in a row, one a pause
+    row: int = 0  # failures in a row, one a pause
     turned_away: int = 0  # 429s in a row
     paused_until: float = 0.0  # on the monotonic clock
 
@@ -119,17 +119,17 @@ class _Server:
         return not self.row or self.trial is None
 
     def succeeded(self) -> None:
-        self.row.clear()
+        self.row = 0
         self.turned_away = 0
         self.limit = min(self.most, self.limit + 1 / self.limit)
 
-    def failed(self, key: str, sent: float, patience: Patience, asked: float | None = None) -> None:
+    def failed(self, sent: float, patience: Patience, asked: float | None = None) -> None:
         """One more failure in a row, and a pause; what was sent before the last pause ended tells nothing new."""
         now = time.monotonic()
         if sent < self.paused_until:
             return
-        self.row.append(key)
-        self.paused_until = now + _pause(patience, len(self.row), asked)
+        self.row += 1
+        self.paused_until = now + _pause(patience, self.row, asked)
 
     def busy(self, patience: Patience, asked: float | None) -> None:
         """Half as much from now on; each success lets it take a little more."""
@@ -143,7 +143,7 @@ class _Server:
 
     def back(self) -> None:
         self.alive, self.limit, self.paused_until = True, float(self.most), 0.0
-        self.row.clear()
+        self.row = 0
 
 
 def _pause(patience: Patience, times: int, asked: float | None) -> float:
@@ -540,27 +540,29 @@ class _Stream:
         self._waiting.append(job)
 
     async def _failed(self, job: _Job, server: _Server, error: _Unavailable, sent: float) -> None:
+        """Whose fault it is: the request's, when the server completes another one; else the server's, in the end."""
         job.failures += 1
-        server.failed(job.request.key, sent, self._patience, error.pause)
-        alone = job.failures >= ATTEMPTS and set(server.row) <= {job.request.key}
-        if (alone or error.timed_out) and await self._give_up(job, server, error, sent):
-            return
-        if server.alive and (alone or error.timed_out or len(server.row) >= self._patience.failures):
-            self._drop(server, str(error))
+        server.failed(sent, self._patience, error.pause)
+        spent = job.failures >= ATTEMPTS or error.timed_out
+        doubtful = server.row >= self._patience.failures or error.timed_out
+        if spent or doubtful:
+            if await self._engine.answers(server):
+                server.succeeded()
+                if spent:
+                    self._give_up(job, server, error, sent)
+                    return
+            elif doubtful and server.alive:
+                self._drop(server, str(error))
         self._waiting.append(job)
 
-    async def _give_up(self, job: _Job, server: _Server, error: _Unavailable, sent: float) -> bool:
-        """An error as the request's own result, if the server answers another one."""
-        if not await self._engine.answers(server):
-            return False
-        server.succeeded()
+    def _give_up(self, job: _Job, server: _Server, error: _Unavailable, sent: float) -> None:
+        """An error as the request's own result."""
         more = " (--engine-option read_timeout=SECONDS gives them longer)" if error.timed_out else ""
         self._engine.warn(
             f"requests that kept failing at {server.url}, which answers others, are recorded as errors: {error}{more}; "
             "--retry error runs them again"
         )
         self._results.put(Completion(job.request.key, (), "error", time.monotonic() - sent))
-        return True
 
     def _drop(self, server: _Server, why: str) -> None:
         server.alive, server.why = False, why
@@ -582,8 +584,8 @@ class _Stream:
         sent = time.monotonic()
         why = await self._engine.healthy(server)
         if why is not None and server.alive:
-            server.failed("", sent, self._patience)
-            if len(server.row) >= self._patience.failures:
+            server.failed(sent, self._patience)
+            if server.row >= self._patience.failures:
                 self._drop(server, why)
 
     async def _readmit(self, server: _Server) -> None:

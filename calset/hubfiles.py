@@ -91,6 +91,8 @@ def open_dataset(
         InputError: no such dataset, revision, config or split (names what there is), or no access.
         CalsetError: what is needed is not in the cache and the Hub cannot be reached.
     """
+    if not re.fullmatch(r"[^/]+/[^/]+", repo):
+        raise InputError(f"{repo!r} is no dataset's name; write hf:ORG/NAME")
     with _hub_errors(repo, revision, None):
         commit = _patiently(lambda: _commit(repo, revision))
         card, files = _patiently(lambda: _card_and_files(repo, commit))

@@ -259,8 +259,9 @@ def resolve(hub: LocalHub, request: Request, kinds: str | None, name: str, revis
         return found
     repo, sha = found
     if repo.gated and path not in ("README.md", ".gitattributes"):
-        known = request.headers.get("authorization") == f"Bearer {TOKEN}"
-        return Answer.error(403 if known else 401, "GatedRepo", f"Access to dataset {name} is restricted.")
+        token = request.headers.get("authorization")
+        if token != f"Bearer {TOKEN}":  # 403: logged in, as somebody who did not accept the conditions
+            return Answer.error(403 if token else 401, "GatedRepo", f"Access to dataset {name} is restricted.")
     content = repo.commits[sha].get(path)
     if content is None:
         return Answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
@@ -268,7 +269,8 @@ def resolve(hub: LocalHub, request: Request, kinds: str | None, name: str, revis
     if path.endswith(LARGE):
         digest = hashlib.sha256(content).hexdigest()
         large = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-        location = f"{hub.url}/lfs/{digest}/{quote(path)}"
+        # Another host, as the real Hub's: the client follows a redirect within its host itself and loses these headers.
+        location = f"{hub.url.replace('127.0.0.1', 'localhost')}/lfs/{digest}/{quote(path)}"
         return Answer(302, b"", {**headers, **large, "Location": location})
     return Answer(200, content, headers)
 

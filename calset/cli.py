@@ -334,7 +334,7 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
 @click.option("--length-quantiles", metavar="LO..HI", help="The band of lengths among the candidates, e.g. 0.25..0.75.")
 @click.option("--length-tokens", metavar="LO..HI", help="The band of lengths in tokens, e.g. 2000..8000.")
 @click.option("--per-problem", type=click.IntRange(min=1), help="Traces a problem at most.")
-@click.option("--text", type=click.Path(path_type=Path), help="The plain text of the recipe text.")
+@click.option("--text", metavar="FILE", help="The recipe text's: a file, a folder, FILE?text=COLUMN, or hf:ORG/NAME.")
 @click.option("--window", type=click.IntRange(min=1), help="Tokens a sample of the recipe text.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @catalog_option

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import subprocess
 import sys
 from itertools import islice
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from calset.builder.problems import load_problems, open_gym, open_problems
@@ -175,12 +177,13 @@ def test_a_file_that_changes_between_two_readings_is_refused(tmp_path: Path):
         list(source)
 
 
+# VmHWM: the peak that getrusage tells is the parent's where that was larger.
 GROWTH = """
-import resource, sys
+import re, sys
 from itertools import islice
 from calset.builder.problems import open_problems
 import pyarrow.parquet
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
 path, action = sys.argv[1:]
 before = peak()
 source = open_problems(path)
@@ -191,15 +194,15 @@ print(n, peak() - before)
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_memory_does_not_grow_with_the_source(tmp_path: Path, suffix: str):
-    """200,000 problems of 500 characters, 120 MB as Python text alone: MB by which the process grows."""
-    connection = duckdb.connect()
-    table = (
-        "SELECT 'What is ' || i || ' plus ' || repeat('x', 480) AS question, i::VARCHAR AS answer, i % 7 AS level "
-        "FROM range(200000) t(i)"
-    )
+    """200,000 problems of 500 characters, over 100 MB as text alone: MB by which a process that reads them grows."""
+    noise = random.Random(0)
+    rows = [{"question": f"{n} {noise.randbytes(245).hex()}", "answer": str(n), "level": n % 7} for n in range(200_000)]
     path = tmp_path / f"many.{suffix}"
-    form = "FORMAT json" if suffix == "jsonl" else "FORMAT parquet, COMPRESSION zstd"
-    connection.execute(f"COPY ({table}) TO '{path}' ({form})")
+    if suffix == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    del rows
 
     def grown(action: str) -> tuple[int, int]:
         command = [sys.executable, "-c", GROWTH, str(path), action]
@@ -208,10 +211,10 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, suffix: str):
 
     n, megabytes = grown("preview")
     assert n == 5
-    assert megabytes < 30
+    assert megabytes < 40
     n, megabytes = grown("read")
     assert n == 200_000
-    assert megabytes < 70  # the ids of what was seen are 25 of them
+    assert megabytes < 80  # of which the ids of what was seen are 20
 
 
 # --- bad rows ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 from calset import ids
 from calset.builder.problems.gym import gym_version, open_demo, open_gym, open_task
@@ -21,6 +20,7 @@ from calset.catalog.records import Problem, Source
 from calset.datafiles import ROW_TYPES, count_rows, file_type, list_files
 from calset.errors import InputError
 from calset.hubfiles import PREFIX, HubDataset, open_dataset
+from calset.specs import parse, parse_options
 
 __all__ = ["PRESETS", "Preset", "ProblemSource", "gym_version", "load_problems", "open_gym", "open_problems"]
 
@@ -102,7 +102,7 @@ def _open(spec: str, question: str | None, answer: str | None, revision: str | N
     if name.partition("@")[0] in PRESETS:
         return _open_preset(spec, revision)
     if file_type(name) in ROW_TYPES or (name and os.path.isdir(name)):
-        return _open_files(spec, Path(name), _options(spec, FILE_OPTIONS), question, answer)
+        return _open_files(spec, Path(name), parse_options(spec, FILE_OPTIONS)[1], question, answer)
     close = difflib.get_close_matches(name, PRESETS, n=3)
     hint = f"did you mean {' or '.join(close)}? else " if close else ""
     raise InputError(f"unknown problems {spec!r}; {hint}pass {ACCEPTED}")
@@ -113,23 +113,12 @@ def _is_there(spec: str) -> bool:
     return (os.path.isdir(spec) and spec not in PRESETS) or (file_type(spec) in ROW_TYPES and os.path.isfile(spec))
 
 
-def _options(spec: str, known: Sequence[str]) -> dict[str, str]:
-    """What follows the '?' of a spec."""
-    name, _, query = spec.partition("?")
-    pairs = parse_qsl(query, keep_blank_values=True)
-    if query and len(pairs) != query.count("&") + 1:
-        raise InputError(f"cannot read the options of {spec!r}; write {name}?option=value&option=value")
-    options = dict(pairs)
-    for option, value in options.items():
-        if option not in known:
-            raise InputError(f"{name} takes no option {option!r}; it takes {', '.join(known)}")
-        if not value:
-            raise InputError(f"the option {option!r} of {name} has no value; write {option}=VALUE, or leave it out")
+def _grader(options: Mapping[str, str]) -> str:
     if "grader" in options:
         from calset.builder.grading import check_grader
 
-        check_grader(options["grader"])
-    return options
+        return check_grader(options["grader"])
+    return "math"
 
 
 # --- files and folders ------------------------------------------------------------------------------------------
@@ -153,7 +142,7 @@ def _open_files(
         spec=spec,
         kind="file",
         revision=revision,
-        grader=options.get("grader", "math"),
+        grader=_grader(options),
     )
 
     def read() -> Iterator[Problem]:
@@ -180,13 +169,11 @@ def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
 
 
 def _open_preset(spec: str, revision: str | None) -> ProblemSource:
-    place = spec.partition("?")[0]
-    name, _, asked = place.partition("@")
+    name, asked, options = parse(spec, ("config", "split"))
     preset = PRESETS[name]
-    options = _options(spec, ("config", "split"))
     dataset = open_dataset(
         preset.repo,
-        revision=revision or asked or None,
+        revision=revision or asked,
         config=options.get("config", preset.config),
         split=options.get("split", preset.split),
         types=ROW_TYPES,
@@ -205,12 +192,10 @@ def _open_preset(spec: str, revision: str | None) -> ProblemSource:
 
 
 def _open_hub(spec: str, question: str | None, answer: str | None, revision: str | None) -> ProblemSource:
-    place = spec.removeprefix(PREFIX).partition("?")[0]
-    repo, _, asked = place.partition("@")
-    options = _options(spec, HUB_OPTIONS)
+    repo, asked, options = parse(spec.removeprefix(PREFIX), HUB_OPTIONS)
     dataset = open_dataset(
         repo,
-        revision=revision or asked or None,
+        revision=revision or asked,
         config=options.get("config"),
         split=options.get("split"),
         types=ROW_TYPES,
@@ -224,7 +209,7 @@ def _open_hub(spec: str, question: str | None, answer: str | None, revision: str
         spec=spec,
         kind="hub",
         revision=dataset.revision,
-        grader=options.get("grader", "math"),
+        grader=_grader(options),
         licence=dataset.licence,
     )
     return _hub_source(source, dataset, columns)

@@ -251,8 +251,9 @@ def problems(spec: str | None, limit: int, count: bool, as_json: bool, **columns
         listed = [{key: getattr(problem, key) for key in keys} for problem in rows]
         terminal.emit_json({"source": facts.pop("name"), **facts, "n": n, "at_most": source.size, "problems": listed})
         return
+    revision = facts["revision"] if " " in facts["revision"] else facts["revision"][:12]
     many = f"{n} problems" if n is not None else f"at most {source.size} problems" if source.size else "problems"
-    terminal.say(f"{facts['name']}: {many}, grader {facts['grader']}, revision {facts['revision'][:12]}")
+    terminal.say(f"{facts['name']}: {many}, grader {facts['grader']}, revision {revision}")
     terminal.table(["problem", "question", "answer"], [(p.problem_id[:10], p.question, p.answer) for p in rows])
 
 

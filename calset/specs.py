@@ -47,4 +47,5 @@ def parse_options(text: str, known: Sequence[str]) -> tuple[str, dict[str, str]]
             raise InputError(f"{name} takes no option {option!r}; it takes {', '.join(known)}")
         if not value:
             raise InputError(f"the option {option!r} of {name} has no value; write {option}=VALUE, or leave it out")
-    return name, dict(pairs)
+    given = dict(pairs)
+    return name, {option: given[option] for option in known if option in given}  # in one order however typed

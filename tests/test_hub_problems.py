@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import TOKEN, Client, LocalHub
 
+from calset import ids
 from calset.builder.problems import PRESETS
 from calset.builder.problems.presets import shuffled
 from calset.catalog.records import Problem, Source
@@ -457,7 +458,7 @@ def test_a_revision_may_be_a_tag_or_a_converted_branch(hub: LocalHub, client: Cl
 def test_a_passing_failure_costs_a_moment(
     hub: LocalHub, client: Client, pattern: str, kind: str, status: int, request: pytest.FixtureRequest
 ) -> None:
-    name = f"org/failing-{abs(hash(request.node.name))}"
+    name = f"org/failing-{ids.digest(request.node.name)}"
     hub.commit(name, {"README.md": card(), "train.jsonl": json_lines(SUMS[:3]), "test.parquet": parquet(SUMS[3:])})
     hub.fail(pattern, kind, status=status)
     split = "test" if "lfs" in pattern else "train"

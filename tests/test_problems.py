@@ -130,7 +130,9 @@ def test_a_spec_can_name_its_own_columns_and_grader(tmp_path: Path):
 def test_a_packed_file_that_is_cut_or_something_else_is_named(tmp_path: Path, packing: str):
     # Random enough not to shrink to a few bytes, of which half might still be whole.
     whole = packed(
-        write_jsonl(tmp_path / "q.jsonl", [{"question": f"{hash(str(n))}?", "answer": "1"} for n in range(5000)]),
+        write_jsonl(
+            tmp_path / "q.jsonl", [{"question": f"{random.Random(n).random()}?", "answer": "1"} for n in range(5000)]
+        ),
         packing,
     )
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
@@ -232,6 +234,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, suffix: str):
         ('{"question": "a", "answer": " "}\n', r"bad\.jsonl:1 holds nothing in column 'answer'"),
         ('{"question": ["a"], "answer": "b"}\n', "holds a list in column 'question'"),
         ('{"question": "\\ud800", "answer": "b"}\n', "half a surrogate"),
+        ('{"question": "a", "answer": "b", "deep": ' + "[" * 700 + "]" * 700 + "}\n", r"bad\.jsonl:1 nests too deep"),
     ],
 )
 def test_a_bad_jsonl_file_is_named_with_its_line(tmp_path: Path, content: str, says: str):

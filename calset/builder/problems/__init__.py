@@ -19,7 +19,7 @@ from calset.builder.problems.source import ProblemSource
 from calset.catalog.records import Problem, Source
 from calset.datafiles import ROW_TYPES, count_rows, file_type, list_files
 from calset.errors import InputError
-from calset.hubfiles import PREFIX, HubDataset, open_dataset
+from calset.hubfiles import DEFAULT, PREFIX, HubDataset, open_dataset
 from calset.specs import parse, parse_options
 
 __all__ = ["PRESETS", "Preset", "ProblemSource", "gym_version", "load_problems", "open_gym", "open_problems"]
@@ -174,11 +174,12 @@ def _open_preset(spec: str, revision: str | None) -> ProblemSource:
     dataset = open_dataset(
         preset.repo,
         revision=revision or asked,
-        config=options.get("config", preset.config),
+        # "default" is also what a dataset's only config is called that its card gives another name.
+        config=options.get("config", None if preset.config == DEFAULT else preset.config),
         split=options.get("split", preset.split),
         types=ROW_TYPES,
     )
-    other = [part for part, usual in ((dataset.config, preset.config), (dataset.split, preset.split)) if part != usual]
+    other = [value for option, value in options.items() if value != getattr(preset, option)]
     source = Source(
         source_id=ids.digest("source", name, preset.repo, dataset.revision, dataset.config, dataset.split),
         name=":".join([name, *other]),

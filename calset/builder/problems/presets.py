@@ -127,26 +127,26 @@ _ALL = (
         note="an evaluation set; the card names no licence",
     ),
     Preset(
-        "aime25", "math-ai/aime25", "default", "test", "math", "apache-2.0", _math("id"), note="an evaluation set"
+        "aime25", "math-ai/aime25", "default", "test", "math", "Apache-2.0", _math("id"), note="an evaluation set"
     ),
     Preset(
-        "gpqa-diamond", "Idavidrein/gpqa", "gpqa_diamond", "train", "choice", "cc-by-4.0",
+        "gpqa-diamond", "Idavidrein/gpqa", "gpqa_diamond", "train", "choice", "CC-BY-4.0",
         Columns("Question", "Correct Answer", _GPQA_KEPT, needed=_GPQA_NEEDED, convert=_gpqa),
         gated=True,
         note="an evaluation set; its authors ask not to publish its questions in the clear",
     ),
     Preset(
-        "openr1-math", "open-r1/OpenR1-Math-220k", "default", "train", "math", "apache-2.0",
+        "openr1-math", "open-r1/OpenR1-Math-220k", "default", "train", "math", "Apache-2.0",
         Columns("problem", "answer", _OPENR1, convert=_with_answer(*_OPENR1)),
         note="the problems only, without R1's traces; ?config=all for the rest",
     ),
     Preset(
-        "numina-math", "AI-MO/NuminaMath-1.5", "default", "train", "math", "apache-2.0",
+        "numina-math", "AI-MO/NuminaMath-1.5", "default", "train", "math", "Apache-2.0",
         Columns("problem", "answer", _NUMINA, convert=_with_answer(*_NUMINA)),
         note="rows whose answer is a proof or was not found are left out",
     ),
     Preset(
-        "bigmath", "SynthLabsAI/Big-Math-RL-Verified", "default", "train", "math", "apache-2.0",
+        "bigmath", "SynthLabsAI/Big-Math-RL-Verified", "default", "train", "math", "Apache-2.0",
         _math("source", "domain", "llama8b_solve_rate"),
         gated=True,
         note="with the solve rate of Llama-3.1-8B",

@@ -117,8 +117,15 @@ def read_problems(source: Source, places: Iterable[Place], columns: Columns) -> 
                 question=question,
                 answer=answer,
                 grader=source.grader,
-                metadata=jsonable({name: value for name, value in draft.metadata.items() if value is not None}),
+                metadata=_metadata(draft, f"{label}:{number}"),
             )
+
+
+def _metadata(draft: Draft, label: str) -> Any:
+    try:
+        return jsonable({name: value for name, value in draft.metadata.items() if value is not None})
+    except RecursionError as error:
+        raise InputError(f"{label} nests too deep") from error
 
 
 def _top(column: str, names: Iterable[str]) -> str:

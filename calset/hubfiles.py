@@ -94,7 +94,7 @@ def open_dataset(
     if not re.fullmatch(r"[^/]+/[^/]+", repo):
         raise InputError(f"{repo!r} is no dataset's name; write hf:ORG/NAME")
     with _hub_errors(repo, revision, None):
-        commit = _patiently(lambda: _commit(repo, revision))
+        commit = _patiently(lambda: _commit(repo, revision), connecting=True)
         card, files = _patiently(lambda: _card_and_files(repo, commit))
     # Scripts and pictures are no split; where nothing else is there, they are at least named in the error.
     data = [file for file in files if file_type(file) in types] or files
@@ -256,20 +256,24 @@ def _list(value: Any) -> list[Any]:
 # --- what can go wrong on the way -------------------------------------------------------------------------------
 
 
-def _patiently(ask: Callable[[], T]) -> T:
-    """Ask again, a few times, when the Hub is overloaded or the connection fails; it does so itself for some calls."""
+def _patiently(ask: Callable[[], T], *, connecting: bool = False) -> T:
+    """Ask again, a few times, when the Hub is overloaded or fails.
+
+    Args:
+        connecting: also when it cannot be reached. Downloads try that for half a minute themselves.
+    """
     for seconds in RETRY_WAITS_SECONDS:
         try:
             return ask()
         except Exception as error:
-            if not _is_transient(error):
+            if not _is_transient(error, connecting):
                 raise
             time.sleep(seconds)
     return ask()
 
 
-def _is_transient(error: BaseException | None) -> bool:
-    """Overload, a server's failure or a broken connection; what the library made of it keeps that as its cause."""
+def _is_transient(error: BaseException | None, connecting: bool) -> bool:
+    """Overload, a server's failure or a broken download; what the library made of it keeps that as its cause."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -277,9 +281,9 @@ def _is_transient(error: BaseException | None) -> bool:
         return False
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and (error.response.status_code == 429 or error.response.status_code >= 500)
-    if isinstance(error, _http_error()) or "Consistency check failed" in str(error):
-        return True
-    return _is_transient(error.__cause__)
+    if isinstance(error, _http_error()):
+        return connecting
+    return "Consistency check failed" in str(error) or _is_transient(error.__cause__, connecting)
 
 
 def _http_error() -> type[Exception]:

@@ -192,7 +192,7 @@ MINIATURES: dict[str, tuple[dict[str, bytes], list[tuple[str, str, dict[str, Any
                 "Which particle carries the strong force?\n\nA) W boson\nB) photon\nC) gluon\nD) graviton\n\n"
                 "Answer with the letter of the right option.",
                 "C",
-                {"domain": "Physics", "options": ["W boson", "photon", "gluon", "graviton"]},
+                {"domain": "Physics", "choices": ["W boson", "photon", "gluon", "graviton"]},
             )
         ],
     ),
@@ -213,7 +213,13 @@ MINIATURES: dict[str, tuple[dict[str, bytes], list[tuple[str, str, dict[str, Any
         {
             "README.md": card({"default": {"train": "data/train-*"}}, license="apache-2.0"),
             "data/train-00000-of-00002.parquet": parquet([{**NUMINA, "answer": a} for a in ("2", "proof", None)]),
-            "data/train-00001-of-00002.parquet": parquet([{**NUMINA, "answer": "notfound"}, {**NUMINA, "answer": "3"}]),
+            "data/train-00001-of-00002.parquet": parquet(
+                [
+                    {**NUMINA, "answer": "notfound", "problem_is_valid": "Yes"},
+                    {**NUMINA, "answer": "5", "problem_is_valid": "Incomplete"},
+                    {**NUMINA, "answer": "3", "problem_is_valid": "Yes"},
+                ]
+            ),
         },
         [("1+1?", "2", {"source": "amc"}), ("1+1?", "3", {"source": "amc"})],
     ),
@@ -260,7 +266,7 @@ MINIATURES: dict[str, tuple[dict[str, bytes], list[tuple[str, str, dict[str, Any
                 "Where would you put a plate?\n\nA) cupboard\nB) roof\nC) river\n\n"
                 "Answer with the letter of the right option.",
                 "A",
-                {"subject": "plate", "options": ["cupboard", "roof", "river"]},
+                {"subject": "plate", "choices": ["cupboard", "roof", "river"]},
             )
         ],
     ),
@@ -437,6 +443,39 @@ def test_a_revision_may_be_a_tag_or_a_converted_branch(hub: LocalHub, client: Cl
     assert len(client(load, "hf:org/tagged@refs/convert/parquet?config=one")[1]) == 2
 
 
+def test_what_is_in_the_cache_needs_no_hub_and_what_is_not_is_named(tmp_path: Path) -> None:
+    with LocalHub() as hub:
+        files = {f"data/train-0000{n}-of-00002.jsonl": json_lines([SUMS[n]]) for n in range(2)}
+        sha = hub.commit("org/half", {"README.md": card(), **files})
+        with hub.client(tmp_path) as client:
+            assert len(client(first, "hf:org/half", 1)) == 1
+    with hub.client(tmp_path) as client:  # the Hub is gone, and nobody said so
+        client(hurry)
+        assert len(client(first, f"hf:org/half@{sha}", 1)) == 1
+        assert len(client(first, "hf:org/half", 1)) == 1
+        with pytest.raises(CalsetError, match=r"the Hub cannot be reached \(ConnectError\) for org/other"):
+            client(load, "hf:org/other")
+    half = r"org/half@.*, file data/train-00001-of-00002.jsonl, is not in the cache, and the Hub cannot be reached"
+    with hub.client(tmp_path, offline=True) as client, pytest.raises(CalsetError, match=half):
+        client(load, "hf:org/half")
+
+
+def built(spec: str, path: str) -> list[tuple[str, str, str, int]]:
+    """Runs in the client's process: a real build, and what the catalog says of its sources."""
+    import calset
+    from calset import demo
+
+    report = calset.build(demo.MODEL, spec, samples=1, max_tokens=12, engine="transformers", catalog=path)
+    sql = "SELECT name, kind, revision FROM sources"
+    return [(*row, report.n_new) for row in calset.Catalog(path).query(sql).rows]
+
+
+@pytest.mark.slow
+def test_a_build_records_the_commit_of_its_problems(hub: LocalHub, client: Client, tmp_path: Path) -> None:
+    sha = hub.commit("org/built", {"README.md": card(), "train.jsonl": json_lines(SUMS[:2])})
+    assert client(built, "hf:org/built", str(tmp_path / "c.duckdb")) == [("org/built:train", "hub", sha, 2)]
+
+
 # --- bad connections ---------------------------------------------------------------------------------------------
 
 
@@ -491,6 +530,7 @@ def test_the_command_line_previews_a_dataset(hub: LocalHub, tmp_path: Path) -> N
     shown = json.loads(done.stdout)
     assert (shown["source"], shown["n"], len(shown["problems"])) == ("org/shown:train", None, 2)
     assert json.loads(calset("hf:org/shown", "--limit", "2", "--json", "--count").stdout)["n"] == 6
+    assert [json.loads(line)["name"] for line in calset("--json").stdout.splitlines()] == list(PRESETS)
     done = calset("hf:org/shwon")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 

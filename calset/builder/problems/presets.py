@@ -55,11 +55,13 @@ def _gsm8k(row: Row) -> Draft:
 
 
 def _with_answer(*keep: str) -> Any:
-    """Rows of ``problem`` and ``answer``, without those whose answer is a proof or was not found."""
+    """Rows of ``problem`` and ``answer``, without proofs, rows without an answer and those that are marked invalid."""
 
     def convert(row: Row) -> Draft | None:
         answer = row["answer"]
-        if answer is None or str(answer).strip().lower() in _NO_ANSWER or row.get("question_type") == "proof":
+        valid = all(row.get(column) in (None, "Yes") for column in ("problem_is_valid", "solution_is_valid"))
+        gradable = answer is not None and str(answer).strip().lower() not in _NO_ANSWER
+        if not (valid and gradable) or row.get("question_type") == "proof":
             return None
         return Draft(row["problem"], answer, {name: row.get(name) for name in keep})
 
@@ -73,7 +75,7 @@ def _gpqa(row: Row) -> Draft:
     wrong = [str(row[f"Incorrect Answer {n}"] or "").strip() for n in (1, 2, 3)]
     options = shuffled(question, [right, *wrong])
     metadata = {
-        "options": options,
+        "choices": options,
         "domain": row.get("High-level domain"),
         "subdomain": row.get("Subdomain"),
         "solution": row.get("Explanation"),
@@ -97,7 +99,7 @@ def _commonsense_qa(row: Row) -> Draft:
     labels = [str(label) for label in choices.get("label") or []]
     answer = str(row["answerKey"] or "").strip()
     letter = LETTERS[labels.index(answer)] if answer in labels else answer
-    metadata = {"options": options, "subject": row.get("question_concept"), "id": row.get("id")}
+    metadata = {"choices": options, "subject": row.get("question_concept"), "id": row.get("id")}
     return Draft(lettered(str(row["question"] or ""), options), letter, metadata)
 
 
@@ -143,7 +145,7 @@ _ALL = (
     Preset(
         "numina-math", "AI-MO/NuminaMath-1.5", "default", "train", "math", "Apache-2.0",
         Columns("problem", "answer", _NUMINA, convert=_with_answer(*_NUMINA)),
-        note="rows whose answer is a proof or was not found are left out",
+        note="proofs and rows without an answer or marked invalid are left out: 683k of 896k remain",
     ),
     Preset(
         "bigmath", "SynthLabsAI/Big-Math-RL-Verified", "default", "train", "math", "Apache-2.0",

@@ -125,7 +125,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise InputError(f"{name} is not UTF-8 text: {error.reason}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{name} is not a whole gzip file: {first_line(error)}") from error
     except OSError as error:

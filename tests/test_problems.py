@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import random
 import subprocess
 import sys
+import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from calset.builder.problems import load_problems, open_gym, open_problems
 from calset.errors import InputError
@@ -71,6 +75,25 @@ def test_ids_depend_on_content_and_source_name_alone(tmp_path: Path):
     one = load_problems(str(write_jsonl(tmp_path / "a" / "q.jsonl", ROWS)))[1]
     two = load_problems(str(write_jsonl(tmp_path / "b" / "q.jsonl", list(reversed(ROWS)))))[1]
     assert {p.problem_id for p in one} == {p.problem_id for p in two}
+
+
+printable = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@given(st.lists(st.tuples(printable, printable), min_size=1, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_all_formats_tell_the_same(rows: list[tuple[str, str]]):
+    named = [{"question": question, "answer": answer} for question, answer in rows]
+    expected = list(dict.fromkeys(rows))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"q.{kind}" for kind in ("jsonl", "json", "parquet", "csv")]
+        write_jsonl(paths[0], named)
+        paths[1].write_text(json.dumps(named, indent=2, ensure_ascii=False), encoding="utf-8")
+        pq.write_table(pa.Table.from_pylist(named), paths[2])
+        with paths[3].open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("question", "answer"), *rows])
+        for path in (*paths, packed(paths[0], ".gz"), packed(paths[3], ".zst")):
+            assert [(p.question, p.answer) for p in load_problems(str(path))[1]] == expected
 
 
 @pytest.mark.parametrize("indent", [None, 1])

@@ -35,8 +35,8 @@ class Corpus:
         facts: where they are from and what identifies them, for the subset's record.
         digest: identifies the content; equal for equal ones.
         documents: gives the texts from the start.
-        whole: one text, to be taken whole: it is short, and what precedes a part decides nothing of it.
-        endless: too large to be read without a budget.
+        whole: a single text, in memory already: all of its windows are there to choose from.
+        endless: it may be too large to be read without a budget.
     """
 
     facts: Mapping[str, Any]

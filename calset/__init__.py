@@ -30,6 +30,7 @@ _HOMES = {
     "export": "calset.catalog.export",
     "grade": "calset.builder.regrade",
     "load_problems": "calset.builder.problems",
+    "open_problems": "calset.builder.problems",
     "prune": "calset.pruning.prune",
     "resolve": "calset.catalog.export",
     "select": "calset.catalog.selection",
@@ -49,6 +50,7 @@ __all__ = [
     "export",
     "grade",
     "load_problems",
+    "open_problems",
     "prune",
     "resolve",
     "select",
@@ -71,7 +73,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from calset.builder.generate import build
-    from calset.builder.problems import load_problems
+    from calset.builder.problems import load_problems, open_problems
     from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
     from calset.catalog.export import export, resolve

@@ -194,6 +194,7 @@ def _open_preset(spec: str, revision: str | None) -> ProblemSource:
 
 def _open_hub(spec: str, question: str | None, answer: str | None, revision: str | None) -> ProblemSource:
     repo, asked, options = parse(spec.removeprefix(PREFIX), HUB_OPTIONS)
+    grader = _grader(options)  # before anything is downloaded
     dataset = open_dataset(
         repo,
         revision=revision or asked,
@@ -210,7 +211,7 @@ def _open_hub(spec: str, question: str | None, answer: str | None, revision: str
         spec=spec,
         kind="hub",
         revision=dataset.revision,
-        grader=_grader(options),
+        grader=grader,
         licence=dataset.licence,
     )
     return _hub_source(source, dataset, columns)

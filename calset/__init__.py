@@ -32,6 +32,7 @@ _HOMES = {
     "grade": "calset.builder.regrade",
     "judge": "calset.builder.judge",
     "load_problems": "calset.builder.problems",
+    "open_problems": "calset.builder.problems",
     "prune": "calset.pruning.prune",
     "resolve": "calset.catalog.export",
     "select": "calset.catalog.selection",
@@ -53,6 +54,7 @@ __all__ = [
     "grade",
     "judge",
     "load_problems",
+    "open_problems",
     "prune",
     "resolve",
     "select",
@@ -77,7 +79,7 @@ if TYPE_CHECKING:
     from calset.builder.decontamination import decontaminate
     from calset.builder.generate import build
     from calset.builder.judge import judge
-    from calset.builder.problems import load_problems
+    from calset.builder.problems import load_problems, open_problems
     from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
     from calset.catalog.export import export, resolve

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,12 @@ def _existing(path: Path) -> Any:
 
 @cli.command()
 @click.option("--model", required=True, help="A checkpoint folder or Hub id.")
-@click.option("--problems", required=True, multiple=True, help="A file, gym:TASK?option=value, or demo. Repeatable.")
+@click.option(
+    "--problems",
+    required=True,
+    multiple=True,
+    help="A file, a preset, hf:ORG/NAME, gym:TASK?option=value, or demo. Repeatable.",
+)
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
@@ -345,22 +350,41 @@ def _judge(model: str, engine: str, catalog: Path, progress_mode: str, as_json: 
 
 
 @cli.command()
-@click.argument("spec")
+@click.argument("spec", required=False)
 @click.option("--question", help="The question's column. Default: question.")
 @click.option("--answer", help="The reference answer's column. Default: answer.")
-@click.option("--limit", type=int, default=5, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), default=5, show_default=True, help="Show the first N problems.")
+@click.option("--count", is_flag=True, help="Count them, which reads them all.")
 @json_option
-def problems(spec: str, question: str | None, answer: str | None, limit: int, as_json: bool) -> None:
-    """Preview a source of problems: SPEC as `build --problems` takes it."""
-    from calset.builder.problems import load_problems
+def problems(spec: str | None, limit: int, count: bool, as_json: bool, **columns: Any) -> None:
+    """List the presets, or preview a source of problems: SPEC as `build --problems` takes it."""
+    from calset.builder.problems import PRESETS, open_problems
 
-    source, rows = load_problems(spec, question=question, answer=answer)
-    if as_json:
-        listed = [{"problem_id": p.problem_id, "question": p.question, "answer": p.answer} for p in rows[:limit]]
-        terminal.emit_json({"source": source.name, "revision": source.revision, "n": len(rows), "problems": listed})
+    if spec is None:
+        _print_presets(PRESETS.values(), as_json)
         return
-    terminal.say(f"{source.name}: {len(rows)} problems, grader {source.grader}, revision {source.revision[:12]}")
-    terminal.table(["problem", "question", "answer"], [(p.problem_id[:10], p.question, p.answer) for p in rows[:limit]])
+    source = open_problems(spec, **columns)
+    rows, n = source.preview(limit, count=count)
+    facts = {key: getattr(source.source, key) for key in ("name", "kind", "revision", "grader", "licence")}
+    if as_json:
+        keys = ("problem_id", "question", "answer", "metadata")
+        listed = [{key: getattr(problem, key) for key in keys} for problem in rows]
+        terminal.emit_json({"source": facts.pop("name"), **facts, "n": n, "at_most": source.size, "problems": listed})
+        return
+    revision = facts["revision"] if " " in facts["revision"] else facts["revision"][:12]
+    many = f"{n} problems" if n is not None else f"at most {source.size} problems" if source.size else "problems"
+    terminal.say(f"{facts['name']}: {many}, grader {facts['grader']}, revision {revision}")
+    terminal.table(["problem", "question", "answer"], [(p.problem_id[:10], p.question, p.answer) for p in rows])
+
+
+def _print_presets(presets: Iterable[Any], as_json: bool) -> None:
+    keys = ("name", "repo", "config", "split", "grader", "licence", "gated", "note")
+    rows = [[getattr(preset, key) for key in keys] for preset in presets]
+    if as_json:
+        for row in rows:
+            terminal.emit_json(dict(zip(keys, row, strict=True)))
+    else:
+        terminal.table(["preset", "dataset", *keys[2:]], rows)
 
 
 @cli.command()
@@ -480,7 +504,7 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
 @click.option("--length-quantiles", metavar="LO..HI", help="The band of lengths among the candidates, e.g. 0.25..0.75.")
 @click.option("--length-tokens", metavar="LO..HI", help="The band of lengths in tokens, e.g. 2000..8000.")
 @click.option("--per-problem", type=click.IntRange(min=1), help="Traces a problem at most.")
-@click.option("--text", type=click.Path(path_type=Path), help="The plain text of the recipe text.")
+@click.option("--text", metavar="FILE", help="The recipe text's: a file, a folder, FILE?text=COLUMN, or hf:ORG/NAME.")
 @click.option("--window", type=click.IntRange(min=1), help="Tokens a sample of the recipe text.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @catalog_option

@@ -88,15 +88,20 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def files_hash(paths: Iterable[Path]) -> str:
-    """sha256 over (name, bytes) of files in the order of their names: the revision of a local model or data file."""
+def files_hash(paths: Iterable[Path], root: Path | None = None) -> str:
+    """sha256 over (name, bytes) of files in the order of their names: the revision of a local model or data file.
+
+    Args:
+        root: a folder above all of them: names are taken from there, so that two of one name may lie below it.
+    """
     total = hashlib.sha256()
-    for path in sorted(paths, key=lambda p: p.name):
+    named = {path: path.name if root is None else path.relative_to(root).as_posix() for path in paths}
+    for path, name in sorted(named.items(), key=lambda item: item[1]):
         inner = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 inner.update(chunk)
-        total.update(canonical_json([path.name, inner.hexdigest()]).encode("ascii"))
+        total.update(canonical_json([name, inner.hexdigest()]).encode("ascii"))
     return total.hexdigest()
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import random
+import subprocess
+import sys
+import tempfile
+from itertools import islice
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from calset.builder.problems import load_problems, open_gym
+from calset.builder.problems import load_problems, open_gym, open_problems
 from calset.errors import InputError
 
 ROWS = [{"question": "1+1?", "answer": "2", "level": 3}, {"question": "2+2?", "answer": 4, "level": None}]
@@ -33,9 +44,18 @@ def make(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def packed(path: Path, packing: str) -> Path:
+    target = path.with_name(path.name + packing)
+    content = path.read_bytes()
+    target.write_bytes(gzip.compress(content) if packing == ".gz" else pa.Codec("zstd").compress(content, asbytes=True))
+    return target
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".jsonl.gz", ".csv.gz", ".jsonl.zst", ".csv.zst"])
 def test_a_file_gives_its_rows(tmp_path: Path, suffix: str):
-    source, problems = load_problems(str(make(tmp_path / f"sums{suffix}")))
+    kind, dot, packing = suffix[1:].partition(".")
+    path = make(tmp_path / f"sums.{kind}")
+    source, problems = load_problems(str(packed(path, dot + packing) if packing else path))
     assert (source.name, source.kind, source.grader) == (f"sums{suffix}", "file", "math")
     assert [(p.question, p.answer) for p in problems] == [("1+1?", "2"), ("2+2?", "4")]
     assert str(problems[0].metadata["level"]) == "3"
@@ -57,6 +77,174 @@ def test_ids_depend_on_content_and_source_name_alone(tmp_path: Path):
     assert {p.problem_id for p in one} == {p.problem_id for p in two}
 
 
+printable = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@given(st.lists(st.tuples(printable, printable), min_size=1, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_all_formats_tell_the_same(rows: list[tuple[str, str]]):
+    named = [{"question": question, "answer": answer} for question, answer in rows]
+    expected = list(dict.fromkeys(rows))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"q.{kind}" for kind in ("jsonl", "json", "parquet", "csv")]
+        write_jsonl(paths[0], named)
+        paths[1].write_text(json.dumps(named, indent=2, ensure_ascii=False), encoding="utf-8")
+        pq.write_table(pa.Table.from_pylist(named), paths[2])
+        with paths[3].open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("question", "answer"), *rows])
+        for path in (*paths, packed(paths[0], ".gz"), packed(paths[3], ".zst")):
+            assert [(p.question, p.answer) for p in load_problems(str(path))[1]] == expected
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_file_holds_an_array_or_lines(tmp_path: Path, indent: int | None):
+    long = [{"question": "x" * 700_000 + f"{n}", "answer": "1"} for n in range(4)]  # longer than what is read at once
+    array = tmp_path / "array.json"
+    array.write_text("\n " + json.dumps([*ROWS, *long], indent=indent))
+    lines = write_jsonl(tmp_path / "lines.json", ROWS)
+    assert [p.question for p in load_problems(str(array))[1]] == [row["question"] for row in [*ROWS, *long]]
+    assert [p.question for p in load_problems(str(lines))[1]] == [row["question"] for row in ROWS]
+    for content, says in [
+        ('[{"question": "a", "answer": 1}, {"question', "array.json: row 2 is not JSON"),
+        ('[{"question": "a", "answer": 1}', "array.json: row 2 is not JSON"),
+        ("[1]", "row 1 is not a JSON object but a int"),
+        ("[]", "holds no problems"),
+        ("", "holds no problems"),
+    ]:
+        array.write_text(content)
+        with pytest.raises(InputError, match=says):
+            load_problems(str(array))
+
+
+def test_a_folder_is_one_source_whatever_the_machine_lists_first(tmp_path: Path):
+    folder = tmp_path / "set"
+    (folder / "deep").mkdir(parents=True)
+    write_jsonl(folder / "b.jsonl", [{"question": "b?", "answer": "2"}])
+    write_jsonl(folder / "deep" / "a.jsonl", [{"question": "c?", "answer": "3"}, {"question": "a?", "answer": "1"}])
+    packed(write_jsonl(folder / "a.jsonl", [{"question": "a?", "answer": "1"}]), ".gz")
+    (folder / "README.md").write_text("no data")
+    (folder / ".hidden.jsonl").write_text("{")
+    source, problems = load_problems(str(folder))
+    assert (source.name, source.kind) == ("set", "file")
+    rows = [("a?", "a.jsonl:1"), ("b?", "b.jsonl:1"), ("c?", "deep/a.jsonl:1")]
+    assert [(p.question, p.source_row) for p in problems] == rows
+    before = source.revision
+    (folder / "b.jsonl").rename(folder / "c.jsonl")
+    assert load_problems(str(folder))[0].revision != before
+    (folder / "c.jsonl").write_text('{"question": "b?"}')
+    with pytest.raises(InputError, match=r"c\.jsonl:1 has no column 'answer'"):
+        load_problems(str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"the folder .*empty holds no \.jsonl"):
+        load_problems(str(tmp_path / "empty"))
+
+
+def test_a_spec_can_name_its_own_columns_and_grader(tmp_path: Path):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"q": "x?", "deep": {"a": 7}, "answer": "1"}])
+    source, (problem,) = load_problems(f"{path}?question=q&answer=deep.a&grader=math", answer="answer")
+    assert (problem.question, problem.answer, source.name) == ("x?", "7", "q.jsonl")
+    with pytest.raises(InputError, match="takes no option 'split'; it takes question, answer, grader"):
+        load_problems(f"{path}?split=test")
+    with pytest.raises(InputError, match="cannot read the options"):
+        load_problems(f"{path}?question=q&&answer=x")
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_a_packed_file_that_is_cut_or_something_else_is_named(tmp_path: Path, packing: str):
+    # Random enough not to shrink to a few bytes, of which half might still be whole.
+    whole = packed(
+        write_jsonl(
+            tmp_path / "q.jsonl", [{"question": f"{random.Random(n).random()}?", "answer": "1"} for n in range(5000)]
+        ),
+        packing,
+    )
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(InputError, match=rf"q\.jsonl\{packing}.*(not a whole gzip file|Truncated)"):
+        load_problems(str(whole))
+    whole.write_bytes(b"plainly something else")
+    with pytest.raises(InputError, match=rf"q\.jsonl\{packing}"):
+        load_problems(str(whole))
+
+
+# --- streaming ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["demo", "gym:chain_sum?size=30&seed=3", "FILE", "PARQUET"])
+def test_a_source_can_be_read_again_and_gives_the_same(tmp_path: Path, spec: str):
+    spec = {"FILE": str(make(tmp_path / "q.jsonl")), "PARQUET": str(make(tmp_path / "q.parquet"))}.get(spec, spec)
+    source = open_problems(spec)
+    first, second = iter(source), list(source)
+    assert [next(first), *first] == second == load_problems(spec)[1]  # two readings do not disturb each other
+    assert source.size in (None, len(second))
+    few = open_problems(spec, limit=2)
+    assert list(few) == second[:2]
+    assert few.size in (None, 2)
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + "not JSON\n")
+    source = open_problems(str(path))
+    assert [p.question for p in islice(source, 1)] == ["1+1?"]
+    assert source.preview(1)[1] is None
+    with pytest.raises(InputError, match=r"q\.jsonl:2 is not JSON"):
+        list(source)
+    assert open_problems(str(write_jsonl(path, ROWS))).preview(5) == (load_problems(str(path))[1], 2)
+    assert open_problems(str(path)).preview(1, count=True)[1] == 2
+
+
+def test_a_file_that_changes_between_two_readings_is_refused(tmp_path: Path):
+    path = write_jsonl(tmp_path / "q.jsonl", ROWS)
+    source = open_problems(str(path))
+    assert len(list(source)) == 2
+    write_jsonl(path, [*ROWS, {"question": "new?", "answer": "1"}])
+    with pytest.raises(InputError, match="has changed since it was opened"):
+        list(source)
+
+
+# VmHWM: the peak that getrusage tells is the parent's where that was larger.
+GROWTH = """
+import re, sys
+from itertools import islice
+from calset.builder.problems import open_problems
+import pyarrow.parquet
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
+path, action = sys.argv[1:]
+before = peak()
+source = open_problems(path)
+n = len(list(islice(source, 5))) if action == "preview" else sum(1 for _ in source)
+print(n, peak() - before)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_memory_does_not_grow_with_the_source(tmp_path: Path, suffix: str):
+    """200,000 problems of 500 characters, over 100 MB as text alone: MB by which a process that reads them grows."""
+    noise = random.Random(0)
+    rows = [{"question": f"{n} {noise.randbytes(245).hex()}", "answer": str(n), "level": n % 7} for n in range(200_000)]
+    path = tmp_path / f"many.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    del rows
+
+    def grown(action: str) -> tuple[int, int]:
+        command = [sys.executable, "-c", GROWTH, str(path), action]
+        n, megabytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return int(n), int(megabytes)
+
+    n, megabytes = grown("preview")
+    assert n == 5
+    assert megabytes < 40
+    n, megabytes = grown("read")
+    assert n == 200_000
+    assert megabytes < 80  # of which the ids of what was seen are 20
+
+
+# --- bad rows ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -69,6 +257,7 @@ def test_ids_depend_on_content_and_source_name_alone(tmp_path: Path):
         ('{"question": "a", "answer": " "}\n', r"bad\.jsonl:1 holds nothing in column 'answer'"),
         ('{"question": ["a"], "answer": "b"}\n', "holds a list in column 'question'"),
         ('{"question": "\\ud800", "answer": "b"}\n', "half a surrogate"),
+        ('{"question": "a", "answer": "b", "deep": ' + "[" * 700 + "]" * 700 + "}\n", r"bad\.jsonl:1 nests too deep"),
     ],
 )
 def test_a_bad_jsonl_file_is_named_with_its_line(tmp_path: Path, content: str, says: str):
@@ -91,7 +280,7 @@ def test_files_that_are_not_what_their_name_says_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("spec", ["gsm9k", "demo:eval", "questions.txt", "", "http://x/y"])
 def test_an_unknown_spec_lists_what_is_accepted(spec: str):
-    with pytest.raises(InputError, match=r"pass a \.jsonl, \.parquet or \.csv file, gym:TASK"):
+    with pytest.raises(InputError, match=r"pass a \.jsonl, \.json, \.parquet or \.csv file .*gym:TASK"):
         load_problems(spec)
 
 

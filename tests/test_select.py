@@ -570,7 +570,7 @@ def test_text_and_gold_say_what_is_missing(tmp_path: Path, tokenizer: Any) -> No
         ({"text": tmp_path / "missing.txt"}, "cannot read the text"),
         ({"text": short, "window": 512}, "less than one window of 512"),
         ({"text": short, "window": 4, "tokens": 3}, "more than the budget"),
-        ({"text": binary}, "not a plain UTF-8 text"),
+        ({"text": binary}, "binary is not UTF-8 text"),
         ({"text": short, "where": "true"}, "windows of a text"),
         ({"text": short, "model": "other"}, "no build run of other"),
     ]

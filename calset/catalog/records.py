@@ -37,8 +37,8 @@ class Source:
     source_id: str
     name: str  # short name that people filter by: "gym:chain_sum", "questions.jsonl", "demo"
     spec: str  # as typed: "gym:chain_sum?max_terms=4&size=50&seed=1"
-    kind: str  # "gym" | "file" | "demo"
-    revision: str  # package version or file hash
+    kind: str  # "gym" | "file" | "demo" | "hub"
+    revision: str  # package version, file hash or commit
     grader: str
     licence: str | None = None
 

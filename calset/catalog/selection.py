@@ -20,6 +20,7 @@ from calset.catalog import subsets
 from calset.catalog.catalog import Catalog, check_select
 from calset.catalog.conditions import require_stable
 from calset.catalog.connection import opened
+from calset.catalog.corpus import Corpus, open_corpus
 from calset.catalog.recipes import Candidate, Kind, Ranking, Recipe, get_recipe, rank, spend, tie_break
 from calset.catalog.records import Sample, Subset
 from calset.catalog.values import clean, clean_params
@@ -68,7 +69,8 @@ def select(
         model: whose traces, ``MODEL`` or ``MODEL@REVISION``; needed when the catalog holds several models'.
         where: a SQL condition over the view ``trace`` that candidates must meet.
         seed: orders equals, and everything where the recipe's order is random.
-        text: the plain-text file of a ``text`` recipe.
+        text: the plain text of a ``text`` recipe: a file, a folder, a file of rows (``FILE?text=COLUMN``) or a dataset
+            (``hf:org/name@revision?config=&split=&text=COLUMN``).
         options: any field of Recipe (``samples``, ``tokens``, ``difficulty``, ``window``, ...) in its place.
 
     Returns:
@@ -254,6 +256,9 @@ def _read_tokens(
 # -- plain text -----------------------------------------------------------------------------------------------------
 
 
+POOL_WINDOWS = 4  # windows to choose from for each one of the budget, where the order is seeded
+
+
 def _select_text(
     catalog: Catalog,
     name: str,
@@ -264,20 +269,24 @@ def _select_text(
     seed: int,
     text: str | Path | None,
 ) -> Subset:
-    """Windows of a plain text, consecutive, without overlap, taken in seeded order; a rest at the end is left out."""
+    """Windows of a plain text, consecutive, without overlap, taken in seeded order; a rest at the end is left out.
+
+    Documents follow each other with the end token between them. Of a corpus of many only as many are read, from the
+    start, as hold what the budget takes, four times over where the order is seeded: the seed needs a choice.
+    """
     if text is None:
         raise InputError(f"recipe {recipe.name} needs a plain-text file: pass --text FILE")
     if where is not None or recipe.difficulty or recipe.correct or recipe.finished or recipe.min_k:
         raise InputError(f"recipe {recipe.name} takes windows of a text: it has no verdict, difficulty or condition")
-    content = _read_text(Path(text))
+    corpus = open_corpus(text)
+    if corpus.endless and recipe.samples is None and recipe.tokens is None:
+        raise InputError(f"{text} is too large to be taken whole: give a budget with --tokens or --samples")
     owner = _builder(catalog, model)
     tokenizer = load_tokenizer(catalog, owner)
-    tokenizer.model_max_length = len(content) + 1  # the text is cut into windows below: no warning about its length
-    token_ids = tokenizer.encode(content, add_special_tokens=False)
     window = recipe.window or 0
-    digest = ids.text_hash(content)
+    token_ids, n_documents = _token_ids(corpus, tokenizer, None if corpus.whole else _pool_tokens(recipe, window))
     windows = [
-        Sample(ids.digest("sample", "text", digest, window, start), token_ids[start : start + window], 0, "text")
+        Sample(ids.digest("sample", "text", corpus.digest, window, start), token_ids[start : start + window], 0, "text")
         for start in range(0, len(token_ids) - window + 1, window)
     ]
     if not windows:
@@ -288,19 +297,30 @@ def _select_text(
     if not taken:
         raise InputError(f"a window of {window} tokens is more than the budget of {recipe.tokens}: lower --window")
     samples = [windows[i] for i in taken]
-    facts = {"tokens": len(token_ids), "windows": len(windows), "taken": len(samples)}
+    facts = {"documents": n_documents, "tokens": len(token_ids), "windows": len(windows), "taken": len(samples)}
     warnings = _budget_warnings(recipe, samples, len(windows) * window)
-    resolved = _resolved(recipe, None, {"file": Path(text).name, "sha256": digest})
-    return _keep(catalog, name, resolved, seed, owner, samples, facts, warnings)
+    return _keep(catalog, name, _resolved(recipe, None, dict(corpus.facts)), seed, owner, samples, facts, warnings)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read the text {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a plain UTF-8 text: {error.reason} at byte {error.start}") from error
+def _pool_tokens(recipe: Recipe, window: int) -> int | None:
+    """How many tokens of a corpus are enough to choose from; None for all."""
+    budget = recipe.samples if recipe.samples is not None else recipe.tokens and -(-recipe.tokens // window)
+    return budget and budget * window * (1 if recipe.order == "catalog" else POOL_WINDOWS)
+
+
+def _token_ids(corpus: Corpus, tokenizer: Any, enough: int | None) -> tuple[list[int], int]:
+    """The first documents' tokens, one after the other, and how many documents that took."""
+    tokenizer.model_max_length = 1 << 40  # the text is cut into windows: no warning about its length
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    token_ids: list[int] = []
+    n = 0
+    for document in corpus.documents():
+        token_ids += end if n else []
+        token_ids += tokenizer.encode(document, add_special_tokens=False)
+        n += 1
+        if enough is not None and len(token_ids) >= enough:
+            break
+    return token_ids, n
 
 
 def _builder(catalog: Catalog, model: str | None) -> _Model:
@@ -319,7 +339,7 @@ def _builder(catalog: Catalog, model: str | None) -> _Model:
 # -- the result -----------------------------------------------------------------------------------------------------
 
 
-def _resolved(recipe: Recipe, where: str | None, text: dict[str, str] | None) -> dict[str, Any]:
+def _resolved(recipe: Recipe, where: str | None, text: dict[str, Any] | None) -> dict[str, Any]:
     return {**recipe.as_dict(), "where": where, "text": text}
 
 

@@ -1,0 +1,167 @@
+"""Problems of reasoning-gym tasks, made as they are asked for, and the bundled demo's, which are such tasks too.
+
+Must not know: models, engines or the catalog.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+from urllib.parse import parse_qsl
+
+from calset import demo, ids
+from calset.builder.problems.source import ProblemSource
+from calset.catalog.records import Problem, Source
+from calset.errors import InputError, first_line
+
+GYM_DEFAULTS = {"seed": 0, "size": 500}
+
+
+def open_task(spec: str) -> ProblemSource:
+    """The problems of ``gym:TASK?option=value&size=N&seed=S``.
+
+    Raises:
+        InputError: an unknown task or option, or a value that the task refuses.
+    """
+    task, _, query = spec.removeprefix("gym:").partition("?")
+    pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=False)
+    if query and len(pairs) != query.count("&") + 1:
+        raise InputError(f"cannot read the options of {spec!r}; write gym:{task}?option=value&option=value")
+    options = {name: _value(text) for name, text in pairs}
+    name = f"gym:{task}"
+    dataset = open_gym(task, options)
+    source = Source(
+        source_id=ids.digest("source", name, options, gym_version()),
+        name=name,
+        spec=spec,
+        kind="gym",
+        revision=gym_version(),
+        grader="gym",
+        licence="Apache-2.0",
+    )
+    return ProblemSource(source, len(dataset), lambda: _task_problems(source, task, options, dataset))
+
+
+def open_gym(task: str, options: dict[str, Any]) -> Any:
+    """A reasoning-gym dataset, seeded with 0 unless the options say otherwise.
+
+    Raises:
+        InputError: an unknown task or option, or a value that the task refuses.
+    """
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    tasks = sorted(t for t in DATASETS if t != "composite")
+    if task not in tasks:
+        close = difflib.get_close_matches(task, tasks, n=5, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(tasks)}"
+        raise InputError(f"reasoning-gym has no task {task!r}; {hint}")
+    known = sorted(f.name for f in fields(DATASETS[task][1]))
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise InputError(f"reasoning-gym's {task} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    size = options.get("size", GYM_DEFAULTS["size"])
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"size must be a positive whole number, not {size!r}")
+    seed = options.get("seed", GYM_DEFAULTS["seed"])
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise InputError(f"seed must be a whole number, not {seed!r}")
+    try:
+        return create_dataset(task, **({k: v for k, v in GYM_DEFAULTS.items() if k in known} | options))
+    except Exception as error:
+        given = "&".join(f"{k}={v}" for k, v in options.items())
+        raise InputError(
+            f"reasoning-gym's {task} refuses {given!r} ({first_line(error)}); its options: {', '.join(known)}"
+        ) from error
+
+
+def gym_version() -> str:
+    from importlib.metadata import version
+
+    return f"reasoning-gym {version('reasoning-gym')}"
+
+
+def _task_problems(source: Source, task: str, options: dict[str, Any], dataset: Any) -> Iterator[Problem]:
+    """A task draws problem i of seed s from Random(s + i), so overlapping draws share problems: the id is of question
+    and answer alone. The task's scorer judges later, from the entry's metadata and the task's options."""
+    kept = {name: value for name, value in options.items() if name not in GYM_DEFAULTS}
+    seed = options.get("seed", GYM_DEFAULTS["seed"])
+    for i in range(len(dataset)):
+        entry = dataset[i]
+        text, answer = str(entry["question"]), str(entry["answer"])
+        yield Problem(
+            problem_id=ids.problem_id(source.name, text, answer),
+            source_id=source.source_id,
+            source=source.name,
+            source_row=f"{task}:{seed}+{i}",
+            question=text,
+            answer=answer,
+            grader="gym",
+            metadata={"task": task, "options": kept, "entry": _plain(entry.get("metadata", {}))},
+        )
+
+
+def _value(text: str) -> Any:
+    """``4`` -> 4, ``true`` -> True, ``[1,2]`` -> [1, 2], anything else itself."""
+    lowered = text.strip().lower()
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _finite(text: str) -> float:
+    """A source's id is a hash of its options as JSON, which knows neither NaN nor infinity (``1e999`` is one too)."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise InputError(f"a task's option must be a finite number, not {text}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able, as the catalog stores it: tuples become lists, keys and unknown objects text."""
+    return json.loads(json.dumps(value, default=_unknown))
+
+
+def _unknown(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+# --- the demo --------------------------------------------------------------------------------------------------
+
+
+def open_demo(part: str) -> ProblemSource:
+    """The demo's problems: ``build``, the calibration set, or ``evaluate``, held out.
+
+    Those of the calibration set whose question is held out too are left out of it.
+    """
+    sets = json.loads(demo.PROBLEMS.read_text(encoding="utf-8"))
+    source = Source(
+        source_id=ids.digest("source", "demo", part, sets[part], gym_version()),
+        name="demo",
+        spec="demo" if part == "build" else "demo:evaluate",
+        kind="demo",
+        revision=ids.files_hash([demo.PROBLEMS]),
+        grader="gym",
+        licence="Apache-2.0",
+    )
+    problems = _demo_problems(source, sets[part])
+    if part == "build":
+        held_out = {problem.question for problem in _demo_problems(source, sets["evaluate"])}
+        problems = [problem for problem in problems if problem.question not in held_out]
+    return ProblemSource(source, len(problems), lambda: problems)
+
+
+def _demo_problems(source: Source, specs: list[dict[str, Any]]) -> list[Problem]:
+    return [
+        problem
+        for spec in specs
+        for problem in _task_problems(source, spec["task"], spec["options"], open_gym(spec["task"], spec["options"]))
+    ]

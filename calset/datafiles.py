@@ -1,0 +1,225 @@
+"""Data files as streams of rows: JSON lines, JSON arrays, CSV, Parquet and plain text, also gzip and zstd, and folders.
+
+Why apart: problems and text corpora are both read from such files, local or fetched from the Hub, and neither may hold
+a file in memory. Must not know: what a column means, where a file came from.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from calset.errors import InputError, first_line
+
+ROW_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+BATCH_ROWS = 256
+CHUNK_CHARS = 1 << 20
+MAX_ITEM_CHARS = 1 << 27  # of a JSON array: beyond it the text is taken to be broken
+
+Row = dict[str, Any]
+# Given a Parquet file's columns (name -> whether it is nested), those to read.
+Choose = Callable[[Mapping[str, bool]], list[str]]
+
+
+def file_type(name: str | Path) -> str:
+    """What a name says its file holds: ``.jsonl`` for ``a.jsonl.gz``; "" where it says nothing that is known."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    packed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
+    kind = suffixes[-2] if packed and len(suffixes) > 1 else "" if packed or not suffixes else suffixes[-1]
+    return "" if packed and kind == ".parquet" else kind
+
+
+def list_files(path: Path, types: Collection[str]) -> list[Path]:
+    """The file itself, or a folder's files of these types, at any depth, by name; hidden ones are left out.
+
+    Raises:
+        InputError: there is no such file, or none of these types.
+    """
+    if os.path.isfile(path):  # Path.is_file raises where a name is too long
+        return [path]
+    if not os.path.isdir(path):
+        raise InputError(f"no file {path}")
+    found = [
+        file
+        for file in path.rglob("*")
+        if file_type(file) in types and file.is_file() and not _hidden(file.relative_to(path))
+    ]
+    if not found:
+        raise InputError(f"the folder {path} holds no {', '.join(types)} file (.gz and .zst may follow)")
+    return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def read_rows(path: Path, *, label: str | None = None, choose: Choose | None = None) -> Iterator[tuple[int, Row]]:
+    """A file's rows with their numbers, from 1 (a line's number in JSON lines and CSV), read as they are asked for.
+
+    Args:
+        label: what errors call the file; its path when None.
+        choose: which columns of a Parquet file to read; all when None. Other formats give all of a row.
+
+    Raises:
+        InputError: not the format that the name says; names the file and the line.
+    """
+    name = label or str(path)
+    kind = file_type(path)
+    with _readable(name):
+        if kind == ".parquet":
+            yield from _parquet(path, name, choose)
+        elif kind == ".csv":
+            with open_text(path, newline="") as file:
+                yield from _csv(file, name)
+        else:
+            read = _json_array if kind == ".json" and _is_array(path) else _json_lines
+            with open_text(path) as file:
+                yield from read(file, name)
+
+
+def read_document(path: Path, *, label: str | None = None) -> str:
+    """A plain-text file's whole text.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8 text.
+    """
+    with _readable(label or str(path)), open_text(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def count_rows(path: Path) -> int | None:
+    """How many rows a file has, where its format says it without reading them (Parquet); else None."""
+    if file_type(path) != ".parquet":
+        return None
+    import pyarrow.parquet as pq
+
+    with _readable(str(path)), _parquet_errors(str(path)):
+        return pq.read_metadata(path).num_rows
+
+
+def open_text(path: Path, *, encoding: str = "utf-8-sig", newline: str | None = None) -> TextIO:
+    """A file as text, unpacked by its last suffix."""
+    packing = path.suffix.lower()
+    if packing == ".gz":
+        return cast(TextIO, gzip.open(path, "rt", encoding=encoding, newline=newline))
+    if packing == ".zst":
+        import pyarrow as pa
+
+        return io.TextIOWrapper(pa.input_stream(str(path), compression="zstd"), encoding=encoding, newline=newline)
+    return path.open(encoding=encoding, newline=newline)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What goes wrong below a format, as one line that names the file."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text: {error.reason}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{name} is not a whole gzip file: {first_line(error)}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror or first_line(error)}") from error
+
+
+def _json_lines(file: TextIO, name: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{name}:{number} is not JSON: {first_line(error)}") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{name}:{number} is not a JSON object but a {type(row).__name__}")
+            yield number, row
+
+
+def _json_array(file: TextIO, name: str) -> Iterator[tuple[int, Row]]:
+    for number, row in enumerate(_array_items(file, name), 1):
+        if isinstance(row, list):  # columns without names: they go by their place
+            row = {str(place): value for place, value in enumerate(row)}
+        if not isinstance(row, dict):
+            raise InputError(f"{name}: row {number} is not a JSON object but a {type(row).__name__}")
+        yield number, row
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a ``.json`` file holds one array of rows; else it is JSON lines under another name."""
+    with open_text(path) as file:
+        while text := file.read(4096):
+            if start := text.lstrip():
+                return start[0] == "["
+    return False
+
+
+def _array_items(file: TextIO, name: str) -> Iterator[Any]:
+    """The items of a JSON array, one after another; the buffer holds little more than one of them."""
+    decoder = json.JSONDecoder()
+    buffer, at, n = file.read(CHUNK_CHARS).lstrip()[1:], 0, 0
+    while True:
+        while at < len(buffer) and buffer[at] in " \t\r\n,":
+            at += 1
+        if buffer[at : at + 1] == "]":
+            return
+        try:
+            item, at = decoder.raw_decode(buffer, at)
+        except (ValueError, RecursionError) as error:
+            # An item that the buffer holds in part; the longer it is, the more is read at once.
+            more = file.read(max(CHUNK_CHARS, len(buffer) - at))
+            if not more or len(buffer) - at > MAX_ITEM_CHARS:
+                raise InputError(f"{name}: row {n + 1} is not JSON: {first_line(error)}") from error
+            buffer, at = buffer[at:] + more, 0
+            continue
+        n += 1
+        yield item
+
+
+def _csv(file: TextIO, name: str) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.DictReader(file, restkey="_rest")
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{name}:{reader.line_num} is not CSV: {first_line(error)}") from error
+
+
+def _parquet(path: Path, name: str, choose: Choose | None) -> Iterator[tuple[int, Row]]:
+    import pyarrow.parquet as pq
+
+    number = 0
+    # pyarrow would buffer whole row groups ahead: 75 MB where these settings take 27, for 200,000 rows in one group.
+    # The size of a page still counts: about 1 MB as most programs write it, a whole row group as DuckDB does.
+    with _parquet_errors(name), pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        names = {field.name: _is_nested(field.type) for field in file.schema_arrow}
+        columns = choose(names) if choose else list(names)
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _is_nested(kind: Any) -> bool:
+    import pyarrow.types as kinds
+
+    return kinds.is_nested(kind)
+
+
+@contextmanager
+def _parquet_errors(name: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise InputError(f"cannot read {name} as Parquet: {first_line(error)}") from error

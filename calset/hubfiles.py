@@ -1,0 +1,338 @@
+"""Datasets on the Hugging Face Hub: a revision resolved once to a commit, and a split's data files at that commit.
+
+Why not ``datasets.load_dataset``: offline it silently returns another cached revision than the one asked for
+(huggingface/datasets #7928), and it converts whole datasets where a preview needs one file. Here everything is
+addressed by commit, comes from the cache where it is there, and each file is downloaded when reading reaches it.
+
+Must not know: what the files' columns mean.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from calset.datafiles import file_type
+from calset.errors import CalsetError, InputError, first_line
+
+T = TypeVar("T")
+Layout = dict[str, dict[str, tuple[str, ...]]]  # config -> split -> the files' paths in the repository
+
+PREFIX = "hf:"
+RETRY_WAITS_SECONDS = (1.0, 2.0, 4.0)
+DEFAULT = "default"
+# The names that datasets takes for a split, and what may stand around them in a path.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SHARD = re.compile(r"(?:^|/)data/([^/]+)-\d{5}-of-\d{5,}[^/]*$")
+
+
+@dataclass(frozen=True, slots=True)
+class HubDataset:
+    """One split of a dataset at one commit."""
+
+    repo: str
+    revision: str  # the commit's sha
+    config: str
+    split: str
+    files: tuple[str, ...]
+    licence: str | None  # as the dataset's card says
+    n_rows: int | None  # as the dataset's card says
+
+    @property
+    def name(self) -> str:
+        """``org/name:config:split``, without the config where it is the only one's ``default``."""
+        return ":".join([self.repo, *([self.config] if self.config != DEFAULT else []), self.split])
+
+    def fetch(self, file: str) -> Path:
+        """A file's place in the cache, downloaded if it is not there.
+
+        Raises:
+            InputError: no access.
+            CalsetError: it is not in the cache and the Hub cannot be reached.
+        """
+        from huggingface_hub import hf_hub_download
+
+        def download() -> str:
+            bar = _bar(shown=sys.stderr.isatty())
+            return hf_hub_download(self.repo, file, repo_type="dataset", revision=self.revision, tqdm_class=bar)
+
+        with _hub_errors(self.repo, self.revision, file):
+            return Path(_patiently(download))
+
+
+def open_dataset(
+    repo: str,
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    types: Collection[str],
+) -> HubDataset:
+    """Find a split's files. Only the list of files and the card are downloaded.
+
+    Args:
+        repo: ``org/name``.
+        revision: a branch, tag or commit; the default branch when None. A commit asks the Hub nothing that the cache
+            knows.
+        config, split: needed where the dataset has several and none of them is the usual one.
+        types: the types of file (``.parquet``) that the caller can read.
+
+    Raises:
+        InputError: no such dataset, revision, config or split (names what there is), or no access.
+        CalsetError: what is needed is not in the cache and the Hub cannot be reached.
+    """
+    if not re.fullmatch(r"[^/]+/[^/]+", repo):
+        raise InputError(f"{repo!r} is no dataset's name; write hf:ORG/NAME")
+    with _hub_errors(repo, revision, None):
+        commit = _patiently(lambda: _commit(repo, revision), connecting=True)
+        card, files = _patiently(lambda: _card_and_files(repo, commit))
+    # Scripts and pictures are no split; where nothing else is there, they are at least named in the error.
+    data = [file for file in files if file_type(file) in types] or files
+    layout = lay_out(card, data, config)
+    chosen = _pick(repo, "config", config, list(layout), _default_config(card))
+    splits = layout[chosen]
+    part = _pick(repo, "split", split, list(splits), "train")
+    readable = tuple(file for file in splits[part] if file_type(file) in types)
+    if not readable:
+        there = ", ".join(sorted({file_type(file) or file for file in splits[part]})) or "nothing"
+        raise InputError(
+            f"{repo} keeps its split {part} in files of the type {there}, not in one that calset reads "
+            f"({', '.join(types)}); @refs/convert/parquet may have it"
+        )
+    return HubDataset(repo, commit, chosen, part, readable, _licence(card), _n_rows(card, chosen, part))
+
+
+def _commit(repo: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi
+
+    return HfApi().resolve_revision(repo, repo_type="dataset", revision=revision).resolved
+
+
+def _card_and_files(repo: str, commit: str) -> tuple[dict[str, Any], list[str]]:
+    """The card's metadata and the names of all files, both from the cache once they have been there."""
+    from huggingface_hub import get_cached_repo_tree, metadata_load, snapshot_download
+
+    # .gitattributes: a pattern that no file meets is a warning.
+    patterns = ["README.md", ".gitattributes"]
+    folder = snapshot_download(
+        repo, repo_type="dataset", revision=commit, allow_patterns=patterns, tqdm_class=_bar(shown=False)
+    )
+    names = [file.path for file in get_cached_repo_tree(repo, repo_type="dataset", revision=commit)]
+    try:
+        card = metadata_load(Path(folder) / "README.md") if "README.md" in names else None
+    except Exception:  # a card that is not YAML says nothing; the files' names still may
+        card = None
+    return card or {}, sorted(names)
+
+
+def _bar(*, shown: bool) -> Any:
+    """The library's progress bar, or a silent one: it draws bars into files and pipes too."""
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+    return None if shown else Silent
+
+
+# --- which files are a config's split: pure ---------------------------------------------------------------------
+
+
+def lay_out(card: Mapping[str, Any], files: Sequence[str], config: str | None = None) -> Layout:
+    """A dataset's files by config and split, as ``datasets`` takes them: by the card's ``configs``, else by names.
+
+    Args:
+        card: the card's metadata.
+        files: the paths of all files, sorted.
+        config: a folder or file of this name is a config too where the card lists none.
+    """
+    aside = ("README.md", "LICENSE", "dataset_infos.json", ".gitattributes")
+    data = [file for file in files if Path(file).name not in aside]
+    entries = [entry for entry in _list(card.get("configs")) if isinstance(entry, Mapping)]
+    if entries:
+        return {str(entry.get("config_name") or DEFAULT): _of_entry(entry, data) for entry in entries}
+    if config not in (None, DEFAULT):
+        own = [file for file in data if file.startswith(f"{config}/") or Path(file).name.split(".")[0] == config]
+        if own:
+            return {str(config): _by_convention(own, f"{config}/")}
+    return {DEFAULT: _by_convention(data)}
+
+
+def _of_entry(entry: Mapping[str, Any], files: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    folder = str(entry.get("data_dir") or "").strip("/")
+    prefix = f"{folder}/" if folder else ""
+    patterns = entry.get("data_files")
+    if not patterns:
+        return _by_convention([file for file in files if file.startswith(prefix)], prefix)
+    if isinstance(patterns, Mapping):
+        named = list(patterns.items())
+    elif all(isinstance(item, Mapping) for item in _list(patterns)):
+        named = [(item.get("split", "train"), item.get("path", ())) for item in _list(patterns)]
+    else:
+        named = [("train", patterns)]
+    found = {str(split): _matching([prefix + str(p) for p in _list(paths)], files) for split, paths in named}
+    return {split: paths for split, paths in found.items() if paths}
+
+
+def _matching(patterns: Sequence[str], files: Sequence[str]) -> tuple[str, ...]:
+    from fsspec.utils import glob_translate
+
+    tests = [re.compile(glob_translate(pattern.removeprefix("./"))) for pattern in patterns]
+    return tuple(file for file in files if any(test.match(file) for test in tests))
+
+
+def _by_convention(files: Sequence[str], prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """``data/SPLIT-00000-of-00001.parquet``, else a split's name in the files' names, else in their folders'."""
+    sharded = _grouped(files, lambda file: (m := _SHARD.search(file)) and m[1])
+    by_name = sharded or _grouped(files, lambda file: _split_in(Path(file).stem))
+    by_folder = by_name or _grouped(files, lambda file: _split_in(str(Path(file.removeprefix(prefix)).parent)))
+    return by_folder or ({"train": tuple(files)} if files else {})
+
+
+def _grouped(files: Sequence[str], split_of: Callable[[str], str | None]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, list[str]] = {}
+    for file in files:
+        if split := split_of(file):
+            found.setdefault(split, []).append(file)
+    return {split: tuple(paths) for split, paths in found.items()}
+
+
+def _split_in(text: str) -> str | None:
+    words = re.split(r"[-._ /\d]+", text.lower())
+    return next((split for split, names in SPLITS.items() if any(name in words for name in names)), None)
+
+
+def _default_config(card: Mapping[str, Any]) -> str:
+    entries = [entry for entry in _list(card.get("configs")) if isinstance(entry, Mapping)]
+    marked = [str(entry.get("config_name")) for entry in entries if entry.get("default") is True]
+    return marked[0] if marked else DEFAULT
+
+
+def _pick(repo: str, what: str, given: str | None, there: Sequence[str], usual: str) -> str:
+    if given in there:
+        return str(given)
+    listed = ", ".join(there) or "none"
+    if given is not None:
+        raise InputError(f"{repo} has no {what} {given!r}; it has {listed}")
+    if len(there) == 1 or usual in there:
+        return usual if usual in there else there[0]
+    if not there:
+        raise InputError(f"{repo} has no data files")
+    raise InputError(f"{repo} has several {what}s: {listed}; add {what}=NAME to the options after '?'")
+
+
+def _licence(card: Mapping[str, Any]) -> str | None:
+    return ", ".join(str(item) for item in _list(card.get("license"))) or None
+
+
+def _n_rows(card: Mapping[str, Any], config: str, split: str) -> int | None:
+    for info in _list(card.get("dataset_info")):
+        if isinstance(info, Mapping) and str(info.get("config_name") or DEFAULT) == config:
+            for part in _list(info.get("splits")):
+                if (
+                    isinstance(part, Mapping)
+                    and part.get("name") == split
+                    and isinstance(part.get("num_examples"), int)
+                ):
+                    return part["num_examples"]
+    return None
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+# --- what can go wrong on the way -------------------------------------------------------------------------------
+
+
+def _patiently(ask: Callable[[], T], *, connecting: bool = False) -> T:
+    """Ask again, a few times, when the Hub is overloaded or fails.
+
+    Args:
+        connecting: also when it cannot be reached. Downloads try that for half a minute themselves.
+    """
+    for seconds in RETRY_WAITS_SECONDS:
+        try:
+            return ask()
+        except Exception as error:
+            if not _is_transient(error, connecting):
+                raise
+            time.sleep(seconds)
+    return ask()
+
+
+def _is_transient(error: BaseException | None, connecting: bool) -> bool:
+    """Overload, a server's failure or a broken download; what the library made of it keeps that as its cause."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if error is None or constants.HF_HUB_OFFLINE:
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and (error.response.status_code == 429 or error.response.status_code >= 500)
+    if isinstance(error, _http_error()):
+        return connecting
+    return "Consistency check failed" in str(error) or _is_transient(error.__cause__, connecting)
+
+
+def _http_error() -> type[Exception]:
+    """What all errors of the library's HTTP client derive from: httpx's before its version 2, httpx2's since."""
+    from huggingface_hub import errors
+
+    return vars(errors)["HTTPError"]
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[None]:
+    """The library's many errors as one line that says what to do."""
+    from huggingface_hub import errors
+
+    what = f"{repo}{f'@{revision}' if revision else ''}{f', file {file},' if file else ''}"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{repo} is gated: accept its conditions on its page on the Hub, then log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(f"the Hub has no dataset {repo}; if it is private, log in with `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit") from error
+    except errors.HFValidationError as error:
+        raise InputError(f"{repo!r} is no dataset's name; write hf:ORG/NAME") from error
+    except _http_error() as error:
+        raise _unreachable(what, error) from error
+    except (
+        errors.RevisionResolutionError,
+        errors.LocalEntryNotFoundError,
+        errors.CachedRepoTreeNotFoundError,
+        errors.OfflineModeIsEnabled,
+    ) as error:
+        if isinstance(error.__cause__, _http_error()):
+            raise _unreachable(what, error.__cause__) from error
+        raise CalsetError(
+            f"{what} is not in the cache, and the Hub cannot be reached; connect, or unset HF_HUB_OFFLINE"
+        ) from error
+    except OSError as error:  # a download that stays short, a full disk
+        raise CalsetError(f"cannot download {what}: {error.strerror or first_line(error)}") from error
+
+
+def _unreachable(what: str, error: Exception) -> CalsetError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return InputError(f"the Hub refuses the token for {what}; log in again with `hf auth login`")
+    if status == 403:
+        return InputError(f"the Hub gives no access to {what}; log in with `hf auth login` as someone who has it")
+    said = f"answers {status}" if status else f"cannot be reached ({type(error).__name__})"
+    return CalsetError(f"the Hub {said} for {what}; run the same command again later")

@@ -1,0 +1,349 @@
+"""A Hub of one's own, over HTTP: repositories with commits, branches and large files, kept in memory.
+
+Only what the client library asks for is answered, the way the real Hub answers it (headers and error codes pick the
+client's exception class). Every request is logged, and answers can be made to fail. The client reads its settings when
+it is imported, so it runs in a process of its own: ``hub.client(home)``.
+
+Reading is here. Writing fits in as further ``@route`` functions that call ``LocalHub.commit``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+LARGE = (".parquet", ".gz", ".zst")  # what the Hub would keep in LFS, behind a redirect
+TOKEN = "hf_of_the_local_hub"
+
+
+@dataclass
+class Repo:
+    """A repository: commits by sha, each a whole tree, and what branches and tags point to."""
+
+    kind: str  # "dataset" | "model"
+    name: str
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def resolve(self, revision: str) -> str | None:
+        return self.refs.get(revision) or (revision if revision in self.commits else None)
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str  # decoded, without the query
+    query: Mapping[str, list[str]]
+    headers: Mapping[str, str]
+
+
+@dataclass
+class Answer:
+    """What goes back. ``body`` is sent whole or, asked with Range, in part."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def json(cls, value: Any) -> Answer:
+        return cls(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    @classmethod
+    def error(cls, status: int, code: str, message: str) -> Answer:
+        headers = {"X-Error-Code": code, "X-Error-Message": message}
+        return cls(status, json.dumps({"error": message}).encode(), headers)
+
+
+@dataclass
+class Fault:
+    """What is to go wrong with the next ``times`` requests whose ``METHOD path`` the pattern is found in.
+
+    ``kind`` is "status" (with ``status``), "drop" (the connection closes without an answer) or "truncate" (half of
+    the body, then it closes).
+    """
+
+    pattern: str
+    kind: str
+    status: int = 503
+    times: int = 1
+
+
+class LocalHub:
+    """The server and what it serves. ``with LocalHub() as hub: hub.commit("org/name", {"a.jsonl": ...})``."""
+
+    def __init__(self) -> None:
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.log: list[Request] = []
+        self.faults: list[Fault] = []
+        self.lock = threading.RLock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> LocalHub:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    # -- what a test does to it --
+
+    def create(self, name: str, kind: str = "dataset", **settings: Any) -> Repo:
+        return self.repos.setdefault((kind, name), Repo(kind, name, **settings))
+
+    def commit(
+        self, name: str, files: Mapping[str, bytes | None], *, kind: str = "dataset", branch: str = "main"
+    ) -> str:
+        """Put files (None deletes) on a branch; returns the new commit's sha."""
+        with self.lock:
+            repo = self.create(name, kind)
+            parent = repo.refs.get(branch, "")
+            tree = {**repo.commits.get(parent, {}), **files}
+            tree = {path: content for path, content in tree.items() if content is not None}
+            seed = repr((name, parent, sorted(tree.items()), len(repo.commits))).encode()
+            sha = hashlib.sha1(seed).hexdigest()
+            repo.commits[sha], repo.refs[branch] = tree, sha
+            return sha
+
+    def fail(self, pattern: str, kind: str = "status", *, status: int = 503, times: int = 1) -> None:
+        self.faults.append(Fault(pattern, kind, status, times))
+
+    def asked(self, pattern: str) -> list[str]:
+        """The ``METHOD path`` of logged requests that a pattern is found in."""
+        with self.lock:
+            return [text for r in self.log if re.search(pattern, text := f"{r.method} {r.path}")]
+
+    def settings(self, home: Path, *, offline: bool = False, token: str | None = None) -> dict[str, str]:
+        """The environment in which the client library finds this Hub, and its cache below ``home``."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "1" if offline else "0",
+            "HF_TOKEN": token or "",
+        }
+
+    @contextmanager
+    def client(self, home: Path, *, offline: bool = False, token: str | None = None) -> Iterator[Client]:
+        """A process in which the client library talks to this Hub."""
+        with _environment(self.settings(home, offline=offline, token=token)):
+            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            pool.submit(os.getpid).result()  # it starts here, while the environment is set
+        with pool:
+            yield Client(pool)
+
+    # -- what a request does --
+
+    def answer(self, request: Request) -> Answer:
+        for method, pattern, function in ROUTES:
+            if request.method in method and (found := re.fullmatch(pattern, request.path)):
+                return function(self, request, **found.groupdict())
+        return Answer.error(404, "NotFound", f"no {request.method} {request.path} here")
+
+    def fault(self, request: Request) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and re.search(fault.pattern, f"{request.method} {request.path}"):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def find(self, request: Request, kind: str, name: str, revision: str | None) -> tuple[Repo, str] | Answer:
+        """The repository and the commit, or the error that the Hub answers with."""
+        repo = self.repos.get((kind, name))
+        known = request.headers.get("authorization") == f"Bearer {TOKEN}"
+        if repo is None or (repo.private and not known):
+            return Answer.error(401 if not known else 404, "RepoNotFound", "Repository not found")
+        sha = repo.resolve(revision or "main")
+        if sha is None:
+            return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repo, sha
+
+
+class Client:
+    """Calls module-level functions in the client's process."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return self._pool.submit(function, *args, **options).result(timeout=120)
+
+
+# --- the endpoints ----------------------------------------------------------------------------------------------
+
+Route = Callable[..., Answer]
+ROUTES: list[tuple[str, str, Route]] = []
+KIND = r"(?P<kinds>datasets|models)"
+NAME = r"(?P<name>[^/]+/[^/]+)"
+
+
+def route(methods: str, pattern: str) -> Callable[[Route], Route]:
+    def add(function: Route) -> Route:
+        ROUTES.append((methods, pattern, function))
+        return function
+
+    return add
+
+
+@route("GET", r"/api/whoami-v2")
+def whoami(hub: LocalHub, request: Request) -> Answer:
+    if request.headers.get("authorization") != f"Bearer {TOKEN}":
+        return Answer.error(401, "", "Invalid credentials in Authorization header")
+    return Answer.json({"type": "user", "name": "tester", "orgs": []})
+
+
+@route("GET", rf"/api/{KIND}/{NAME}(/revision/(?P<revision>.+))?")
+def info(hub: LocalHub, request: Request, kinds: str, name: str, revision: str | None) -> Answer:
+    found = hub.find(request, kinds[:-1], name, revision)
+    if isinstance(found, Answer):
+        return found
+    repo, sha = found
+    siblings = [{"rfilename": path} for path in sorted(repo.commits[sha])]
+    facts = {"id": name, "sha": sha, "private": repo.private, "gated": "auto" if repo.gated else False}
+    return Answer.json({**facts, "siblings": siblings, "tags": []})
+
+
+@route("GET", rf"/api/{KIND}/{NAME}/refs")
+def refs(hub: LocalHub, request: Request, kinds: str, name: str) -> Answer:
+    found = hub.find(request, kinds[:-1], name, None)
+    if isinstance(found, Answer):
+        return found
+    branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": sha} for n, sha in found[0].refs.items()]
+    return Answer.json({"branches": branches, "converts": [], "tags": []})
+
+
+@route("GET", rf"/api/{KIND}/{NAME}/tree/(?P<revision>.+)")
+def tree(hub: LocalHub, request: Request, kinds: str, name: str, revision: str) -> Answer:
+    found = hub.find(request, kinds[:-1], name, revision)
+    if isinstance(found, Answer):
+        return found
+    repo, sha = found
+    return Answer.json([_entry(path, content) for path, content in sorted(repo.commits[sha].items())])
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": _blob_id(content)}
+    if path.endswith(LARGE):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return entry
+
+
+@route("GET HEAD", rf"/({KIND}/)?{NAME}/resolve/(?P<revision>[^/]+|refs/[^/]+/[^/]+)/(?P<path>.+)")
+def resolve(hub: LocalHub, request: Request, kinds: str | None, name: str, revision: str, path: str) -> Answer:
+    found = hub.find(request, (kinds or "models")[:-1], name, revision)
+    if isinstance(found, Answer):
+        return found
+    repo, sha = found
+    if repo.gated and path not in ("README.md", ".gitattributes"):
+        token = request.headers.get("authorization")
+        if token != f"Bearer {TOKEN}":  # 403: logged in, as somebody who did not accept the conditions
+            return Answer.error(403 if token else 401, "GatedRepo", f"Access to dataset {name} is restricted.")
+    content = repo.commits[sha].get(path)
+    if content is None:
+        return Answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
+    headers = {"X-Repo-Commit": sha, "ETag": f'"{_blob_id(content)}"'}
+    if path.endswith(LARGE):
+        digest = hashlib.sha256(content).hexdigest()
+        large = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+        # Another host, as the real Hub's: the client follows a redirect within its host itself and loses these headers.
+        location = f"{hub.url.replace('127.0.0.1', 'localhost')}/lfs/{digest}/{quote(path)}"
+        return Answer(302, b"", {**headers, **large, "Location": location})
+    return Answer(200, content, headers)
+
+
+@route("GET HEAD", r"/lfs/(?P<digest>[0-9a-f]{64})/.+")
+def large_file(hub: LocalHub, request: Request, digest: str) -> Answer:
+    """Where the redirect of a large file leads: on the real Hub another host, which knows no repositories."""
+    for repo in hub.repos.values():
+        for files in repo.commits.values():
+            for content in files.values():
+                if hashlib.sha256(content).hexdigest() == digest:
+                    return Answer(200, content, {"ETag": f'"{digest}"'})
+    return Answer(404)
+
+
+def _blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: LocalHub
+    protocol_version = "HTTP/1.1"
+
+    def _serve(self) -> None:
+        parts = urlsplit(self.path)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, unquote(parts.path), parse_qs(parts.query), headers)
+        with self.hub.lock:
+            self.hub.log.append(request)
+        fault = self.hub.fault(request)
+        if fault and fault.kind == "drop":
+            self._hang_up()
+            return
+        answer = Answer(fault.status, b"{}") if fault and fault.kind == "status" else self.hub.answer(request)
+        self._send(answer, headers.get("range"), cut=fault is not None and fault.kind == "truncate")
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _send(self, answer: Answer, asked: str | None, *, cut: bool) -> None:
+        body, status = answer.body, answer.status
+        if status == 200 and asked and (found := re.fullmatch(r"bytes=(\d+)-(\d*)", asked)):
+            start, end = int(found[1]), int(found[2] or len(body) - 1)
+            answer.headers["Content-Range"] = f"bytes {start}-{end}/{len(body)}"
+            body, status = body[start : end + 1], 206
+        self.send_response(status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+        if cut:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """The log is ``hub.log``."""
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value

@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.answers import Stated, boxes, visible
+from calset.builder.grading.answers import Stated, boxes, last_tagged, visible
 
 RULES = "1"  # raise when a change here can change a verdict
 LETTERS = "ABCDEFGHIJ"
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boldsymbol|operatorname)\s*\{([^{}]*)\}")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
 _LABEL = re.compile(r"(?i)\b(?:answer|option|choice)\**\s*(?:is|:|=)\s*:?\s*(?P<said>[^\n]+)")
 _VERB = re.compile(
     r"\b(?:(?i:choose|pick|select)\s+(?:(?i:the|option|answer|choice)\s+)*|(?i:must be|has to be)\s+)"
@@ -90,7 +89,8 @@ def _gold(answer: str, options: Mapping[str, str]) -> str | None:
 
 def _last_statement(response: str, options: Mapping[str, str]) -> Stated | None:
     found = list(boxes(response))[:1]
-    found += [Stated(match[1], match.start()) for match in _TAGGED.finditer(response)]
+    if (tagged := last_tagged(response)) is not None:
+        found.append(tagged)
     for pattern in (_LABEL, _VERB, _REVERSED):
         for match in pattern.finditer(response):
             letter = _read_start(match["said"], options)

@@ -21,7 +21,8 @@ class Stated(NamedTuple):
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|(?:\s+([A-Za-z])|\s*([0-9]))(?![0-9A-Za-z]))")
 _HASHES = re.compile(r"(?m)^[ \t]*####[ \t]*(\S[^\n]*)$")
-_STATED = re.compile(r"(?i)\banswer\**\s*(?:is|:|=)\s*:?\s*\**\s*(?P<answer>[^\n]+)")
+# The answer is only looked at, not taken: one line may state another ("The answer is 8. No, the answer is 7.").
+_STATED = re.compile(r"(?i)\banswer\**\s*(?:is|:|=)\s*:?\s*\**\s*(?=(?P<answer>[^\n]{1,2000}))")
 _INVISIBLE = re.compile("[\u0000\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 
 

@@ -20,10 +20,11 @@ RULES = "1"  # raise when a change here can change a verdict
 LETTERS = "ABCDEFGHIJ"
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boldsymbol|operatorname)\s*\{([^{}]*)\}")
-_LABEL = re.compile(r"(?i)\b(?:answer|option|choice)\**\s*(?:is|:|=)\s*:?\s*(?P<said>[^\n]+)")
+# Only looked at, not taken: one line may hold several statements, and the last counts.
+_LABEL = re.compile(r"(?i)\b(?:answer|option|choice)\**\s*(?:is|:|=)\s*:?\s*(?=(?P<said>[^\n]{1,300}))")
 _VERB = re.compile(
     r"\b(?:(?i:choose|pick|select)\s+(?:(?i:the|option|answer|choice)\s+)*|(?i:must be|has to be)\s+)"
-    r"(?P<said>\(?\**[A-J]\b[^\n]*)"
+    r"(?=(?P<said>\(?\**[A-J]\b[^\n]{0,300}))"
 )
 _REVERSED = re.compile(
     r"(?:^|[\s(*])(?P<said>[A-J])[)*.]*\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s+(?:about|that|in|to))", re.M

@@ -256,7 +256,7 @@ def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> N
         terminal.table(["before", "now", "traces"], sorted(changed, key=lambda x: -x[2]))
 
 
-def _judge(model: str, engine: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
+def _judge(judge: str, engine: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
     from calset.builder.judge import judge as run
 
     if options.pop("grader") or options.pop("force"):
@@ -267,7 +267,7 @@ def _judge(model: str, engine: str, catalog: Path, progress_mode: str, as_json: 
     with terminal.progress(progress_mode, "judged") as bar:
         report = run(
             _existing(catalog),
-            model,
+            judge,
             engine=engine,
             progress=lambda done, total: bar.update(done, total, {}),
             **options,

@@ -48,9 +48,9 @@ def check(n: int, seed: int, hangs: int) -> Counter[str]:
 
 
 def test_hostile_answers_neither_crash_nor_hang_nor_pass():
-    counts = check(600, seed=1, hangs=1)
-    assert counts["correct"] >= 20
-    assert counts["truncated"] >= 10
+    counts = check(400, seed=1, hangs=1)
+    assert counts["correct"] >= 15
+    assert counts["truncated"] >= 8
 
 
 @pytest.mark.slow

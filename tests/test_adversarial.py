@@ -43,7 +43,7 @@ def check(n: int, seed: int, hangs: int) -> Counter[str]:
     assert [(c, o) for c, o in pairs if o.verdict != "correct" and c.right] == []
     assert [(c, o) for c, o in pairs if o.verdict == "error" and "crashed" in (o.detail or "")] == []
     slow = Counter(case.kind for case, outcome in pairs if outcome.verdict == "timeout")
-    assert slow.total() <= hangs + n // 500, slow
+    assert slow.total() <= hangs + max(4, n // 500), slow  # math-verify on a thousand braces, on nested integrals
     return counts
 
 

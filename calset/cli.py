@@ -315,13 +315,14 @@ def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> N
         return
     skipped = f" ({report.n_skipped} had this verdict already)" if report.n_skipped else ""
     terminal.say(f"{report.n_graded} traces graded, {report.n_changed} verdicts changed{skipped}")
-    terminal.table(["verdict", "traces"], sorted(report.verdicts.items(), key=lambda x: -x[1]))
+    if report.verdicts:
+        terminal.table(["verdict", "traces"], sorted(report.verdicts.items(), key=lambda x: -x[1]))
     if report.changes:
         changed = [(before, after, n) for before, row in report.changes.items() for after, n in row.items()]
         terminal.table(["before", "now", "traces"], sorted(changed, key=lambda x: -x[2]))
 
 
-def _judge(model: str, engine: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
+def _judge(judge: str, engine: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
     from calset.builder.judge import judge as run
 
     if options.pop("grader") or options.pop("force"):
@@ -332,7 +333,7 @@ def _judge(model: str, engine: str, catalog: Path, progress_mode: str, as_json: 
     with terminal.progress(progress_mode, "judged") as bar:
         report = run(
             _existing(catalog),
-            model,
+            judge,
             engine=engine,
             progress=lambda done, total: bar.update(done, total, {}),
             **options,
@@ -342,7 +343,8 @@ def _judge(model: str, engine: str, catalog: Path, progress_mode: str, as_json: 
         return
     terminal.say(f"{report.n_judged} traces judged by {report.judge}, {report.n_sent} of them read; verdicts unchanged")
     pairs = [(rule, judged, n) for rule, row in report.confusion.items() for judged, n in row.items()]
-    terminal.table(["rule", "judge", "traces"], sorted(pairs, key=lambda x: -x[2]))
+    if pairs:
+        terminal.table(["rule", "judge", "traces"], sorted(pairs, key=lambda x: -x[2]))
     if report.agreement is not None:
         terminal.say(
             f"Agreement: {report.agreement:.1%} of what both judged; unreadable replies: {report.unparsable:.1%}"

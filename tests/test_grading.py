@@ -330,7 +330,7 @@ def test_a_worker_without_a_cpu_is_not_out_of_time(children, brought: Path):
         pool.submit("strange", "1", "1", {}).result(timeout=120)
         (worker,) = children()
         os.sched_setaffinity(worker, {cpu})
-        spin = f"import os; os.sched_setaffinity(0, {{{cpu}}}); os.nice(14)\nwhile True: pass"
+        spin = f"import os; os.sched_setaffinity(0, {{{cpu}}}); os.nice(5)\nwhile True: pass"
         spinner = subprocess.Popen([sys.executable, "-c", spin])
         try:
             time.sleep(0.3)
@@ -368,11 +368,12 @@ def test_submitting_waits_when_too_much_waits_already(brought: Path):
         assert time.monotonic() - began > 9 * 0.05  # all but those in work and in line were waited for
 
 
-def test_workers_give_way_to_everything_else(children, brought: Path):
-    with GradingPool(1) as pool:
+@pytest.mark.parametrize(("background", "nice"), [(True, 10), (False, 0)])
+def test_workers_give_way_to_a_generation(background: bool, nice: int, children, brought: Path):
+    with GradingPool(1, background=background) as pool:
         pool.submit("strange", "1", "1", {}).result(timeout=120)
         (worker,) = children()
-        assert os.getpriority(os.PRIO_PROCESS, worker) == 19
+        assert os.getpriority(os.PRIO_PROCESS, worker) == os.getpriority(os.PRIO_PROCESS, 0) + nice
 
 
 def test_closing_drops_what_waits():

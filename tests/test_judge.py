@@ -283,3 +283,38 @@ def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path):
         assert value["verdict"] == judged
     assert report.unparsable == (len(replies) - len(whole)) / 8
     assert judge(catalog, tiny_model, engine="vllm").n_judged == 0
+
+
+def test_the_command_line_judges_and_reports(tiny_model: Path, tmp_path: Path):
+    """The bundled model under transformers: no schema there, and no opinion; what it says is kept, whatever it is."""
+    from click.testing import CliRunner
+
+    from calset.cli import cli
+
+    path = tmp_path / "c.duckdb"
+    catalog = fill(path, [("correct", "0", {}), ("incorrect", "3", {}), *UNFINISHED])
+    common = ["grade", "--judge", str(tiny_model), "--judge-engine", "transformers", "--catalog", str(path)]
+    done = CliRunner().invoke(cli, [*common, "--verdict", "incorrect, truncated", "--json"], catch_exceptions=False)
+    report = json.loads(done.stdout)
+    assert (report["n_judged"], report["n_sent"], report["engine"]) == (2, 1, "transformers")
+    assert sum(report["confusion"]["incorrect"].values()) == 1
+    assert catalog.query("SELECT count(*) FROM judgement WHERE length(raw) > 0").rows == [(1,)]
+    done = CliRunner().invoke(cli, [*common, "--model", "tiny", "--verdict", "truncated"], catch_exceptions=False)
+    assert "0 traces judged by tiny-lrm" in done.stdout
+    refused = CliRunner().invoke(cli, [*common, "--force"])
+    assert "neither --grader nor --force" in str(refused.exception)
+
+
+def test_the_command_line_says_what_a_regrading_changed(tmp_path: Path):
+    from click.testing import CliRunner
+
+    from calset.cli import cli
+
+    path = tmp_path / "c.duckdb"
+    fill(path, [("incorrect", "0", {}), ("no_answer", "3", {})])
+    done = CliRunner().invoke(cli, ["grade", "--catalog", str(path)], catch_exceptions=False)
+    assert "2 traces graded, 2 verdicts changed" in done.stdout
+    done = CliRunner().invoke(cli, ["grade", "--catalog", str(path), "--verdict", "correct"], catch_exceptions=False)
+    assert "0 traces graded, 0 verdicts changed (1 had this verdict already)" in done.stdout
+    shown = CliRunner().invoke(cli, ["grade", "--help"]).stdout
+    assert all(name in shown for name in ("choice", "exact", "gym", "math"))

@@ -74,7 +74,7 @@ def grade(
     total = worklist.count(store, wanted)
     skipped = worklist.count(store, every) - total
     began, now, changes = time.monotonic(), Counter[str](), Counter[tuple[str, str]]()
-    with GradingPool(graders) as pool:
+    with GradingPool(graders, background=False) as pool:
         for page in worklist.pages(store, wanted, commit_size):
             by = [grader or trace.problem.grader for trace in page]
             futures = [submit(pool, trace, trace.problem, name) for trace, name in zip(page, by, strict=True)]

@@ -20,9 +20,9 @@ class Stated(NamedTuple):
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|(?:\s+([A-Za-z])|\s*([0-9]))(?![0-9A-Za-z]))")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
 _HASHES = re.compile(r"(?m)^[ \t]*####[ \t]*(\S[^\n]*)$")
-_STATED = re.compile(r"(?i)\banswer\**\s*(?:is|:|=)\s*:?\s*\**\s*(?P<answer>[^\n]+)")
+# The answer is only looked at, not taken: one line may state another ("The answer is 8. No, the answer is 7.").
+_STATED = re.compile(r"(?i)\banswer\**\s*(?:is|:|=)\s*:?\s*\**\s*(?=(?P<answer>[^\n]{1,2000}))")
 _INVISIBLE = re.compile("[\u0000\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 
 
@@ -45,14 +45,22 @@ def last_boxed(text: str) -> str | None:
     return next((box.text for box in boxes(text)), None)
 
 
+def last_tagged(text: str) -> Stated | None:
+    """What stands in the last complete ``<answer>...</answer>``. By search from the end: a regex over thousands of tags
+    that never close is quadratic."""
+    end = text.rfind("</answer>")
+    at = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    return Stated(text[at + len("<answer>") : end].strip(), at) if at >= 0 else None
+
+
 def stated(response: str) -> Stated | None:
     r"""The last box; without one the last ``<answer>``; then the last of "#### 7" and "answer is 7"; else None."""
     box = next(boxes(response), None)
     if box is not None:
         return Stated(box.text.strip(), box.at)
-    tagged = list(_TAGGED.finditer(response))
-    if tagged:
-        return Stated(tagged[-1][1].strip(), tagged[-1].start())
+    tagged = last_tagged(response)
+    if tagged is not None:
+        return tagged
     said = [(found.start(), found[1]) for found in (*_HASHES.finditer(response), *_STATED.finditer(response))]
     if not said:
         return None

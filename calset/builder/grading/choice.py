@@ -14,17 +14,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.answers import Stated, boxes, visible
+from calset.builder.grading.answers import Stated, boxes, last_tagged, visible
 
 RULES = "1"  # raise when a change here can change a verdict
 LETTERS = "ABCDEFGHIJ"
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boldsymbol|operatorname)\s*\{([^{}]*)\}")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
-_LABEL = re.compile(r"(?i)\b(?:answer|option|choice)\**\s*(?:is|:|=)\s*:?\s*(?P<said>[^\n]+)")
+# Only looked at, not taken: one line may hold several statements, and the last counts.
+_LABEL = re.compile(r"(?i)\b(?:answer|option|choice)\**\s*(?:is|:|=)\s*:?\s*(?=(?P<said>[^\n]{1,300}))")
 _VERB = re.compile(
     r"\b(?:(?i:choose|pick|select)\s+(?:(?i:the|option|answer|choice)\s+)*|(?i:must be|has to be)\s+)"
-    r"(?P<said>\(?\**[A-J]\b[^\n]*)"
+    r"(?=(?P<said>\(?\**[A-J]\b[^\n]{0,300}))"
 )
 _REVERSED = re.compile(
     r"(?:^|[\s(*])(?P<said>[A-J])[)*.]*\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s+(?:about|that|in|to))", re.M
@@ -90,7 +90,8 @@ def _gold(answer: str, options: Mapping[str, str]) -> str | None:
 
 def _last_statement(response: str, options: Mapping[str, str]) -> Stated | None:
     found = list(boxes(response))[:1]
-    found += [Stated(match[1], match.start()) for match in _TAGGED.finditer(response)]
+    if (tagged := last_tagged(response)) is not None:
+        found.append(tagged)
     for pattern in (_LABEL, _VERB, _REVERSED):
         for match in pattern.finditer(response):
             letter = _read_start(match["said"], options)

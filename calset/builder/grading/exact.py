@@ -29,7 +29,7 @@ _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\[dt]
 _TIMES_TEN = re.compile(r"\s*(?:\\times|\\cdot|×|·|\*)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 _MIXED = re.compile(r"([-+]?)(\d{1,20})\s+(\d{1,20})\s*/\s*(\d{1,20})")
 _CURRENCY = "$€£¥₹"
-_GROUPED = r"\d{1,3}(?:([, _'\u00a0\u2009\u202f])\d{3})(?:\1\d{3})*"
+_GROUPED = r"\d{1,3}(?:(?P<gap>[, _'\u00a0\u2009\u202f])\d{3})(?:(?P=gap)\d{3})*"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[{_CURRENCY}]?)\s*(?P<sign2>[-+]?)"
     rf"(?P<whole>{_GROUPED}|\d+)?(?P<part>\.\d*)?(?:[eE](?P<exponent>[-+]?\d+))?"

@@ -14,10 +14,10 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from calset.builder.grading import Outcome, last_boxed
+from calset.builder.grading.answers import last_tagged
 
 RULES = "1"  # raise when a change here can change a verdict
 
-_TAGGED = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.S)
 _LEAD = re.compile(r"(?i)^(?:so,?\s+|therefore,?\s+|thus,?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*")
 
 
@@ -44,9 +44,9 @@ def extract(response: str) -> str:
     boxed = last_boxed(response)
     if boxed is not None:
         return boxed.strip()
-    tagged = _TAGGED.findall(response)
-    if tagged:
-        return tagged[-1]
+    tagged = last_tagged(response)
+    if tagged is not None:
+        return tagged.text
     lines = [line.strip() for line in response.splitlines() if line.strip()]
     return _LEAD.sub("", lines[-1]).rstrip(".").strip() if lines else ""
 

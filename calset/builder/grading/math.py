@@ -4,9 +4,10 @@ What math-verify 0.9 does by itself, and what is done here instead: it merges se
 alone is graded); it reads a bare ``A`` or ``\text{Monday}`` as nothing and ``Monday`` as a product of letters, equal
 to its anagrams (words are compared as words); it takes ``1\,234`` for 235 and ``1 000`` for 0 (thousands separators
 are removed); it rounds to six decimals, so that 2^-98 equals 2^-99 and 0.1 equals 0.10000001 (exact rationals and plain
-decimals are compared exactly); it takes the date 2024-01-05 for 2018 (a date equals the same date alone); it reads
-neither ``٥`` nor ``⅔`` nor ``6.02e23`` nor a zero-width space (rewritten before it sees them), and a unit with a power
-becomes a factor (a number with a unit equals the number, and the number with the same unit).
+decimals are compared exactly, and no decimal is an irrational reference); it takes the date 2024-01-05 for 2018 (a date
+equals the same date alone); it reads neither ``٥`` nor ``⅔``, ``6.02e23``, ``√3`` or a zero-width space (rewritten
+before it sees them), and a unit with a power becomes a factor (a number with a unit equals the number, and the number
+with the same unit).
 
 Known limits: ``10%`` equals ``10`` (in math-verify, deliberately); two or more bare letters are a word, so the products
 ab and ba differ; an interval (1,2) and a point (1,2) are told apart by the reference alone.
@@ -161,13 +162,16 @@ def _same_set(gold: Any, pred: Any) -> bool:
 
 
 def _differ_exactly(gold: Any, pred: Any) -> bool:
-    """Whether both are exact rationals and not the same: verify() rounds to six decimals."""
-    from sympy import Basic, Rational
+    """Whether both are exact rationals and not the same, or the reference is irrational and the answer a decimal:
+    verify() rounds to six decimals, so 1.41421356 would be the square root of two."""
+    from sympy import Basic, Float, Rational
 
     if not (isinstance(gold, Basic) and isinstance(pred, Basic)):
         return False
     left, right = gold.doit(), pred.doit()
-    return isinstance(left, Rational) and isinstance(right, Rational) and left != right
+    if isinstance(left, Rational) and isinstance(right, Rational):
+        return left != right
+    return isinstance(right, (Rational, Float)) and left.is_irrational is True
 
 
 def _same_numbers(gold: str, pred: str) -> bool | None:
@@ -188,6 +192,7 @@ def _normal(text: str) -> str:
     text = plain_digits(visible(text)).strip().replace("\u2009", " ")
     text = plain_fractions(text, r"\frac{%s}{%s}")
     text = _PREAMBLE.sub("", text).replace("\\varnothing", "\\emptyset").replace("∅", "\\emptyset")
+    text = re.sub("√ ?(\\d+|[a-z])", r"\\sqrt{\1}", text).replace("°", "^\\circ").lstrip("€£¥₹")
     text = _PERCENT.sub(r"\\%", text)
     text = _EXPONENT.sub(r"\1\\times 10^{\2}", text)
     text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text, flags=re.S).strip()

@@ -4,9 +4,9 @@ Why it exists: sympy can loop for ever inside one C call (a power tower), where 
 ProcessPoolExecutor can reach it. Each worker is a bare interpreter that imports nothing but the grader it is asked
 for, talks JSON lines over pipes, and is killed and replaced when it passes the deadline or dies.
 
-Workers run at the lowest priority, so a deadline counts the time that a worker ran or slept, not the time it stood in
-line for a CPU: a busy machine must not turn into ``timeout`` verdicts. A second worker costs a second of imports and a
-hundred megabytes, so it starts only when the first falls behind.
+Beside a generation, workers run at a low priority, so a deadline counts the time that a worker ran or slept, not the
+time it stood in line for a CPU: a busy machine must not turn into ``timeout`` verdicts. A second worker costs up to a
+second of imports and a hundred megabytes, so it starts only when the first falls behind.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ BACKLOG = 32  # jobs waiting for each worker that make it worth starting another
 PATIENCE_SECONDS = 1.0  # or one job waiting that long
 MAX_WAITING = 4096  # then submit() waits: jobs hold their responses
 POLL_SECONDS = 0.25
+# Not 19: a trace is saved with its verdict, and at 19 a generation that keeps all CPUs busy would leave a worker 1 % of
+# one, half a minute for its imports alone. At 10 it is 10 %.
+NICE = 10
 
 
 class _Job(NamedTuple):
@@ -51,10 +54,19 @@ class GradingPool:
         processes: workers at most; the first starts with the first job, another when jobs wait.
         deadline_seconds: a worker that takes longer for one response, apart from waiting for a CPU, is killed; the
             verdict is ``timeout``.
+        background: workers give way to other processes; False where nothing generates meanwhile.
         max_waiting: jobs that wait at most; then ``submit`` does.
     """
 
-    def __init__(self, processes: int = 2, deadline_seconds: float = 15.0, *, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(
+        self,
+        processes: int = 2,
+        deadline_seconds: float = 15.0,
+        *,
+        background: bool = True,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        self._background = background
         self._processes, self._deadline, self._max_waiting = processes, deadline_seconds, max_waiting
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -181,7 +193,7 @@ class GradingPool:
         with self._changed:
             if self._closed:
                 raise CalsetError("the grading pool is closed")
-            worker = _Worker()
+            worker = _Worker(NICE if self._background else 0)
             self._all.add(worker)
             return worker
 
@@ -193,10 +205,10 @@ class _WorkerFailed(Exception):
 class _Worker:
     """One process; used by one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, nice: int) -> None:
         # The parent's own path: a third-party grader is where the parent found it.
         path = [str(Path(__file__).parents[3]), *map(str, sys.path)]
-        code = f"import sys; sys.path[:] = {path!r}; from calset.builder.grading.pool import work; work()"
+        code = f"import sys; sys.path[:] = {path!r}; from calset.builder.grading.pool import work; work({nice})"
         # Not multiprocessing: its children import the caller's main module again. A group of its own, since Ctrl-C goes
         # to the terminal's whole group and would end a worker that has not come to ignore it yet.
         self._process = subprocess.Popen(
@@ -283,13 +295,14 @@ class _Worker:
                     pipe.close()
 
 
-def work() -> None:
+def work(nice: int) -> None:
     """A worker's main loop: JSON lines from stdin until it closes. Runs in the worker's main thread."""
+    with suppress(AttributeError, OSError):
+        os.nice(nice)
     # Replies have a pipe of their own: whatever a grader prints goes nowhere.
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # stopping is the parent's, which closes the pipes
-    _step_back()
     _limit_memory()
     for line in sys.stdin.buffer:
         job = json.loads(line)
@@ -323,15 +336,6 @@ def _warm_up(grader: str) -> None:
     samples = {"math": ("x^2", r"\boxed{\frac{x^3}{x}}", {}), "gym": ("3", "3", {"task": "chain_sum"})}
     if grader in samples:
         grade_response(grader, *samples[grader])
-
-
-def _step_back() -> None:
-    """The lowest priority there is: whoever generates goes first."""
-    with suppress(AttributeError, OSError):
-        os.nice(19)
-    with suppress(AttributeError, OSError):
-        # A batch process is not woken in the middle of another's time slice.
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _limit_memory() -> None:

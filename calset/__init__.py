@@ -27,6 +27,7 @@ _HOMES = {
     "build": "calset.builder.generate",
     "decontaminate": "calset.builder.decontamination",
     "diff": "calset.catalog.subsets",
+    "dry_run": "calset.builder.generate",
     "evaluate": "calset.pruning.evaluate",
     "export": "calset.catalog.export",
     "grade": "calset.builder.regrade",
@@ -49,6 +50,7 @@ __all__ = [
     "build",
     "decontaminate",
     "diff",
+    "dry_run",
     "evaluate",
     "export",
     "grade",
@@ -77,7 +79,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from calset.builder.decontamination import decontaminate
-    from calset.builder.generate import build
+    from calset.builder.generate import build, dry_run
     from calset.builder.judge import judge
     from calset.builder.problems import load_problems, open_problems
     from calset.builder.regrade import grade

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from calset import __version__, terminal
-from calset.errors import CalsetError, InputError
+from calset.errors import CalsetError, EngineError, InputError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -187,13 +187,23 @@ def _existing(path: Path) -> Any:
 @catalog_option
 @progress_option
 @json_option
-def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], **options: Any) -> None:
+def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Generate and grade a model's own traces; killed or stopped, the same command continues."""
     from calset.builder.generate import build as run
 
+    model = options.pop("model")
+    planning = {name: options.pop(name) for name in ("tokens_per_second", "gpu", "n_devices")}
     _prepare(options)
+    if dry_run:
+        _dry_run(model, problems, progress_mode, as_json, options, planning)
+        return
+    if unused := [name for name, value in planning.items() if value is not None]:
+        raise InputError(f"--{unused[0].removeprefix('n_').replace('_', '-')} is for --dry-run")
     with terminal.progress(progress_mode, "saved") as bar:
-        report = run(options.pop("model"), list(problems), progress=_build_progress(bar), **options)
+        try:
+            report = run(model, list(problems), progress=_build_progress(bar), **options)
+        except EngineError as error:
+            raise type(error)(f"{error}: {_command_line()}") from error
     if as_json:
         terminal.emit_json(report.as_dict())
     else:
@@ -203,6 +213,30 @@ def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], **option
         terminal.note(f"Stopped; {report.n_existing + report.n_new}{asked} traces are saved. To continue:")
         terminal.note(f"  {_command_line()}")
         sys.exit(130)
+
+
+def _dry_run(
+    model: str,
+    problems: tuple[str, ...],
+    progress_mode: str,
+    as_json: bool,
+    options: dict[str, Any],
+    planning: dict[str, Any],
+) -> None:
+    from calset.builder.generate import dry_run
+
+    target = options["target"]
+    for name in ("target", "need", "need_tokens", "confidence", "engine", "engine_options", "concurrency"):
+        del options[name]
+    with terminal.progress(progress_mode, "planned") as bar:
+        report = dry_run(model, list(problems), progress=_build_progress(bar), **options, **planning)
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    for line in report.lines():
+        terminal.say(line)
+    if target is not None:
+        terminal.note(f"An upper bound: with --target {target} a build stops problems, and itself, earlier.")
 
 
 def _prepare(options: dict[str, Any]) -> None:

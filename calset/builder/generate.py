@@ -7,6 +7,7 @@ and pipeline.py does it.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,7 @@ from calset.errors import InputError
 
 if TYPE_CHECKING:
     from calset.builder.decontamination import Decontaminator
+    from calset.builder.planning import PlanReport
 
 RETRIES = ("truncated", "error")
 
@@ -142,23 +144,21 @@ def build(
     aim = _target(target, need, need_tokens, confidence, graded)
     _check(samples, retry, engine, engine_options or {}, aim)
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    specs = [problems] if isinstance(problems, str) else list(problems)
-    sources = open_sources(specs, store, question=question, answer=answer, grader=grader, limit=limit)
-    info = inspect(model, template_options=template_options)
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-    plan = make_plan(
-        info,
-        sources,
+    plan = _planned(
+        model,
+        problems,
         store,
+        given={"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p},
+        columns={"question": question, "answer": answer, "grader": grader, "limit": limit},
+        template_options=template_options,
+        decontaminate=decontaminate,
         samples=samples,
-        sampling=replace(info.sampling, **{name: value for name, value in given.items() if value is not None}),
         system_prompt=system_prompt,
         max_tokens=max_tokens,
-        limit=None if isinstance(engine, str) else min(info.max_model_len, engine.max_model_len),
+        context=None if isinstance(engine, str) else engine.max_model_len,
         kind=kind,
         seed=seed,
         retry=retry,
-        decontaminator=_decontaminator(decontaminate),
         progress=_checking(progress),
     )
     excluded = Excluded()
@@ -168,7 +168,7 @@ def build(
         schedule = AdaptiveSchedule(opened, plan.key, samples, aim, seed=seed)
     else:
         schedule = FixedSchedule(opened, plan.key, samples, max_tokens=plan.max_tokens, retry=retry)
-    for source in sources:
+    for source in plan.sources:
         store.add_source(source.source)
     work = Pipeline(
         plan,
@@ -199,6 +199,111 @@ def build(
         if isinstance(engine, str):
             running.close()
     return _report(work, running.name, start_seconds, aim, warnings)
+
+
+def dry_run(
+    model: str | Path,
+    problems: str | Sequence[str],
+    *,
+    samples: int = 4,
+    catalog: Catalog | str | Path | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    system_prompt: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    decontaminate: str | Sequence[str] = (),
+    kind: RunKind = "build",
+    question: str | None = None,
+    answer: str | None = None,
+    grader: str | None = None,
+    retry: Collection[str] = (),
+    tokens_per_second: float | None = None,
+    gpu: str | None = None,
+    n_devices: int | None = None,
+    progress: Report | None = None,
+) -> PlanReport:
+    """What ``build`` with these arguments would do and cost; starts no engine, writes nothing, needs no GPU.
+
+    Args:
+        tokens_per_second: completion tokens a second of all devices together; the table of measured rates when None.
+        gpu: plan for this GPU (H100, H200, A100) instead of what is here.
+        n_devices: GPUs in all; those that are here when None.
+        The others are ``build``'s.
+
+    Raises:
+        InputError: what ``build`` would refuse, or a rate that nothing tells.
+    """
+    from calset.builder.planning import estimate, length_history
+    from calset.builder.provenance import hardware
+
+    _check(samples, retry, "transformers", {}, None)
+    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    plan = _planned(
+        model,
+        problems,
+        store,
+        given={"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p},
+        columns={"question": question, "answer": answer, "grader": grader, "limit": limit},
+        template_options=template_options,
+        decontaminate=decontaminate,
+        samples=samples,
+        system_prompt=system_prompt,
+        max_tokens=max_tokens,
+        context=None,
+        kind=kind,
+        seed=seed,
+        retry=retry,
+        progress=_checking(progress),
+    )
+    report = estimate(
+        plan.info,
+        plan.first_prompt_ids,
+        n_problems=len(plan.problem_ids),
+        n_requested=plan.n_requested,
+        n_existing=plan.existing.n - plan.existing.again,
+        prompt_tokens=plan.prompt_tokens,
+        max_tokens=plan.max_tokens,
+        tokens_per_second=tokens_per_second,
+        history=length_history(store, model=plan.info.model, generation_key=plan.key),
+        hardware=hardware(),
+        gpu=gpu,
+        n_devices=n_devices,
+        disk_free_bytes=shutil.disk_usage(store.path.resolve().parent).free,
+    )
+    left_out = len(plan.excluded_ids)
+    said = [f"{left_out} problems are left out: evaluation sources hold them too"] if left_out else []
+    return replace(report, warnings=(*plan.warnings, *plan.existing.warnings, *said, *report.warnings))
+
+
+def _planned(
+    model: str | Path,
+    problems: str | Sequence[str],
+    store: Catalog,
+    *,
+    given: Mapping[str, float | None],
+    columns: Mapping[str, Any],
+    template_options: Mapping[str, Any] | None,
+    decontaminate: str | Sequence[str],
+    context: int | None,
+    **options: Any,
+) -> Plan:
+    """The checked plan of a build: ``given`` overrides the model's sampling, ``columns`` are ``open_problems``' own."""
+    sources = open_sources([problems] if isinstance(problems, str) else list(problems), store, **columns)
+    info = inspect(model, template_options=template_options)
+    return make_plan(
+        info,
+        sources,
+        store,
+        sampling=replace(info.sampling, **{name: value for name, value in given.items() if value is not None}),
+        limit=None if context is None else min(info.max_model_len, context),
+        decontaminator=_decontaminator(decontaminate),
+        **options,
+    )
 
 
 def _target(

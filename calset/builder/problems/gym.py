@@ -125,7 +125,10 @@ def _finite(text: str) -> float:
 
 def _plain(value: Any) -> Any:
     """JSON-able, as the catalog stores it: tuples become lists, keys and unknown objects text."""
-    return json.loads(json.dumps(value, default=_unknown))
+    try:
+        return json.loads(json.dumps(value, default=_unknown))
+    except RecursionError as error:
+        raise InputError("a problem's metadata is nested too deeply to be kept; flatten it") from error
 
 
 def _unknown(value: Any) -> Any:

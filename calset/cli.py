@@ -177,12 +177,15 @@ def _existing(path: Path) -> Any:
     help="Run again what a smaller --max-tokens cut, or what the engine failed on. Repeatable.",
 )
 @click.option(
-    "--engine-option",
-    "engine_options",
+    "--decontaminate",
+    metavar="SRC",
     multiple=True,
-    metavar="NAME=VALUE",
-    help="The engine's own, e.g. tensor_parallel_size=8 of vLLM; a value is JSON or else text. Repeatable.",
+    help="Leave out problems that this evaluation source holds too, and keep the evidence. Repeatable.",
 )
+@click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and stop; needs no GPU.")
+@click.option("--tokens-per-second", type=float, help="For --dry-run: of all devices together. Default: a cited table.")
+@click.option("--gpu", help="For --dry-run: plan for this GPU (H100, H200, A100).")
+@click.option("--devices", "n_devices", type=click.IntRange(min=1), help="For --dry-run: how many of them.")
 @generation_options
 @catalog_option
 @progress_option

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import signal
@@ -768,6 +769,19 @@ def test_a_real_server_follows_the_seed_and_the_sampling_not_its_own_defaults(re
         assert {c.token_ids for c in one.values()} == {greedy["1-0"].token_ids}
     finally:
         server.close()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_real_server_holds_a_completion_to_a_schema(real_server, info):
+    schema = {"type": "object", "properties": {"verdict": {"enum": ["yes", "no"]}}, "required": ["verdict"]}
+    server = open_engine(f"http://127.0.0.1:{real_server.port}", info, max_model_len=1024)
+    try:
+        asked = Request("r", info.prompt_ids("2 + 2 ="), 0, 40, json_schema=json.dumps(schema))
+        (found,) = server.stream([asked], Sampling(temperature=0.0))
+    finally:
+        server.close()
+    assert json.loads(info.decode(found.token_ids))["verdict"] in ("yes", "no")
 
 
 @pytest.mark.vllm

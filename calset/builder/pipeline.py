@@ -36,7 +36,7 @@ from calset.errors import CatalogLocked, EngineError, first_line
 
 RECENT_SECONDS = 15.0
 # A commit takes processor time from the engine where there are few cores: at most one part in so many.
-COMMIT_SHARE = 20
+COMMIT_SHARE = 40
 MAX_HELD = 1024  # finished traces that are not saved yet, before the engine gets no more work
 
 
@@ -192,8 +192,11 @@ class Pipeline:
             self.store.record([], [], problems=[problem for problem, _ in left_out], contaminations=evidence)
         return self._first is not None
 
-    def generate(self, engine: Engine, graders: int) -> None:
+    def generate(self, engine: Engine, pool: GradingPool) -> None:
         """Stream completions into the catalog until the schedule is finished or somebody interrupts.
+
+        Args:
+            pool: what grades; the caller's, so that its workers can start while the engine does.
 
         Raises:
             EngineError: the engine died; what finished is saved.
@@ -204,7 +207,7 @@ class Pipeline:
         self._began = time.monotonic()
         self._rate = Rate(self._began)
         self.emit("generating")
-        with _interruptible(self._stop), GradingPool(graders) as pool:
+        with _interruptible(self._stop):
             try:
                 while self._round(engine, pool):
                     pass
@@ -278,9 +281,9 @@ class Pipeline:
             now = time.monotonic()
             last = end is not None and not self._waiting
             if last or len(self._ready) >= self._size or (self._ready and now - committed >= pause):
-                self._commit()
+                saved = self._commit()
                 committed = time.monotonic()
-                pause = max(self._every, COMMIT_SHARE * (committed - now))
+                pause = max(self._every, COMMIT_SHARE * (committed - now)) if saved else self._every
             if self._stop.is_set() and not self.stopped:
                 self.stopped = True
                 engine.cancel()
@@ -345,8 +348,9 @@ class Pipeline:
         self._left_out += self._excluded.drain()
         return bool(self._ready or self._decisions or self._left_out)
 
-    def _commit(self) -> None:
-        """Traces, verdicts and what goes with them in one transaction; kept for the next try when others hold it."""
+    def _commit(self) -> bool:
+        """Traces, verdicts and what goes with them in one transaction; False when others hold the catalog: all of it
+        is kept for the next try."""
         self._unsaved()
         traces = [entry.trace for entry in self._ready]
         grades = [
@@ -366,7 +370,7 @@ class Pipeline:
             self._locked_since = self._locked_since or time.monotonic()
             if time.monotonic() - self._locked_since > LOCK_PATIENCE_SECONDS:
                 raise
-            return
+            return False
         self._locked_since = None
         self._ready, self._problems, self._decisions, self._left_out = [], {}, [], []
         # What another build of the same traces had saved meanwhile is there, but not ours.
@@ -375,6 +379,7 @@ class Pipeline:
         verdicts = [grade for grade in grades if (grade.trace_id, grade.attempt) in done.fresh]
         self._rate.add(time.monotonic(), self.tally.add(mine, verdicts if self.graded else None))
         self.emit("generating")
+        return True
 
     # -- what is said -----------------------------------------------------------------------------------------------
 

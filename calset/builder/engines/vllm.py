@@ -94,7 +94,7 @@ class VllmEngine:
         arguments = self._arguments(model, device, dtype, concurrency, verbose, options)
         # More than what runs, so that the scheduler always has the next prompt at hand; not much more, since an
         # adaptive build decides late, and better, what comes next.
-        slots = arguments.max_num_seqs or 256
+        slots = (arguments.max_num_seqs or 256) * max(1, arguments.data_parallel_size)
         self._in_flight = slots + max(16, slots // 4)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="calset-vllm", daemon=True)

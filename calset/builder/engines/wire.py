@@ -7,6 +7,7 @@ The dialect is that of vLLM's ``/v1/completions``, which SGLang speaks too: prom
 from __future__ import annotations
 
 import email.utils
+import json
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -72,7 +73,7 @@ def completion_body(
     Every sampling parameter is given, also where it is off: both servers fill what is missing from the model folder's
     generation_config.json. -1 for no top_k is the one spelling that both take (SGLang refuses 0).
     """
-    return {
+    body = {
         "model": model,
         "prompt": list(request.prompt_ids),
         "max_tokens": request.max_tokens,
@@ -90,6 +91,10 @@ def completion_body(
         "return_token_ids": True,
         "stream": False,
     }
+    if request.json_schema is not None:
+        schema = {"name": "answer", "schema": json.loads(request.json_schema)}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return body
 
 
 def read_completion(
@@ -189,8 +194,6 @@ def looks_like(served: ServedModel, model: ModelInfo) -> bool:
 
 def error_text(status: int, body: str) -> str:
     """What a server said of a request that it refused, in one line: ``HTTP 400 (its message)``."""
-    import json
-
     try:
         found = json.loads(body)
     except ValueError:

@@ -103,6 +103,11 @@ def grader_version(name: str) -> str:
     Raises:
         InputError: no such grader, or a package's grader that cannot be imported or is none.
     """
+    return _version(grader_module(name), name)
+
+
+@lru_cache(maxsize=64)  # a build asks for each trace, and a library's version is read from disk
+def _version(module: str, name: str) -> str:
     return str(_load(name).version())
 
 

@@ -71,6 +71,7 @@ class GradingPool:
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
+        self._loading, self._loaded_at = 0, 0.0  # workers that import, and when the last one had
         self._all: set[_Worker] = set()
         self._closed = False
 
@@ -96,6 +97,12 @@ class GradingPool:
             self._changed.notify_all()
         self._grow()
         return future
+
+    def warm(self, grader: str) -> None:
+        """Have the first worker import a grader now, while nothing else wants the processor."""
+        with self._changed:
+            if not self._threads and not self._closed:
+                self._start_thread(check_grader(grader))
 
     @property
     def n_waiting(self) -> int:
@@ -128,16 +135,27 @@ class GradingPool:
             n = len(self._threads)
             if self._closed or n >= self._processes or not self._waiting:
                 return
-            behind = len(self._waiting) > BACKLOG * n or time.monotonic() - self._waiting[0].since > PATIENCE_SECONDS
-            if n == 0 or behind:
-                # Daemons: an interpreter that ends without close() does not wait for a grade.
-                thread = threading.Thread(target=self._run, name=f"calset-grading-{n}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            # What has waited for an import says nothing of how fast those there are.
+            waited = time.monotonic() - max(self._waiting[0].since, self._loaded_at)
+            behind = len(self._waiting) > BACKLOG * n or waited > PATIENCE_SECONDS
+            if n == 0 or (behind and not self._loading and waited > PATIENCE_SECONDS / 4):
+                self._start_thread()
 
-    def _run(self) -> None:
+    def _start_thread(self, grader: str | None = None) -> None:
+        # Daemons: an interpreter that ends without close() does not wait for a grade.
+        name = f"calset-grading-{len(self._threads)}"
+        thread = threading.Thread(target=self._run, args=(grader,), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(self, grader: str | None) -> None:
         """One worker's thread: its process lives in here, and is replaced in here."""
         worker: _Worker | None = None
+        if grader is not None:
+            # Whatever is wrong with it is said of the first answer.
+            with suppress(CalsetError, _WorkerFailed, TimeoutError):
+                worker = self._start()
+                self._load(worker, grader)
         while (job := self._take()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
@@ -165,7 +183,7 @@ class GradingPool:
         for _ in range(2):
             worker = worker or self._start()
             try:
-                worker.load(grader)
+                self._load(worker, grader)
                 began = True
                 reply = worker.ask(message, self._deadline, self._grow)
             except TimeoutError:
@@ -183,6 +201,18 @@ class GradingPool:
         if not began:
             raise CalsetError(f"the {grader} grader's worker does not start: {failure}")
         return None, Outcome("error", detail=f"the grader crashed twice ({failure})")
+
+    def _load(self, worker: _Worker, grader: str) -> None:
+        if worker.has(grader):
+            return
+        with self._changed:
+            self._loading += 1
+        try:
+            worker.load(grader)
+        finally:
+            with self._changed:
+                self._loading -= 1
+                self._loaded_at = time.monotonic()
 
     def _end(self, worker: _Worker) -> None:
         worker.kill()
@@ -222,6 +252,10 @@ class _Worker:
         self._buffer = b""
         self._loaded: set[str] = set()
 
+    def has(self, grader: str) -> bool:
+        """Whether it has imported a grader."""
+        return grader in self._loaded
+
     def load(self, grader: str) -> None:
         """Import a grader before the clock runs.
 
@@ -229,8 +263,6 @@ class _Worker:
             CalsetError: it cannot be imported, or does not start: every grade would fail.
             _WorkerFailed: the process ended.
         """
-        if grader in self._loaded:
-            return
         try:
             reply = self.ask({"load": grader}, START_SECONDS)
         except TimeoutError as failure:

@@ -97,7 +97,7 @@ def build(
     device: str | None = None,
     concurrency: int | None = None,
     graders: int = 2,
-    commit_every_seconds: float = 1.5,
+    commit_every_seconds: float | None = None,
     commit_size: int = 256,
     retry: Collection[str] = (),
     engine_options: Mapping[str, Any] | None = None,
@@ -131,7 +131,8 @@ def build(
         question, answer, grader: see ``open_problems``.
         concurrency: sequences decoded at once.
         graders: grading processes.
-        commit_every_seconds, commit_size: a batch is committed when it is this old or this large.
+        commit_every_seconds, commit_size: a batch is committed when it is this old or this large; when None after 1.5
+            seconds, or later where commits are slow, so that they take at most a fortieth of the time.
         retry: run again, as a new attempt that supersedes: ``truncated``, traces that a smaller limit than
             ``max_tokens`` cut; ``error``, traces that the engine aborted or failed on.
         engine_options: the engine's own options.

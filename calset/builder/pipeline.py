@@ -35,6 +35,7 @@ from calset.catalog.records import JUDGED, Contamination, Decision, Grade, Probl
 from calset.errors import CatalogLocked, EngineError, first_line
 
 RECENT_SECONDS = 15.0
+COMMIT_SECONDS = 1.5
 # A commit takes processor time from the engine where there are few cores: at most one part in so many.
 COMMIT_SHARE = 40
 MAX_HELD = 1024  # finished traces that are not saved yet, before the engine gets no more work
@@ -152,14 +153,16 @@ class Pipeline:
         store: Catalog,
         *,
         graded: bool = True,
-        commit_every_seconds: float = 1.5,
+        commit_every_seconds: float | None = None,
         commit_size: int = 256,
         excluded: Excluded | None = None,
         engine_options: Mapping[str, Any] | None = None,
         progress: Report | None = None,
     ) -> None:
         self.plan, self.schedule, self.store, self.graded = plan, schedule, store, graded
-        self._every, self._size, self._progress = commit_every_seconds, commit_size, progress
+        self._every = COMMIT_SECONDS if commit_every_seconds is None else commit_every_seconds
+        self._share = COMMIT_SHARE if commit_every_seconds is None else 0
+        self._size, self._progress = commit_size, progress
         self._excluded, self._engine_options = excluded or Excluded(), engine_options or {}
         self.n_existing = plan.existing.n - plan.existing.again
         self.run_id: str | None = None
@@ -283,7 +286,7 @@ class Pipeline:
             if last or len(self._ready) >= self._size or (self._ready and now - committed >= pause):
                 saved = self._commit()
                 committed = time.monotonic()
-                pause = max(self._every, COMMIT_SHARE * (committed - now)) if saved else self._every
+                pause = max(self._every, self._share * (committed - now)) if saved else self._every
             if self._stop.is_set() and not self.stopped:
                 self.stopped = True
                 engine.cancel()

@@ -1,8 +1,8 @@
 """What a build costs over bare generation: tokens/s of build (streaming, grading, catalog) against vLLM's LLM.generate.
 
 One process, the same prompts, seeds and sampling; several rounds in turn, so that a drifting machine hits both. The
-figure to read is the ratio. Ten times more requests than slots; ``--tail`` draws heavy-tailed lengths: nine problems of
-ten are short, the tenth is several times as long.
+figure to read is the ratio. Ten times more requests than slots (``--times``); ``--tail`` draws heavy-tailed lengths:
+nine problems of ten are short, the tenth is several times as long.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --tail
@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument(
+        "--times", type=int, default=10, help="requests for each slot; a build's fixed costs weigh less"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +53,7 @@ def main() -> None:
 
 
 def write_problems(path: Path, args: argparse.Namespace) -> Path:
-    n = 10 * args.slots // args.samples
+    n = args.times * args.slots // args.samples
     specs = [spec.format(n=n, short=9 * n // 10, long=n - 9 * n // 10) for spec in (TAIL if args.tail else EVEN)]
     rows = [problem for spec in specs for problem in calset.load_problems(spec)[1]]
     random.Random(0).shuffle(rows)  # long ones among the short ones, not after them

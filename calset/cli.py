@@ -16,6 +16,7 @@ import click
 from calset import __version__, terminal
 from calset.errors import CalsetError, EngineError, InputError
 
+SEED = click.IntRange(-(2**63), 2**63 - 1)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -100,7 +101,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--top-p", type=float, help="Default: the model's generation_config, else its family's recipe."),
         click.option("--top-k", type=int, help="0 is off. Default: as for --temperature."),
         click.option("--max-tokens", type=int, help="Completion tokens at most. Default: what the context holds."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Every trace's own seed derives from it."),
+        click.option("--seed", type=SEED, default=0, show_default=True, help="Every trace's own seed derives from it."),
         click.option("--system-prompt", help="None unless given."),
         click.option(
             "--template-option",
@@ -183,9 +184,13 @@ def _existing(path: Path) -> Any:
     help="Leave out problems that this evaluation source holds too, and keep the evidence. Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and stop; needs no GPU.")
-@click.option("--tokens-per-second", type=float, help="For --dry-run: of all devices together. Default: a cited table.")
+@click.option(
+    "--tokens-per-second",
+    type=click.FloatRange(0.001, 1e12),
+    help="For --dry-run: of all devices together. Default: a cited table.",
+)
 @click.option("--gpu", help="For --dry-run: plan for this GPU (H100, H200, A100).")
-@click.option("--devices", "n_devices", type=click.IntRange(min=1), help="For --dry-run: how many of them.")
+@click.option("--devices", "n_devices", type=click.IntRange(1, 1_000_000), help="For --dry-run: how many of them.")
 @generation_options
 @catalog_option
 @progress_option
@@ -228,6 +233,10 @@ def _dry_run(
 ) -> None:
     from calset.builder.generate import dry_run
 
+    from calset.builder.engines import check_options, resolve_engine
+
+    if options["engine"] not in ("auto", "vllm"):  # vLLM need not be here to plan for it
+        check_options(resolve_engine(options["engine"]), options["engine_options"])
     target = options["target"]
     for name in ("target", "need", "need_tokens", "confidence", "engine", "engine_options", "concurrency"):
         del options[name]
@@ -332,7 +341,7 @@ def _command_line() -> str:
 @click.option(
     "--judge", metavar="MODEL", help="Let this model judge instead; its judgements stand beside the verdicts."
 )
-@click.option("--judge-engine", default="auto", show_default=True, envvar="CALSET_ENGINE", help="As build's --engine.")
+@click.option("--judge-engine", help="As build's --engine. Default: auto.")
 @catalog_option
 @progress_option
 @json_option
@@ -341,8 +350,10 @@ def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> N
     options["verdicts"] = tuple(filter(None, (options["verdicts"] or "").replace(" ", "").split(",")))
     judge, engine = options.pop("judge"), options.pop("judge_engine")
     if judge is not None:
-        _judge(judge, engine, catalog, progress_mode, as_json, **options)
+        _judge(judge, engine or "auto", catalog, progress_mode, as_json, **options)
         return
+    if engine is not None:
+        raise InputError("--judge-engine is for --judge MODEL")
     from calset.builder.regrade import grade as run
 
     with terminal.progress(progress_mode, "graded") as bar:
@@ -536,8 +547,8 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
 @click.option("--recipe", default="ssgr", show_default=True, help="A recipe's name or a TOML file.")
 @click.option("--model", help="Whose traces, when the catalog holds several models'.")
 @click.option("--where", help="A SQL condition over the trace view.")
-@click.option("--samples", type=click.IntRange(min=1), help="At most N samples.")
-@click.option("--tokens", type=click.IntRange(min=1), help="At most N tokens, whole samples.")
+@click.option("--samples", type=click.IntRange(1, 2**62), help="At most N samples.")
+@click.option("--tokens", type=click.IntRange(1, 2**62), help="At most N tokens, whole samples.")
 @click.option("--difficulty", metavar="LO..HI", help="The band of 1 - pass rate, e.g. 0.2..0.8.")
 @click.option("--min-k", type=click.IntRange(min=1), help="Only problems with at least K judged traces.")
 @click.option("--length-quantiles", metavar="LO..HI", help="The band of lengths among the candidates, e.g. 0.25..0.75.")
@@ -545,7 +556,7 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
 @click.option("--per-problem", type=click.IntRange(min=1), help="Traces a problem at most.")
 @click.option("--text", metavar="FILE", help="The recipe text's: a file, a folder, FILE?text=COLUMN, or hf:ORG/NAME.")
 @click.option("--window", type=click.IntRange(min=1), help="Tokens a sample of the recipe text.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @catalog_option
 @json_option
 def select(name: str, catalog: Path, as_json: bool, **options: Any) -> None:
@@ -756,7 +767,7 @@ def evaluate(model: str, problems: tuple[str, ...], progress_mode: str, as_json:
     envvar="CALSET_ENGINE",
     help="auto, vllm or transformers; auto takes vLLM when it is installed.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @progress_option
 @json_option
 def demo(out: Path, engine: str, seed: int, progress_mode: str, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ class Target:
         if self.recipe.kind != "trace":
             raise InputError(f"recipe {self.recipe.name} takes no traces: an adaptive build has nothing to decide")
         if (self.need is None) == (self.need_tokens is None):
-            raise InputError("an adaptive build needs one of need (samples) and need_tokens")
+            given = "neither" if self.need is None else "both"
+            raise InputError(f"an adaptive build takes one of need (samples) and need_tokens, not {given}")
         for name in ("need", "need_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -115,8 +117,11 @@ class AdaptiveSchedule:
         recipe = target.recipe
         self._rule = StoppingRule(recipe.difficulty, samples, target.confidence)
         self._beliefs = Beliefs(self._rule)
-        min_k = samples if recipe.difficulty is not None else None
-        self._recipe = recipe.with_options(samples=None, tokens=None, min_k=min_k)
+        if (recipe.min_k or 0) > samples:
+            raise InputError(
+                f"recipe {recipe.name} wants problems with {recipe.min_k} judged traces, more than samples ({samples})"
+            )
+        self._recipe = recipe.with_options(samples=None, tokens=None, min_k=samples)
         self._source, self._key, self._samples, self._target, self._seed = opened, key, samples, target, seed
         self._changed = threading.Condition()
         self._open: dict[str, _Open] = {}
@@ -126,6 +131,8 @@ class AdaptiveSchedule:
         self._sizes: dict[str, int] = {}
         self._n_flying = self._n_stopped = self._n_complete = self._n_inside = self._met = 0
         self._dirty = self._exhausted = self._caught_up = False
+        self._ranked_at = 0.0
+        self._n_unjudged = 0  # stopped because a sample has no verdict
         self._decisions: list[Decision] = []
 
     # -- the feeding thread -----------------------------------------------------------------------------------------
@@ -233,6 +240,7 @@ class AdaptiveSchedule:
         elif self._rule.decide(one.k, one.n_correct, prior, one.unjudged) == "stop":
             self._note(one, "stop", "a sample has no verdict" if one.unjudged else "outside the band")
             self._n_stopped += 1
+            self._n_unjudged += one.unjudged > 0
             del self._open[one.problem_id]
         else:
             self._note(one, "continue", "open")
@@ -262,6 +270,8 @@ class AdaptiveSchedule:
         del self._open[one.problem_id]
 
     def _note(self, one: _Open, action: str, reason: str) -> None:
+        if one.opened.decided == (action, one.k):  # by the build that this one continues
+            return
         prior = self._beliefs.prior(one.stratum)
         self._decisions.append(
             Decision(
@@ -283,10 +293,12 @@ class AdaptiveSchedule:
 
     def _is_met(self) -> bool:
         """Whether the recipe has what it needs. Its length band moves with every problem: counted anew each time."""
-        if self._dirty:
-            self._dirty = False
+        by_sample = self._target.unit == "samples"
+        # Where a problem gives one sample at most, too few inside the band need no ranking to tell.
+        possible = not by_sample or self._recipe.per_problem != 1 or self._n_inside >= self._target.wanted
+        if self._dirty and (possible or not self._n_flying or time.monotonic() > self._ranked_at + 1):
+            self._dirty, self._ranked_at = False, time.monotonic()
             ranked = rank(self._candidates, self._recipe, self._seed).order
-            by_sample = self._target.unit == "samples"
             self._met = len(ranked) if by_sample else sum(self._sizes[candidate.sample_id] for candidate in ranked)
         return self._met >= self._target.wanted
 
@@ -310,10 +322,16 @@ class AdaptiveSchedule:
 
     def warnings(self) -> list[str]:
         with self._changed:
-            if not self._exhausted or self._is_met():
-                return []
+            found = []
             name, aim = self._target.recipe.name, self._target
-            return [
-                f"the problems ran out: {name} can take {self._met} of {aim.wanted} {aim.unit}; add problems, or raise "
-                "--samples"
-            ]
+            if self._n_unjudged:
+                found.append(
+                    f"{self._n_unjudged} problems were stopped because a sample of theirs has no verdict: calset "
+                    "grade, or a build with --retry error, may give it one"
+                )
+            if self._exhausted and not self._is_met():
+                found.append(
+                    f"the problems ran out: {name} can take {self._met} of {aim.wanted} {aim.unit}; add problems, or "
+                    "raise --samples"
+                )
+            return found

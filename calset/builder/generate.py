@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset.builder.adaptive import AdaptiveSchedule, Target
 from calset.builder.engines import Engine, check_options, open_engine, resolve_engine
+from calset.builder.grading import grader_version
 from calset.builder.grading.pool import GradingPool
 from calset.builder.model_info import inspect
 from calset.builder.pipeline import BuildProgress, Excluded, Pipeline, Report
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from calset.builder.planning import PlanReport
 
 RETRIES = ("truncated", "error")
+MAX_SAMPLES = 1_000_000  # beyond, it is a typing error
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ def build(
         CatalogError: the catalog cannot be written.
     """
     aim = _target(target, need, need_tokens, confidence, graded)
-    _check(samples, retry, engine, engine_options or {}, aim)
+    _check(samples, retry, engine, engine_options or {}, aim, concurrency, seed)
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     plan = _planned(
         model,
@@ -170,6 +172,9 @@ def build(
         schedule = AdaptiveSchedule(opened, plan.key, samples, aim, seed=seed)
     else:
         schedule = FixedSchedule(opened, plan.key, samples, max_tokens=plan.max_tokens, retry=retry)
+    if graded:
+        for source in plan.sources:
+            grader_version(source.source.grader)  # imports it: not only by name is it there
     for source in plan.sources:
         store.add_source(source.source)
     work = Pipeline(
@@ -246,7 +251,7 @@ def dry_run(
     from calset.builder.planning import estimate, length_history
     from calset.builder.provenance import hardware
 
-    _check(samples, retry, "transformers", {}, None)
+    _check(samples, retry, "transformers", {}, None, None, seed)
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     plan = _planned(
         model,
@@ -330,10 +335,20 @@ def _target(
 
 
 def _check(
-    samples: int, retry: Collection[str], engine: str | Engine, options: Mapping[str, Any], target: Target | None
+    samples: int,
+    retry: Collection[str],
+    engine: str | Engine,
+    options: Mapping[str, Any],
+    target: Target | None,
+    concurrency: int | None,
+    seed: int,
 ) -> None:
-    if samples < 1:
-        raise InputError(f"samples must be at least 1, not {samples}")
+    if not 1 <= samples <= MAX_SAMPLES:
+        raise InputError(f"samples must be at least 1 and at most {MAX_SAMPLES:,}, not {samples}")
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed must be a whole number of at most 63 bits, not {seed}")
+    if concurrency is not None and concurrency < 1:
+        raise InputError(f"concurrency must be at least 1, not {concurrency}")
     if unknown := sorted(set(retry) - set(RETRIES)):
         raise InputError(f"retry takes {' and '.join(RETRIES)}, not {unknown[0]!r}")
     if target is not None and retry:

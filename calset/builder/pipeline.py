@@ -17,27 +17,29 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calset import ids
 from calset.builder.engines import Completion, Engine, Request
+from calset.builder.engines.base import RESUME_HINT
 from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
-from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan
+from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan, patiently
 from calset.builder.provenance import hardware, versions
 from calset.builder.reasoning import split
 from calset.builder.schedule import Schedule, Unit
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import JUDGED, Contamination, Decision, Grade, Problem, Run, Trace, utc_now
-from calset.errors import CatalogLocked, EngineError, first_line
+from calset.catalog.records import BROKEN, JUDGED, Contamination, Decision, Grade, Problem, Run, Trace, utc_now
+from calset.errors import CalsetError, CatalogError, CatalogLocked, EngineError, first_line
 
 RECENT_SECONDS = 15.0
 COMMIT_SECONDS = 1.5
 # A commit takes processor time from the engine where there are few cores: at most one part in so many.
 COMMIT_SHARE = 40
+MAX_PAUSE_SECONDS = 10.0
 MAX_HELD = 1024  # finished traces that are not saved yet, before the engine gets no more work
 
 
@@ -171,7 +173,8 @@ class Pipeline:
         self.tally = Tally()
         self._stop = threading.Event()
         self._taking = threading.Lock()
-        self._over = False  # the engine's present stream
+        self._feed_error: Exception | None = None
+        self._met_before = 0  # of an adaptive build's target, by earlier builds
         self._began = time.monotonic()
         self._rate = Rate(self._began)
         self._locked_since: float | None = None
@@ -190,9 +193,8 @@ class Pipeline:
         Where there is nothing, what was left out on the way is kept at once.
         """
         self._first = self._first or self.schedule.take()
-        if self._first is None and (left_out := self._excluded.drain()):
-            evidence = [one for _, found in left_out for one in found]
-            self.store.record([], [], problems=[problem for problem, _ in left_out], contaminations=evidence)
+        if self._first is None and self._unsaved():
+            self._commit()
         return self._first is not None
 
     def generate(self, engine: Engine, pool: GradingPool) -> None:
@@ -206,9 +208,11 @@ class Pipeline:
             CatalogError: the catalog cannot be written.
         """
         self.run_id = f"{utc_now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        self.store.add_run(self._run(engine))
+        run = self._run(engine)
+        patiently(lambda: self.store.add_run(run))
         self._began = time.monotonic()
         self._rate = Rate(self._began)
+        self._met_before = self.schedule.facts().get("met", 0)
         self.emit("generating")
         with _interruptible(self._stop):
             try:
@@ -224,58 +228,80 @@ class Pipeline:
         It is when a schedule was satisfied, what was in flight was dropped, and what came back meanwhile has moved the
         recipe's length band, so that the schedule is not satisfied after all.
         """
-        pump = threading.Thread(target=self._pump, args=(engine,), name="calset-pump", daemon=True)
-        self._over = False
+        over = threading.Event()
+        pump = threading.Thread(target=self._pump, args=(engine, over), name="calset-pump", daemon=True)
         pump.start()
         try:
             self._collect(engine, pool)
+        except (CatalogError, KeyboardInterrupt):
+            raise
+        except BaseException:
+            with suppress(CalsetError):  # what is settled is not thrown away with what failed
+                self._commit()
+            raise
         finally:
-            with self._taking:  # whoever feeds the engine has taken its last unit after this
-                self._over = True
+            over.set()
             engine.cancel()
             pump.join(timeout=60)
-        dropped, self._flying = list(self._flying.values()), {}
+        with self._taking:  # whoever fed the engine has taken its last unit
+            dropped, self._flying = list(self._flying.values()), {}
+        if self._feed_error is not None and not self.stopped:
+            raise self._feed_error
+        if dropped and not (self.stopped or self.schedule.satisfied):
+            raise EngineError(f"the engine ended without {len(dropped)} of its requests; {RESUME_HINT}")
+        while self._unsaved():
+            self._commit()
         return not self.stopped and self.schedule.reopen(dropped)
 
     # -- the engine's side: its own threads -------------------------------------------------------------------------
 
-    def _pump(self, engine: Engine) -> None:
+    def _pump(self, engine: Engine, over: threading.Event) -> None:
         """Hand on what comes out of the engine, then the end or the error."""
         try:
-            for completion in engine.stream(self._requests(), self.plan.sampling):
+            for completion in engine.stream(self._requests(over), self.plan.sampling):
                 self._inbox.put(completion)
             self._inbox.put(_End())
         except BaseException as error:
             self._inbox.put(_End(error))
 
-    def _requests(self) -> Iterator[Request]:
-        while True:
-            if self._inbox.qsize() + self._waiting + len(self._ready) >= MAX_HELD and not self._stop.is_set():
+    def _requests(self, over: threading.Event) -> Iterator[Request]:
+        """What the engine is given. Its own errors end it: the engine then finishes what it has."""
+        while not (over.is_set() or self._stop.is_set()):
+            if self._inbox.qsize() + self._waiting + len(self._ready) >= MAX_HELD:
                 time.sleep(0.05)
                 continue
-            with self._taking:
-                if self._over or self._stop.is_set():
-                    return
-                unit, self._first = self._first, None
-                unit = unit or self.schedule.take(timeout=0.2)
+            try:
+                unit = self._take(over)
                 if unit is None and self.schedule.finished:
                     return
-                if unit is not None:
-                    self._flying[unit.trace_id] = unit
+            except Exception as error:
+                self._feed_error = error
+                return
             if unit is not None:
                 seed = ids.request_seed(self.plan.seed, unit.problem.problem_id, unit.sample_index)
                 yield Request(unit.trace_id, unit.prompt_ids, seed, self.plan.max_tokens)
+
+    def _take(self, over: threading.Event) -> Unit | None:
+        with self._taking:
+            if over.is_set():
+                return None
+            unit, self._first = self._first, None
+            unit = unit or self.schedule.take(timeout=0.2)
+            if unit is not None:
+                self._flying[unit.trace_id] = unit
+            return unit
 
     # -- the catalog's side: the calling thread ---------------------------------------------------------------------
 
     def _collect(self, engine: Engine, pool: GradingPool) -> None:
         end: _End | None = None
-        dropping = False
         committed, pause = time.monotonic(), self._every
         while end is None or self._waiting or self._unsaved():
             item = self._next()
             if isinstance(item, Completion):
-                self._enter(item, pool)
+                # An engine that was interrupted with us aborts what it runs; that is no trace.
+                if not (self._stop.is_set() and item.finish_reason in BROKEN):
+                    self._enter(item, pool)
             elif isinstance(item, _Entry):
                 self._waiting -= 1
                 self._settle(item)
@@ -284,15 +310,14 @@ class Pipeline:
             now = time.monotonic()
             last = end is not None and not self._waiting
             if last or len(self._ready) >= self._size or (self._ready and now - committed >= pause):
+                spent = time.thread_time()  # not what it waited for others who hold the catalog
                 saved = self._commit()
                 committed = time.monotonic()
-                pause = max(self._every, self._share * (committed - now)) if saved else self._every
-            if self._stop.is_set() and not self.stopped:
-                self.stopped = True
-                engine.cancel()
-            elif end is None and not dropping and self.schedule.satisfied:
-                dropping = True
-                engine.cancel()
+                cost = self._share * (time.thread_time() - spent)
+                pause = min(max(self._every, cost), MAX_PAUSE_SECONDS) if saved else self._every
+            self.stopped = self.stopped or self._stop.is_set()
+            if end is None and (self.stopped or self.schedule.satisfied):
+                engine.cancel()  # again each time: a cancel before the stream has begun is lost
         if end.error is not None and not self.stopped:
             raise _engine_error(end.error) from end.error
 
@@ -417,7 +442,8 @@ class Pipeline:
             left = total - self.n_existing - self.tally.saved
             return left * seconds / self.tally.saved if self.tally.saved else None
         met, need = target.get("met", 0), target.get("need", 0)
-        return max(0, need - met) * seconds / met if met and self.tally.saved else None
+        gained = met - self._met_before
+        return max(0, need - met) * seconds / gained if gained > 0 and self.tally.saved else None
 
     def _run(self, engine: Engine) -> Run:
         info, plan = self.plan.info, self.plan
@@ -460,9 +486,15 @@ def _interruptible(stop: threading.Event) -> Iterator[None]:
         yield
         return
 
+    asked = 0.0
+
     def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
+        nonlocal asked
+        # Whoever ends a process group may reach this process twice for one stop.
+        if stop.is_set() and time.monotonic() - asked > 1:
             raise KeyboardInterrupt
+        if not stop.is_set():
+            asked = time.monotonic()
         stop.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -470,4 +502,4 @@ def _interruptible(stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -89,9 +89,11 @@ class Plan:
         while block := list(islice(problems, BLOCK)):
             names = [problem.problem_id for problem in block]
             found = {} if fresh else patiently(lambda names=names: store.attempts(self.key, names))
+            decided = {} if fresh else patiently(lambda names=names: store.last_decisions(self.key, names))
             for problem in block:
                 prompt = self.info.prompt_ids(problem.question, self.system_prompt)
-                yield Opened(problem, prompt, found.get(problem.problem_id, {}))
+                name = problem.problem_id
+                yield Opened(problem, prompt, found.get(name, {}), decided.get(name))
 
 
 def unique(sources: Sequence[ProblemSource]) -> Iterator[Problem]:

@@ -357,7 +357,7 @@ def _bits(config: Any) -> int:
 
 def _device(gpu: str | None, here: Sequence[str], size: Parameters | None) -> str:
     if gpu is not None:
-        return gpu
+        return gpu.strip().upper()
     if here:
         return next((name for name in GPU_BYTES if name in here[0]), here[0])
     return "CPU" if size is not None and size.active < CPU_BILLIONS * 1e9 else "H100"

@@ -15,6 +15,7 @@ from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
 from calset.catalog import worklist
 from calset.catalog.catalog import Catalog
+from calset.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,16 @@ def grade(
     names = [check_grader(grader)] if grader is not None else [g for g in worklist.graders_of(store) if g in known()]
     if run is not None:
         store.run(run)
+    if ungraded and verdicts:
+        raise InputError("ungraded traces have no verdict: pass ungraded or verdicts, not both")
+    for what, asked, known_names in (
+        ("source", source, {s.name for s in store.sources()}),
+        ("model", model, {r.model for r in store.runs()}),
+    ):
+        if asked is not None and asked not in known_names:
+            raise InputError(
+                f"no {what} {asked!r} in {store.path}: there are {', '.join(sorted(known_names)) or 'none'}"
+            )
     every = worklist.Wanted(
         verdicts=("ungraded",) if ungraded else tuple(verdicts), run_id=run, model=model, source=source, grader=grader
     )

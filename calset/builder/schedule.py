@@ -16,11 +16,17 @@ from calset.catalog.records import Attempt, Decision, Problem, Trace
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A problem as a build opens it. ``existing``: sample index -> its newest attempt in the catalog."""
+    """A problem as a build opens it.
+
+    Args:
+        existing: sample index -> its newest attempt in the catalog.
+        decided: the last decision that an adaptive build kept of it, and after how many judged samples.
+    """
 
     problem: Problem
     prompt_ids: tuple[int, ...]
     existing: Mapping[int, Attempt]
+    decided: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

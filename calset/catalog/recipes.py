@@ -79,6 +79,8 @@ class Recipe:
             raise InputError(f"recipe {self.name}: give length_quantiles or length_tokens, not both")
         if self.samples and self.tokens:
             raise InputError(f"recipe {self.name}: give a budget in samples or in tokens, not both")
+        if self.kind != "text" and self.window is not None:
+            raise InputError(f"recipe {self.name}: window is for recipes of the kind text")
         if self.kind == "text" and self.window is None:
             raise InputError(f"recipe {self.name}: a text recipe needs a window (tokens a sample)")
 

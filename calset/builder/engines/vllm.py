@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
@@ -207,7 +207,7 @@ class VllmEngine:
                 running -= 1
                 changed.set()
 
-        feed = RequestFeed(requests, notify=lambda: loop.call_soon_threadsafe(changed.set))
+        feed = RequestFeed(requests, notify=_waker(loop, changed))
         try:
             async with asyncio.TaskGroup() as group:
                 while not feed.exhausted:
@@ -251,8 +251,11 @@ class VllmEngine:
         if last is None or not last.finished:
             raise EngineError(f"vLLM returned nothing for {request.key}")
         served = last.outputs[0]
+        if served.finish_reason in (None, "abort"):
+            # calset aborts by dropping the request; vLLM does it to all of them when a signal reaches its process.
+            raise EngineError("vLLM is shutting down and gave up on its requests")
         seconds = time.monotonic() - began
-        return Completion(request.key, tuple(served.token_ids), served.finish_reason or "abort", seconds)
+        return Completion(request.key, tuple(served.token_ids), served.finish_reason, seconds)
 
     def load_weights(self, model: Path, revision: str) -> None:
         """Swap the weights in place, in a fraction of a second for a small model; a start takes most of a minute.
@@ -306,6 +309,16 @@ class VllmEngine:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:
+    """Sets an event of a loop from another thread; nothing when the loop is closed."""
+
+    def wake() -> None:
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(event.set)
+
+    return wake
 
 
 class _Reaper:

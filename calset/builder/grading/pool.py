@@ -152,10 +152,13 @@ class GradingPool:
         """One worker's thread: its process lives in here, and is replaced in here."""
         worker: _Worker | None = None
         if grader is not None:
-            # Whatever is wrong with it is said of the first answer.
-            with suppress(CalsetError, _WorkerFailed, TimeoutError):
+            try:
                 worker = self._start()
                 self._load(worker, grader)
+            except Exception:  # whatever is wrong is found again, and said, with the first answer
+                if worker is not None:
+                    self._end(worker)
+                worker = None
         while (job := self._take()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
@@ -166,6 +169,7 @@ class GradingPool:
                 job.future.set_exception(error)
             else:
                 job.future.set_result(outcome)
+            self._grow()
 
     def _take(self) -> _Job | None:
         with self._changed:

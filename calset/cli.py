@@ -231,9 +231,8 @@ def _dry_run(
     options: dict[str, Any],
     planning: dict[str, Any],
 ) -> None:
-    from calset.builder.generate import dry_run
-
     from calset.builder.engines import check_options, resolve_engine
+    from calset.builder.generate import dry_run
 
     if options["engine"] not in ("auto", "vllm"):  # vLLM need not be here to plan for it
         check_options(resolve_engine(options["engine"]), options["engine_options"])

@@ -294,8 +294,8 @@ VIEWS: Mapping[str, str] = {
     # The newest judgement of each judge and prompt on each trace, beside the rule's verdict.
     "judgement": """
         SELECT t.trace_id, t.problem_id, t.model, t.source, j.judge, j.judge_revision, j.prompt_hash,
-            j.verdict AS judge_verdict, t.verdict, t.grader, j.verdict = t.verdict AS agrees, j.extracted, j.detail, j.raw,
-            t.question, t.answer, t.response, j.judged_at
+            j.verdict AS judge_verdict, t.verdict, t.grader, j.verdict = t.verdict AS agrees, j.extracted, j.detail,
+            j.raw, t.question, t.answer, t.response, j.judged_at
         FROM judgements j JOIN trace t ON t.trace_id = j.trace_id AND t.attempt = j.attempt
         QUALIFY row_number() OVER (
             PARTITION BY j.trace_id, j.attempt, j.judge, j.judge_revision, j.prompt_hash

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -315,10 +316,86 @@ def test_traces_that_wait_for_a_locked_catalog_are_bounded_and_saved_in_the_end(
     assert_complete(path, 12, 4)
 
 
+class Broken:
+    """An engine double whose stream does what a test says."""
+
+    name, version, max_model_len = "broken", "1", 1024
+
+    def __init__(self, loaded: str, stream) -> None:
+        self.loaded, self.stream = loaded, stream
+
+    def cancel(self) -> None: ...
+    def load_weights(self, model: Path, revision: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_an_engine_that_ends_too_early_is_no_finished_build(tiny_model: Path, tmp_path: Path):
+    def stream(requests, sampling):
+        for n, request in enumerate(requests):
+            if n < 5:
+                yield Completion(request.key, (31, 2), "stop", 0.0)
+
+    engine = Broken(inspect(tiny_model).revision, stream)
+    with pytest.raises(EngineError, match=r"ended without 43 of its requests.*run the same command again"):
+        build(tiny_model, SUMS, samples=4, catalog=tmp_path / "c.duckdb", engine=engine)
+    assert count(tmp_path / "c.duckdb") == 5
+
+
+def test_a_source_that_breaks_while_generating_says_so_itself_and_what_ran_is_saved(
+    tiny_model: Path, tmp_path: Path, scripted_engine, monkeypatch: pytest.MonkeyPatch
+):
+    from calset.builder.plan import Plan
+
+    opened = Plan.opened
+
+    def breaking(self, *args):
+        for n, one in enumerate(opened(self, *args)):
+            if n == 4:
+                raise InputError("row 5 has gone")
+            yield one
+
+    monkeypatch.setattr(Plan, "opened", breaking)
+    engine = scripted_engine(inspect(tiny_model).revision)
+    with pytest.raises(InputError, match="row 5 has gone"):
+        build(tiny_model, SUMS, samples=2, catalog=tmp_path / "c.duckdb", engine=engine)
+    assert count(tmp_path / "c.duckdb") == 8
+
+
+def test_waiting_for_a_lock_does_not_make_the_next_commit_late(
+    tiny_model: Path, tmp_path: Path, scripted_engine, monkeypatch: pytest.MonkeyPatch
+):
+    store, waited = Catalog(tmp_path / "c.duckdb"), [1]
+    record = store.record
+
+    def slow(traces, grades, **rest):
+        if traces and waited:
+            waited.clear()
+            time.sleep(1.5)  # as if another process held the file
+        return record(traces, grades, **rest)
+
+    monkeypatch.setattr(store, "record", slow)
+
+    def stream(requests, sampling):
+        for request in requests:
+            time.sleep(0.2)
+            yield Completion(request.key, (31, 2), "stop", 0.0)
+
+    saved: list[tuple[float, int]] = []
+    build(
+        tiny_model, SUMS, samples=3, catalog=store, engine=Broken(inspect(tiny_model).revision, stream),
+        progress=lambda event: saved.append((time.monotonic(), event.saved)),
+    )  # fmt: skip
+    times = [at for (_, before), (at, n) in pairwise(saved) if n > before]
+    assert max(later - sooner for sooner, later in pairwise(times)) < 6
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 10**24}, "samples must be at least 1 and at most 1,000,000"),
+        ({"seed": 10**26}, "seed must be a whole number of at most 63 bits"),
+        ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"max_tokens": 2048}, "does not fit the model's context of 2048"),
         ({"temperature": 9.0}, "temperature must lie"),

@@ -174,6 +174,25 @@ def test_unknown_problems(spec: str, tmp_path: Path) -> None:
     assert not (tmp_path / "calset.duckdb").exists()
 
 
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path) -> None:
+    asked = ("build", "--model", demo.MODEL, "--problems", "demo", "--limit", "5", "--samples", "4", "--dry-run")
+    done = calset(*asked, "--tokens-per-second", "100", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["n_problems"], plan["n_requested"], plan["n_todo"], plan["tokens_per_second"]) == (5, 20, 20, 100)
+    assert not list(tmp_path.iterdir())
+    refused(calset(*asked, "--engine", "ftp://x", cwd=tmp_path), 2, "ftp://x")
+    refused(calset(*asked[:-1], "--devices", "8", cwd=tmp_path), 2, "--devices is for --dry-run")
+
+
+def test_a_target_needs_a_need(tmp_path: Path) -> None:
+    asked = ("build", "--model", demo.MODEL, "--problems", "demo")
+    refused(calset(*asked, "--target", "ssgr", cwd=tmp_path), 2, "need")
+    refused(calset(*asked, "--need", "5", cwd=tmp_path), 2, "target")
+    refused(calset(*asked, "--seed", str(10**26), cwd=tmp_path), 2, "--seed")
+    assert not (tmp_path / "calset.duckdb").exists()
+
+
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     shutil.copytree(demo.MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template*"))
     config = tmp_path / "model" / "tokenizer_config.json"

@@ -101,7 +101,9 @@ def test_judgements_stand_beside_the_verdicts_which_stay(info: ModelInfo, tiny_m
     assert report.confusion == {"correct": {"correct": 1}, "incorrect": {"correct": 1}, "no_answer": {"incorrect": 1}}
     assert (report.n_judged, report.n_sent, report.unparsable) == (3, 3, 0)
     assert report.agreement == pytest.approx(1 / 3)
-    found = catalog.query("SELECT verdict, judged, agrees, judge, extracted, raw FROM judgement ORDER BY question").rows
+    found = catalog.query(
+        "SELECT verdict, judge_verdict, agrees, judge, extracted, raw FROM judgement ORDER BY question"
+    ).rows
     assert [row[:4] for row in found] == [
         ("correct", "correct", True, "tiny-lrm"),
         ("incorrect", "correct", False, "tiny-lrm"),
@@ -118,7 +120,7 @@ def test_unfinished_traces_are_never_sent_and_never_correct(info: ModelInfo, tin
     report = judge(catalog, tiny_model, engine=engine)
     assert engine.prompts == []
     assert (report.n_judged, report.n_sent, report.agreement, report.unparsable) == (4, 0, None, None)
-    rows = catalog.query("SELECT judged, verdict, raw FROM judgement").rows
+    rows = catalog.query("SELECT judge_verdict, verdict, raw FROM judgement").rows
     assert all(judged == verdict and raw == "" for judged, verdict, raw in rows)
 
 

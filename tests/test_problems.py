@@ -310,6 +310,7 @@ def test_overlapping_draws_of_a_task_share_their_problems():
         ("gym:chain_sum?max_terms=many", "refuses"),
         ("gym:chain_sum?size=0", "size must be a positive whole number"),
         ("gym:chain_sum?size=x", "size must be a positive whole number"),
+        ("gym:chain_sum?size=1000000000000000000000", "size must be a positive whole number, below"),
         ("gym:chain_sum?size", "size must be a positive whole number"),
         ("gym:chain_sum?size=3&&seed=1", "cannot read the options"),
         ("gym:chain_sum?seed=NaN", "must be a finite number, not NaN"),

@@ -474,3 +474,13 @@ def test_a_packages_grader_that_does_not_work_is_named(brought: Path):
         grader_version("empty")
     with GradingPool(1) as pool, pytest.raises(CalsetError, match="the absent grader cannot be imported"):
         pool.submit("absent", "1", "1", {}).result(timeout=60)
+
+
+def test_closing_a_pool_whose_worker_is_still_importing_takes_no_time():
+    for n in range(12):
+        pool = GradingPool(1)
+        pool.warm("gym")
+        time.sleep(0.03 * n)
+        began = time.monotonic()
+        pool.close()
+        assert time.monotonic() - began < 20

@@ -298,6 +298,9 @@ class _Worker:
                 selector.register(stdout, selectors.EVENT_READ)
                 while b"\n" not in self._buffer:
                     if not selector.select(min(POLL_SECONDS, seconds)):
+                        # kill() from another thread closes the pipe, of which a selector then says nothing.
+                        if self._process.poll() is not None:
+                            raise _WorkerFailed("it was ended")
                         meanwhile()
                         used = time.monotonic() - began - (self._seconds_in_line() - in_line)
                         if used >= seconds:

@@ -277,7 +277,7 @@ def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path):
     finally:
         engine.close()
     assert (report.n_judged, report.n_sent) == (12, 8)
-    replies = catalog.query("SELECT raw, judged, extracted FROM judgement WHERE raw <> ''").rows
+    replies = catalog.query("SELECT raw, judge_verdict, extracted FROM judgement WHERE raw <> ''").rows
     whole = [(json.loads(raw, strict=False), judged) for raw, judged, _ in replies if judged != "error"]
     assert len(whole) >= 4, replies
     for value, judged in whole:

@@ -319,20 +319,6 @@ def test_an_ambiguous_prefix_is_refused(tmp_path: Path) -> None:
         catalog.trace(str(prefix))
 
 
-def test_a_grader_can_add_grades_while_it_iterates(tmp_path: Path) -> None:
-    catalog = fill(tmp_path / "c.duckdb", [[("ungraded", 5)] * 5, [("correct", 6)] * 2])
-    seen = []
-    for trace, problem in catalog.traces_to_grade(page=2):
-        assert trace.problem_id == problem.problem_id
-        assert len(trace.completion_ids) == 5
-        catalog.add_grades([make_grade(trace, "correct")])
-        seen.append(trace.trace_id)
-    assert len(set(seen)) == len(seen) == 5
-    assert list(catalog.traces_to_grade()) == []
-    assert len(list(catalog.traces_to_grade(verdicts=None, model="tiny", source="demo", kind="build"))) == 7
-    assert list(catalog.traces_to_grade(verdicts=None, model="other")) == []
-
-
 # -- queries --------------------------------------------------------------------------------------------------------
 
 

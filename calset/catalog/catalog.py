@@ -34,7 +34,7 @@ from calset.catalog.records import (
     utc_now,
 )
 from calset.catalog.schema import TABLES
-from calset.catalog.values import arrow_batch, chunks, clean, clean_params, dump_json
+from calset.catalog.values import arrow_batch, clean, clean_params, dump_json
 from calset.errors import InputError, first_line
 from calset.jsonable import jsonable
 
@@ -351,39 +351,6 @@ class Catalog:
         if found:
             raise InputError(f"several traces start with {prefix!r}: give more of the id")
         raise InputError(f"no trace {prefix!r} in {self.path}: calset query 'SELECT trace_id FROM trace' lists them")
-
-    def traces_to_grade(
-        self,
-        *,
-        verdicts: Sequence[str] | None = ("ungraded",),
-        run_id: str | None = None,
-        model: str | None = None,
-        kind: str | None = None,
-        source: str | None = None,
-        page: int = 512,
-    ) -> Iterator[tuple[Trace, Problem]]:
-        """Traces (latest attempt, with token ids) and their problems, for a grader; grades may be added meanwhile.
-
-        Args:
-            verdicts: the present verdicts wanted; by default only traces never graded, None for all.
-            run_id, model, kind, source: only these.
-            page: traces held in memory at a time.
-        """
-        asked = {"run_id": run_id, "model": model, "kind": kind, "source": source}
-        wanted = {name: value for name, value in asked.items() if value is not None}
-        clauses = [f"{name} = ?" for name in wanted]
-        params: list[Any] = list(wanted.values())
-        if verdicts is not None:
-            clauses.append("verdict IN (SELECT unnest(?::VARCHAR[]))")
-            params.append(list(verdicts))
-        where = " AND ".join(clauses) or "true"
-        # The whole list of ids first: what is graded while we iterate must neither vanish nor come twice.
-        rows = self.rows(f"SELECT trace_id FROM trace WHERE {where} ORDER BY trace_id", params)
-        for part in chunks([row["trace_id"] for row in rows], page):
-            traces = self.traces(part)
-            problems = self.problems(list({trace.problem_id for trace in traces.values()}))
-            for trace_id in part:
-                yield traces[trace_id], problems[traces[trace_id].problem_id]
 
     def evaluations(self) -> list[dict[str, Any]]:
         """What ``add_evaluation`` kept, oldest first, each with ``evaluation_id`` and ``created_at``."""

@@ -7,6 +7,10 @@ the ratio of completion tokens, adaptive to fixed.
 
     python benchmarks/adaptive.py --catalog adaptive.duckdb
     python benchmarks/adaptive.py --traces adaptive.duckdb --confidence 0.95 --first 2
+    python benchmarks/adaptive.py --live 3 --samples 8 16
+
+``--live`` replays nothing: it runs the real adaptive build, engine, grading and catalog included, and a real build of
+K samples of every problem, over the same problems in the same shuffled order.
 
 Columns: ``ratio`` the median over the orders with the least and the greatest; ``floor`` what a rule would spend that
 knew every outcome beforehand and sampled only the problems inside the band; ``false`` the share of the stopped problems
@@ -20,15 +24,20 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import json
 import math
 import random
 import statistics
+import tempfile
 from collections import Counter, defaultdict
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 import calset
+from calset.builder.engines import Engine, open_engine
+from calset.builder.model_info import inspect
 from calset.builder.stopping import Prior, StoppingRule, fit_prior, fit_strata, stratum
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import RECIPES, Candidate, Recipe, rank
@@ -61,7 +70,11 @@ def main() -> None:
     parser.add_argument("--first", type=int, nargs="+", default=[1, 3, 4])
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--orders", type=int, default=10)
+    parser.add_argument("--live", type=int, metavar="ORDERS", help="real builds, in so many orders")
     args = parser.parse_args()
+    if args.live:
+        live(args)
+        return
     if args.traces is None:
         calset.build(
             MODEL, TASKS, samples=max(args.samples), catalog=args.catalog, engine=args.engine, max_tokens=MAX_TOKENS
@@ -128,6 +141,42 @@ def best(problems: list[Problem], recipe: Recipe, k: int) -> float:
     return rule.prices(prior)[0, 0] / (k / rule.probability(0, 0, prior))
 
 
+# -- real builds ----------------------------------------------------------------------------------------------------
+
+
+def live(args: argparse.Namespace) -> None:
+    """Tokens that real builds generate: with the target, and with all K samples until the recipe has its N."""
+    recipe = RECIPES[args.recipe]
+    drawn = [problem for task in TASKS for problem in calset.load_problems(task)[1]]
+    print("K order fixed_tokens adaptive_tokens ratio fixed_problems adaptive_problems stopped met")
+    with tempfile.TemporaryDirectory() as folder, closing(_engine(args)) as engine:
+        for k, seed in product(args.samples, range(args.live)):
+            order = random.Random(seed).sample(drawn, len(drawn))
+            source = Path(folder) / f"order-{seed}.jsonl"
+            source.write_text("".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in order))
+            common = {"samples": k, "engine": engine, "max_tokens": MAX_TOKENS, "concurrency": max(args.in_flight)}
+            everything = Path(folder) / f"fixed-{seed}.duckdb"  # a larger K only adds to it
+            calset.build(MODEL, str(source), catalog=everything, **common)
+            at = {question: i for i, question in enumerate(p.question for p in order)}
+            found = sorted(read(everything, k), key=lambda problem: at[problem.question])
+            fixed = replay_fixed(found, recipe, k, args.need)
+            report = calset.build(
+                MODEL, str(source), target=recipe, need=args.need, catalog=Path(folder) / f"{k}-{seed}.duckdb", **common
+            )
+            aim = report.target or {}
+            begun = Catalog(report.catalog).query("SELECT count(DISTINCT problem_id) FROM trace").rows[0][0]
+            print(
+                f"{k} {seed} {fixed.tokens:.0f} {report.n_tokens} {report.n_tokens / fixed.tokens:.3f} "
+                f"{fixed.problems} {begun} {aim['stopped']} {aim['met']}/{aim['need']}",
+                flush=True,
+            )
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    info = inspect(MODEL)
+    return open_engine(args.engine, info, max_model_len=info.max_model_len, concurrency=max(args.in_flight))
+
+
 # -- traces ---------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +186,7 @@ class Problem:
 
     problem_id: str
     source: str
+    question: str
     n_prompt_tokens: int
     correct: tuple[bool, ...]
     finished: tuple[bool, ...]
@@ -156,7 +206,7 @@ class Problem:
 def read(catalog: Path, samples: int) -> list[Problem]:
     """The problems that have all their samples judged, in the order of their ids."""
     rows = Catalog(catalog).query(
-        "SELECT problem_id, source, n_prompt_tokens, verdict, finished, n_tokens, trace_id FROM trace "
+        "SELECT problem_id, source, question, n_prompt_tokens, verdict, finished, n_tokens, trace_id FROM trace "
         f"WHERE kind = 'build' AND sample_index < {samples} ORDER BY problem_id, sample_index"
     )
     by_problem = defaultdict(list)
@@ -164,11 +214,20 @@ def read(catalog: Path, samples: int) -> list[Problem]:
         by_problem[row[0]].append(row)
     found = []
     for problem_id, traces in by_problem.items():
-        if len(traces) == samples and all(verdict in JUDGED for _, _, _, verdict, *_ in traces):
-            _, (source, *_), (prompt, *_), verdicts, finished, tokens, trace_ids = zip(*traces, strict=True)
+        if len(traces) == samples and all(verdict in JUDGED for _, _, _, _, verdict, *_ in traces):
+            _, (source, *_), (question, *_), (prompt, *_), verdicts, finished, tokens, trace_ids = zip(
+                *traces, strict=True
+            )
             found.append(
                 Problem(
-                    problem_id, source, prompt, tuple(v == "correct" for v in verdicts), finished, tokens, trace_ids
+                    problem_id,
+                    source,
+                    question,
+                    prompt,
+                    tuple(v == "correct" for v in verdicts),
+                    finished,
+                    tokens,
+                    trace_ids,
                 )
             )
     return found

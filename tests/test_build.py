@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -387,6 +388,45 @@ def test_waiting_for_a_lock_does_not_make_the_next_commit_late(
     )  # fmt: skip
     times = [at for (_, before), (at, n) in pairwise(saved) if n > before]
     assert max(later - sooner for sooner, later in pairwise(times)) < 6
+
+
+def test_a_build_that_waits_for_the_catalog_stops_when_asked(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from calset.builder import pipeline
+
+    monkeypatch.setattr(pipeline, "LOCK_SECONDS", 0.2)
+    path, cancelled = tmp_path / "c.duckdb", threading.Event()
+    hold = f"import duckdb, sys; con = duckdb.connect({str(path)!r}); print(flush=True); sys.stdin.read()"
+    holders: list[subprocess.Popen[bytes]] = []
+
+    def stream(requests, sampling):
+        holders.append(subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        holders[0].stdout.readline()
+        for n, request in enumerate(requests):
+            yield Completion(request.key, (31, 2), "stop", 0.0)
+            if n == 2:
+                break
+        time.sleep(0.5)  # a commit is waiting by now
+        os.kill(os.getpid(), signal.SIGINT)
+        cancelled.wait(20)
+
+    engine = Broken(inspect(tiny_model).revision, stream)
+
+    def cancel() -> None:
+        held_still = holders[0].poll() is None and not holders[0].stdin.closed
+        if held_still:
+            cancelled.set()
+            holders[0].stdin.close()
+
+    engine.cancel = cancel
+    try:
+        report = build(tiny_model, SUMS, samples=4, catalog=path, engine=engine, commit_every_seconds=0.05)
+    finally:
+        holders[0].kill()
+        holders[0].wait()
+    assert cancelled.is_set()
+    assert (report.stopped, report.n_new, count(path)) == (True, 3, 3)
 
 
 @pytest.mark.parametrize(

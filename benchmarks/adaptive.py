@@ -155,11 +155,13 @@ def live(args: argparse.Namespace) -> None:
             source = Path(folder) / f"order-{seed}.jsonl"
             source.write_text("".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in order))
             common = {"samples": k, "engine": engine, "max_tokens": MAX_TOKENS, "concurrency": max(args.in_flight)}
-            everything = Path(folder) / f"fixed-{seed}.duckdb"  # a larger K only adds to it
-            calset.build(MODEL, str(source), catalog=everything, **common)
-            at = {question: i for i, question in enumerate(p.question for p in order)}
-            found = sorted(read(everything, k), key=lambda problem: at[problem.question])
-            fixed = replay_fixed(found, recipe, k, args.need)
+            everything = Path(folder) / f"fixed-{seed}.duckdb"  # a larger K, or more problems, only add to it
+            place = {problem.question: i for i, problem in enumerate(order)}
+            for limit in range(args.need, len(order) + 1, args.need):
+                calset.build(MODEL, str(source), catalog=everything, limit=limit, **common)
+                found = sorted(read(everything, k), key=lambda problem: place[problem.question])
+                if (fixed := replay_fixed(found, recipe, k, args.need)).reached:
+                    break
             report = calset.build(
                 MODEL, str(source), target=recipe, need=args.need, catalog=Path(folder) / f"{k}-{seed}.duckdb", **common
             )

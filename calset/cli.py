@@ -538,6 +538,48 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
         _print_trace(row, full=full)
 
 
+@cli.command()
+@click.argument("others", metavar="OTHER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@catalog_option
+@progress_option
+@json_option
+def merge(others: tuple[Path, ...], catalog: Path, progress_mode: str, as_json: bool) -> None:
+    """Bring the rows of other catalogs into this one, each in one transaction; again adds nothing."""
+    from calset.catalog.merge import merge as run
+
+    for other in others:
+        with terminal.progress(progress_mode, "merged tables") as bar:
+            report = run(
+                _open(catalog), other, progress=lambda n, total, table, bar=bar: bar.update(n, total, {"next": table})
+            )
+        if as_json:
+            terminal.emit_json(report.as_dict())
+            continue
+        added = ", ".join(f"{n:,} {table}" for table, n in report.added.items() if n)
+        terminal.say(f"{other}: {added or 'nothing that was not here'} ({terminal.duration(report.seconds)})")
+        for warning in report.warnings:
+            terminal.note(f"Warning: {warning}")
+
+
+@cli.command()
+@click.option("--full", is_flag=True, help="Read every byte of the catalog and count every trace's token ids.")
+@catalog_option
+@progress_option
+@json_option
+def doctor(full: bool, catalog: Path, progress_mode: str, as_json: bool) -> None:
+    """Check the catalog, packages, engines, GPU, graders and the Hub login; exit code 1 when something is broken."""
+    from calset.diagnosis import doctor as run
+
+    with terminal.progress(progress_mode, "looked at") as bar:
+        found = run(_open(catalog), full=full, progress=lambda n, total, name: bar.update(n, total, {"now": name}))
+    if as_json:
+        terminal.emit_json(found.as_dict())
+    else:
+        terminal.table(["check", "state", "found", "remedy"], [check.row() for check in found.checks])
+    if not found.ok:
+        sys.exit(1)
+
+
 # --- subsets ----------------------------------------------------------------------------------------------------
 
 

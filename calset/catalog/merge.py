@@ -85,8 +85,8 @@ class MergeReport:
     def warnings(self) -> tuple[str, ...]:
         """What was left out and why, a line each."""
         lines = [
-            f"the subset {c.ref} has the content {c.here[:12]} here and {c.there[:12]} in {self.other}: this one stays, the "
-            f"other is left out (calset export {c.ref} --catalog {self.other} -o DIR keeps it as a folder)"
+            f"the subset {c.ref} has the content {c.here[:12]} here and {c.there[:12]} in {self.other}: this stays, "
+            f"theirs is left out (calset export {c.ref} --catalog {self.other} -o DIR keeps it as a folder)"
             for c in self.subset_conflicts
         ]
         if (more := self.n_subset_conflicts - len(self.subset_conflicts)) > 0:

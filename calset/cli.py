@@ -538,6 +538,53 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
         _print_trace(row, full=full)
 
 
+@cli.command("import")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option("--model", required=True, help="A checkpoint folder or Hub id, for its tokenizer and chat template.")
+@click.option("--problems", multiple=True, help="Look questions up here for their reference answers. Repeatable.")
+@click.option("--generated-by", metavar="MODEL", help="Who generated the traces, where it was not --model.")
+@click.option("--source", help="What to call the questions' source. Default: the file's name.")
+@click.option("--question", help="The question's column. Default: problem, question, or the conversation's.")
+@click.option("--answer", help="The reference answer's column. Default: answer, or what others call it.")
+@click.option("--system-prompt", help="That the prompts were rendered with, where the file does not say.")
+@click.option(
+    "--template-option",
+    "template_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What the chat template is rendered with, e.g. enable_thinking=false. Repeatable.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows of each file.")
+@grader_option("math, or that of --problems")
+@catalog_option
+@progress_option
+@json_option
+def import_(files: tuple[str, ...], model: str, progress_mode: str, as_json: bool, **options: Any) -> None:
+    """Keep traces that other programs collected, and grade them; the same files again add nothing."""
+    from calset.builder.importing import import_traces as run
+
+    options["catalog"] = _open(options["catalog"])
+    options["template_options"] = _named_values("--template-option", options["template_options"])
+    with terminal.progress(progress_mode, "rows") as bar:
+        report = run(model, files, progress=bar.update, **options)
+    for row in report.bad:
+        terminal.note(f"{row.where} {row.why}")
+    if (more := report.n_bad - len(report.bad)) > 0:
+        terminal.note(f"... and {more:,} more rows")
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    verdicts = ", ".join(f"{n} {v}" for v, n in sorted(report.verdicts.items(), key=lambda x: -x[1]))
+    terminal.say(
+        f"{report.n_traces:,} new traces of {report.n_problems:,} problems ({report.n_existing:,} were there), "
+        f"{report.n_tokens:,} tokens in {terminal.duration(report.seconds)}; {report.n_bad:,} bad rows left out"
+    )
+    if verdicts:
+        terminal.say(f"Verdicts: {verdicts}")
+    for warning in report.warnings:
+        terminal.note(f"Warning: {warning}")
+
+
 @cli.command()
 @click.argument("others", metavar="OTHER...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @catalog_option

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -25,11 +26,18 @@ from calset.catalog.selection import select
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    filled = fill(tmp_path / "c.duckdb", [[("correct", 5), ("incorrect", 6)], [("truncated", 7)]])
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    filled = fill(
+        tmp_path_factory.mktemp("sound") / "c.duckdb", [[("correct", 5), ("incorrect", 6)], [("truncated", 7)]]
+    )
     select(filled, "all", "rac")
-    return filled
+    return filled.path
+
+
+@pytest.fixture
+def catalog(sound: Path, tmp_path: Path) -> Catalog:
+    return Catalog(shutil.copyfile(sound, tmp_path / "c.duckdb"))
 
 
 def found(catalog: Catalog, **options: Any) -> dict[str, Check]:

@@ -278,6 +278,7 @@ def test_a_version_that_calset_does_not_take_is_a_problem(monkeypatch: pytest.Mo
     assert callable(calset.doctor)
 
 
+@pytest.mark.slow
 def test_a_catalog_of_another_duckdb_is_sound_too(tmp_path: Path) -> None:
     other = ROOT / ".venv" / "duckdb-1.5"
     if not other.is_dir():

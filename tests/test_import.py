@@ -29,6 +29,7 @@ from calset.errors import InputError
 ROOT = Path(__file__).parent.parent
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=6&seed=3"
 OPENR1 = {"problem": "What is 1 + 2?", "answer": "3"}
+ASKED = {"problem": "What is 1 + 2?"}  # without a reference no grader starts, which saves a second
 GOOD = "<think>1 + 2</think>3"
 
 
@@ -170,34 +171,36 @@ def test_open_r1_rows_are_graded_here_whatever_they_say(tmp_path: Path) -> None:
     assert problem.metadata == {"solution": "Add them.", "problem_type": "Algebra"}
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": [{"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": GOOD}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 2?"}]},
-                      {"role": "assistant", "content": "3", "reasoning_content": "1 + 2"}]},
-        {"conversations": [{"from": "human", "value": "What is 1 + 2?"}, {"from": "gpt", "value": GOOD}]},
-        {"prompt": "<|im_start|>user\nWhat is 1 + 2?<|im_end|>\n<|im_start|>assistant\n", "completion": GOOD,
-         "prompt_tokens": 19, "completion_tokens": 9},
-        {"prompt": "What is 1 + 2?", "completion": GOOD},
-        {"prompt": [{"role": "user", "content": "What is 1 + 2?"}],
-         "completion": [{"role": "assistant", "content": GOOD}]},
-        {"question": "What is 1 + 2?", "generations": [GOOD]},
-    ],
-    ids=["messages", "parts", "sharegpt", "deepspeed", "prompt", "trl", "generations"],
-)  # fmt: skip
-def test_each_format_gives_the_question_the_prompt_and_the_verdict(
-    tmp_path: Path, info: ModelInfo, row: dict[str, Any]
-) -> None:
-    report, (trace,) = run(tmp_path, [{**row, "answer": 3}])
-    assert (trace["question"], trace["answer"], trace["verdict"], trace["finish_reason"]) == (
-        "What is 1 + 2?", "3", "correct", "stop"
-    )  # fmt: skip
-    prompt, completion = Catalog(tmp_path / "c.duckdb").tokens([(trace["trace_id"], 0)])[trace["trace_id"], 0]
-    assert tuple(prompt) == info.prompt_ids("What is 1 + 2?")
-    assert completion[-1] == info.tokenizer.eos_token_id
-    assert report.n_from_text == 1
-    assert trace["n_reasoning_tokens"] > 0
+def formats(question: str) -> list[dict[str, Any]]:
+    """One trace in every format."""
+    user = {"role": "user", "content": question}
+    parts = {"role": "user", "content": [{"type": "text", "text": question}]}
+    rendered = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    return [
+        {"messages": [user, {"role": "assistant", "content": GOOD}]},
+        {"messages": [parts, {"role": "assistant", "content": "3", "reasoning_content": "1 + 2"}]},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": GOOD}]},
+        {"prompt": rendered, "completion": GOOD, "prompt_tokens": 19, "completion_tokens": 9},
+        {"prompt": question, "completion": GOOD},
+        {"prompt": [user], "completion": [{"role": "assistant", "content": GOOD}]},
+        {"question": question, "generations": [GOOD]},
+    ]
+
+
+def test_each_format_gives_the_question_the_prompt_and_the_verdict(tmp_path: Path, info: ModelInfo) -> None:
+    rows = [{**row, "answer": 3} for row in formats("What is 1 + 2?")]
+    report, traces = run(tmp_path, rows)
+    assert (report.n_traces, report.n_from_text, report.n_bad) == (len(rows), len(rows), 0)
+    catalog = Catalog(tmp_path / "c.duckdb")
+    expected = ("What is 1 + 2?", "3", "correct", "stop")
+    for trace in traces:
+        assert (trace["question"], trace["answer"], trace["verdict"], trace["finish_reason"]) == expected
+        prompt, completion = catalog.tokens([(trace["trace_id"], 0)])[trace["trace_id"], 0]
+        assert tuple(prompt) == info.prompt_ids("What is 1 + 2?")
+        assert completion[-1] == info.tokenizer.eos_token_id
+        assert trace["n_reasoning_tokens"] > 0
+    texts = Counter(trace["text"] for trace in traces)
+    assert texts == {GOOD: len(rows) - 1, "<think>\n1 + 2\n</think>\n\n3": 1}
 
 
 def test_columns_of_other_names_and_rows_without_a_reference(tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_columns_of_other_names_and_rows_without_a_reference(tmp_path: Path) -> 
 def test_a_system_prompt_makes_a_run_of_its_own(tmp_path: Path, info: ModelInfo) -> None:
     said = {"role": "assistant", "content": GOOD}
     asked = {"role": "user", "content": "What is 1 + 2?"}
-    rows = [{"messages": [{"role": "system", "content": s}, asked, said], "answer": "3"} for s in ("one", "two", "one")]
+    rows = [{"messages": [{"role": "system", "content": s}, asked, said]} for s in ("one", "two", "one")]
     report, traces = run(tmp_path, rows)
     catalog = Catalog(tmp_path / "c.duckdb")
     assert sorted(str(r.system_prompt) for r in catalog.runs()) == ["one", "two"]
@@ -237,7 +240,7 @@ def r1_style(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_thinking_that_the_template_opens_is_not_opened_twice(tmp_path: Path, r1_style: Path) -> None:
     info = inspect(r1_style)
     assert info.reasoning.opened_by_template
-    row = {**OPENR1, "generations": ["<think>\n1 + 2\n</think>\n\n3", "1 + 2\n</think>\n\n3"]}
+    row = {**ASKED, "generations": ["<think>\n1 + 2\n</think>\n\n3", "1 + 2\n</think>\n\n3"]}
     _, traces = run(tmp_path, [row], model=r1_style)
     catalog = Catalog(tmp_path / "c.duckdb")
     tokens = {t["trace_id"]: catalog.tokens([(t["trace_id"], 0)])[t["trace_id"], 0] for t in traces}
@@ -245,7 +248,7 @@ def test_thinking_that_the_template_opens_is_not_opened_twice(tmp_path: Path, r1
     assert texts == {
         "<|im_start|>user\nWhat is 1 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n1 + 2\n</think>\n\n3<|im_end|>"
     }
-    assert {t["verdict"] for t in traces} == {"correct"}
+    assert {t["response"].strip() for t in traces} == {"3"}
 
 
 def test_a_question_is_found_under_a_system_prompt_that_nobody_named(info: ModelInfo) -> None:
@@ -286,8 +289,8 @@ BAD: list[tuple[Any, str]] = [
 
 
 def test_bad_rows_are_named_by_their_line_and_the_others_are_kept(tmp_path: Path) -> None:
-    good = {**OPENR1, "generations": [GOOD]}
-    path = lines(tmp_path / "mixed.jsonl", [good, *(row for row, _ in BAD), {**good, "answer": "4"}])
+    good = {**ASKED, "generations": [GOOD]}
+    path = lines(tmp_path / "mixed.jsonl", [good, *(row for row, _ in BAD), {**good, "problem": "And 4?"}])
     path.write_bytes(path.read_bytes() + b'{"problem": "\xff\xfe", "generations": ["x"]}\n')
     report = import_traces(demo.MODEL, path, catalog=tmp_path / "c.duckdb")
     assert (report.n_traces, report.n_bad) == (2, len(BAD) + 1)
@@ -299,10 +302,10 @@ def test_bad_rows_are_named_by_their_line_and_the_others_are_kept(tmp_path: Path
 
 def test_what_was_read_before_a_file_breaks_off_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "array.json"
-    path.write_text(json.dumps([{**OPENR1, "generations": [GOOD]}])[:-1] + ', {"problem": ')
+    path.write_text(json.dumps([{**ASKED, "generations": [GOOD]}])[:-1] + ', {"problem": ')
     with pytest.raises(InputError, match="row 2 is not JSON"):
         import_traces(demo.MODEL, path, catalog=tmp_path / "c.duckdb")
-    assert Catalog(tmp_path / "c.duckdb").query("SELECT verdict FROM trace").rows == [("correct",)]
+    assert Catalog(tmp_path / "c.duckdb").query("SELECT response FROM trace").rows == [("3",)]
 
 
 def test_a_file_without_one_trace_is_an_error_that_quotes_the_first_row(tmp_path: Path) -> None:
@@ -324,7 +327,7 @@ def test_a_draft_needs_no_answer_and_keeps_short_facts_only() -> None:
 
 
 def test_traces_of_another_model_are_kept_as_its_own_when_named(tmp_path: Path, info: ModelInfo) -> None:
-    rows = [{**OPENR1, "generations": [GOOD], "model": "deepseek-ai/DeepSeek-R1"}]
+    rows = [{**ASKED, "generations": [GOOD], "model": "deepseek-ai/DeepSeek-R1"}]
     report, _ = run(tmp_path, rows)
     assert "--generated-by deepseek-ai/DeepSeek-R1" in report.warnings[0]
     (tmp_path / "c.duckdb").unlink()
@@ -357,7 +360,7 @@ def test_progress_counts_rows_of_parquet_folders_and_limits(tmp_path: Path) -> N
     folder = tmp_path / "shards"
     folder.mkdir()
     for n in range(2):
-        rows = [{"problem": f"What is {i} + {n}?", "answer": str(i + n), "generations": [GOOD]} for i in range(5)]
+        rows = [{"problem": f"What is {i} + {n}?", "generations": [GOOD]} for i in range(5)]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{n}.parquet")
     events: list[tuple[int, int | None, dict[str, int]]] = []
     report = import_traces(

@@ -20,7 +20,7 @@ from factories import START, fill, make_grade, make_problem, make_run, make_sour
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from calset.catalog import catalog as catalog_module
+from calset.catalog import merge as merge_module
 from calset.catalog import migrations, schema
 from calset.catalog.catalog import Catalog
 from calset.catalog.merge import KEYS, OWN_TABLES, PARENTS, PARTS, merge
@@ -109,7 +109,7 @@ def test_shards_in_any_order_make_the_whole_and_again_add_nothing() -> None:
 
 # Without shrinking: an example writes seven files.
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.lists(st.tuples(st.integers(1, 7), st.integers(0, 7)), min_size=len(TRACES), max_size=len(TRACES)))
 def test_any_shards_make_the_whole(places: list[tuple[int, int]]) -> None:
     check_shards(places)
@@ -153,6 +153,15 @@ def test_a_shared_trace_gets_the_grades_it_lacks_with_their_place_in_its_history
     rows = here.query("SELECT verdict, seq FROM grades ORDER BY seq").rows
     assert rows == [("incorrect", 0), ("no_answer", 1), ("correct", 2)]
     assert here.query("SELECT verdict FROM trace").rows == [("correct",)]
+
+
+def test_a_grade_of_a_trace_that_has_none_here_is_seen(tmp_path: Path) -> None:
+    trace = TRACES[0]
+    here = write(tmp_path / "here.duckdb", [trace], [])
+    merge(here, write(tmp_path / "there.duckdb", [trace], [make_grade(trace, "correct")]))
+    assert here.query("SELECT verdict, correct, pass_rate FROM trace").rows == [("correct", True, 1.0)]
+    here.add_grades([make_grade(trace, "incorrect", after=1)])
+    assert here.query("SELECT verdict, count(*) OVER () FROM trace").rows == [("incorrect", 1)]
 
 
 def test_judgements_decisions_and_documents_come_once(tmp_path: Path) -> None:
@@ -278,24 +287,32 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
 def test_an_older_schema_is_read_from_an_upgraded_copy_and_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    added = {"decisions", "contaminations", "judgements"}
-    with monkeypatch.context() as first:
-        older = {k: dict(v) for k, v in schema.TABLES.items() if k not in added}
-        for column in ("sampling_from", "template_options", "engine_options"):
-            del older["runs"][column]
-        first.setattr(schema, "TABLES", older)
-        first.setattr(schema, "VIEWS", {k: v for k, v in schema.VIEWS.items() if k not in ("excluded", "judgement")})
-        first.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:1])
-        first.setattr(migrations, "SCHEMA_VERSION", 1)
-        first.setattr(catalog_module, "TABLES", {**catalog_module.TABLES, "runs": older["runs"]})
-        there = fill(tmp_path / "there.duckdb", [[("correct", 3), ("incorrect", 4)]])
-    bytes_before = there.path.read_bytes()
+    there = fill(tmp_path / "there.duckdb", [[("correct", 3), ("incorrect", 4)]])
+    bytes_before, was = there.path.read_bytes(), migrations.SCHEMA_VERSION
+    for name, value in later_schema().items():
+        monkeypatch.setattr(*name, value)
     here = fill(tmp_path / "here.duckdb", [[("correct", 3)]])
-    report = merge(here, there)
-    assert (report.upgraded_from, report.added["traces"]) == (1, 1)
+    there_of_old = merge(here, there)
+    assert (there_of_old.upgraded_from, there_of_old.added["traces"]) == (was, 1)
     assert there.path.read_bytes() == bytes_before
     assert sorted(os.listdir(tmp_path)) == ["here.duckdb", "there.duckdb"]
     assert merge(here, there).n_added == 0
+
+
+def later_schema() -> dict[tuple[Any, str], Any]:
+    """What a calset with one more migration, that adds a column, has in its modules."""
+    n = migrations.SCHEMA_VERSION + 1
+    note = 'ALTER TABLE "prunings" ADD COLUMN "note" VARCHAR'
+    tables = {**schema.TABLES, "prunings": {**schema.TABLES["prunings"], "note": "VARCHAR"}}
+    return {
+        (migrations, "MIGRATIONS"): (
+            *migrations.MIGRATIONS,
+            migrations.Migration(n, "notes", lambda c: c.execute(note)),
+        ),
+        (migrations, "SCHEMA_VERSION"): n,
+        (schema, "TABLES"): tables,
+        (merge_module, "TABLES"): tables,
+    }
 
 
 # -- other processes ------------------------------------------------------------------------------------------------
@@ -412,21 +429,22 @@ def test_a_merge_killed_at_any_moment_leaves_the_catalog_as_it_was_and_again_fin
 @pytest.mark.timeout(300)
 def test_an_interrupted_merge_of_an_older_catalog_is_run_again_whatever_it_left(tmp_path: Path) -> None:
     other = big(tmp_path / "other.duckdb", 0, 8000)
-    with other.transaction() as con:  # as if by a calset whose only schema was the first
-        con.execute("DELETE FROM migrations WHERE number > 1")
-        for table in ("decisions", "contaminations", "judgements"):
-            con.execute(f"DROP TABLE {table} CASCADE")
-        for column in ("sampling_from", "template_options", "engine_options"):
-            con.execute(f"ALTER TABLE runs DROP COLUMN {column}")
-    bytes_before = other.path.read_bytes()
+    bytes_before, was = other.path.read_bytes(), migrations.SCHEMA_VERSION
     target = tmp_path / "target.duckdb"
-    for _ in range(3):
-        process = python(MERGE, target, other.path)
-        time.sleep(0.6)
+    later = "import test_merge\nfor name, value in test_merge.later_schema().items():\n    setattr(*name, value)\n"
+    for seconds in (1.5, 2.0, 2.5):
+        process = python(later + textwrap.dedent(MERGE), target, other.path)
+        time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert merge(target, other).upgraded_from == 1
-    assert len(content(target)["traces"]) == 8000
+    process = python(later + textwrap.dedent(MERGE), target, other.path)
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert said.splitlines()[-1].startswith("added ")
+    with duckdb.connect(str(target), read_only=True) as con:
+        assert con.execute("SELECT count(*), max(number) FROM traces, migrations").fetchall() == [
+            (8000 * (was + 1), was + 1)
+        ]
     assert other.path.read_bytes() == bytes_before
 
 

@@ -42,6 +42,8 @@ ORPHANS = {
     "samples without a subset": "subset_items ANTI JOIN subsets USING (name, version)",
     "publications without a subset": "publications ANTI JOIN subsets USING (name, version)",
 }
+# What a trace repeats of the grade that came with it, so that filters need not join: column of traces, of grades.
+REPEATED = {f"first_{name}": name for name in schema.TABLES["grades"] if f"first_{name}" in schema.TABLES["traces"]}
 # Of these nothing is lost but where something came from.
 HARMLESS = ("problems without a source", "decisions without a run", "publications without a subset")
 RESTORE = "restore a backup, or bring what is whole into a new file: calset merge {path} --catalog NEW.duckdb"
@@ -117,13 +119,15 @@ def _disk(path: Path, folder: Path) -> Check:
 def _leftovers(path: Path, folder: Path) -> Check:
     """What a killed process left: a write-ahead log is part of the catalog, all others are waste."""
     # ``.NAME.*`` are drafts of calset's own; ``NAME.tmp`` is where DuckDB puts what does not fit into memory.
-    waste = sorted(
-        entry for entry in os.listdir(folder) if entry.startswith(f".{path.name}.") or entry == f"{path.name}.tmp"
-    )
-    wal = Path(f"{path}.wal")
+    names = sorted(os.listdir(folder))
+    waste = [name for name in names if name.startswith(f".{path.name}.") or name == f"{path.name}.tmp"]
+    copies = [name for name in names if name.startswith(f"{path.name}.") and name.endswith(".bak")]
     found = []
-    if wal.exists():
+    if (wal := Path(f"{path}.wal")).exists():
         found.append(f"{wal.name} ({_bytes(wal.stat().st_size)}) belongs to the catalog: the next write takes it in")
+    if copies:
+        size = sum(os.path.getsize(folder / name) for name in copies)
+        found.append(f"copies from before upgrades: {', '.join(copies)} ({_bytes(size)})")
     if not waste:
         return Check("leftovers", "ok", "; ".join(found) or "nothing lies beside the catalog")
     found.insert(0, f"{len(waste)} drafts of ended or running commands beside the catalog: {', '.join(waste[:5])}")
@@ -216,6 +220,13 @@ def _rows(con: duckdb.DuckDBPyConnection, path: Path) -> list[Check]:
     twice = {f"{table} twice": _twice(con, table, KEYS[table]) for table in KEYS}
     # Two grades at one place make two rows of a trace.
     twice["grades at one place of a trace's history"] = _twice(con, "grades", ("trace_id", "attempt", "seq"))
+    if REPEATED:
+        differs = " OR ".join(f"t.{copy} IS DISTINCT FROM g.{name}" for copy, name in REPEATED.items())
+        orphans["traces that repeat another grade than came with them"] = _count(
+            con,
+            "traces t LEFT JOIN (FROM grades WHERE seq = 0) g "
+            f"ON g.trace_id = t.trace_id AND g.attempt = t.attempt WHERE {differs}",
+        )
     bad = {what: n for what, n in (orphans | twice).items() if n and what not in HARMLESS}
     harmless = {what: orphans[what] for what in HARMLESS if orphans[what]}
     checks = []

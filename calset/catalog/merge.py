@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -172,7 +173,7 @@ def _readable(store: Catalog, other: Path) -> Iterator[tuple[Path, int]]:
         with _folder_beside(store.path) as folder:
             copy = Path(folder) / "copy.duckdb"
             _copy(other, copy)
-            with opened(copy, "write", store.lock_timeout):
+            with warnings.catch_warnings(action="ignore"), opened(copy, "write", store.lock_timeout):
                 pass  # opening it for writing upgrades it
             yield copy, version
 
@@ -300,17 +301,18 @@ class _Merge:
         return f"{rows} SEMI JOIN {parent} {_on(parent)} ANTI JOIN {_LEFT_OUT[parent]} {_on(parent)}"
 
     def _bring_grades(self, columns: str) -> int:
-        """Grades with their place in the trace's history: ``seq`` counts those that were there before."""
+        """Grades with their place in the trace's history. Those of traces that were here come behind what is here, and
+        never at place 0, which is that of a grade that came with its trace."""
         theirs, on = self._theirs("grades"), _on("traces")
         brought = self._insert("grades", columns, f"SELECT {columns} FROM ({theirs}) SEMI JOIN {_new('traces')} {on}")
-        place = """coalesce(n, 0) + row_number() OVER (
-            PARTITION BY o.trace_id, o.attempt ORDER BY o.graded_at, o.seq, o.grader, o.verdict) - 1"""
+        place = """coalesce(last, 0) + row_number() OVER (
+            PARTITION BY o.trace_id, o.attempt ORDER BY o.graded_at, o.seq, o.grader, o.verdict)"""
         placed = ", ".join(place if name == "seq" else f'o."{name}"' for name in TABLES["grades"])
         further = f"""
             WITH there AS (
                 FROM (FROM ({theirs}) SEMI JOIN calset_shared {on}) o ANTI JOIN grades h ON {_same(KEYS["grades"])}
             ), here AS (
-                SELECT trace_id, attempt, count(*) AS n FROM grades SEMI JOIN calset_shared {on} GROUP BY ALL
+                SELECT trace_id, attempt, max(seq) AS last FROM grades SEMI JOIN calset_shared {on} GROUP BY ALL
             )
             SELECT {placed} FROM there o LEFT JOIN here ON here.trace_id = o.trace_id AND here.attempt = o.attempt
         """

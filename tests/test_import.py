@@ -401,6 +401,40 @@ def test_the_command_line_reports_bad_lines_and_ends_well(tmp_path: Path) -> Non
     assert json.loads(done.stdout)["n_added"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_import_is_finished_by_the_same_command(tmp_path: Path) -> None:
+    rows = [
+        {"problem": f"What is {n} + 1?", "answer": str(n + 1), "generations": [GOOD, f"<think>{n} + 1</think>{n + 1}"]}
+        for n in range(400)
+    ]
+    lines(tmp_path / "t.jsonl", rows)
+    import_traces(demo.MODEL, tmp_path / "t.jsonl", catalog=tmp_path / "whole.duckdb")
+    code = """if True:
+        import sys, calset
+        def said(rows, total, counts): print(counts["traces"], flush=True)
+        calset.import_traces(*sys.argv[1:3], catalog=sys.argv[3], commit_size=32, progress=said)
+    """
+    command = [sys.executable, "-c", code, str(demo.MODEL), str(tmp_path / "t.jsonl"), str(tmp_path / "c.duckdb")]
+    found = []
+    for commits in (1, 3, 1):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert process.stdout is not None
+        saved = [int(process.stdout.readline()) for _ in range(commits)][-1]
+        process.kill()
+        process.wait()
+        found.append(
+            Catalog(tmp_path / "c.duckdb").query("SELECT count(*) FROM traces JOIN grades USING (trace_id)").rows[0][0]
+        )
+        assert found[-1] >= (found[-2] if len(found) > 1 else 0) + saved
+    assert 0 < found[0] < 800
+    report = import_traces(demo.MODEL, tmp_path / "t.jsonl", catalog=tmp_path / "c.duckdb")
+    assert (report.n_traces + report.n_existing, report.n_existing > 0) == (800, True)
+    assert kept(Catalog(tmp_path / "c.duckdb")) == kept(Catalog(tmp_path / "whole.duckdb"))
+
+
 def import_from_hub(spec: str, catalog: Path) -> ImportReport:
     """Runs in the client's process."""
     return import_traces(demo.MODEL, spec, catalog=catalog)

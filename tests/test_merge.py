@@ -33,13 +33,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def content(catalog: Catalog | Path) -> dict[str, list[tuple[Any, ...]]]:
-    """Every table's rows in a fixed order; of grades without their place, which follows the order of merges."""
+    """Every table's rows in a fixed order, without a grade's place and what a trace repeats of its first grade: these
+    follow the order of merges."""
     path = catalog.path if isinstance(catalog, Catalog) else catalog
     found = {}
     with Catalog(path).connect() as con:
         for table in schema.TABLES:
             if table not in OWN_TABLES:
-                columns = ", ".join(f'"{c}"' for c in schema.TABLES[table] if (table, c) != ("grades", "seq"))
+                columns = ", ".join(f'"{c}"' for c in schema.TABLES[table] if c != "seq" and not c.startswith("first_"))
                 found[table] = sorted(con.execute(f"SELECT {columns} FROM {table}").fetchall(), key=repr)
     return found
 

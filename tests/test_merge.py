@@ -388,6 +388,30 @@ def big(path: Path, first: int, n: int, n_tokens: int = 200) -> Catalog:
     return catalog
 
 
+def test_a_full_disk_is_one_clear_line_and_adds_nothing(tmp_path: Path) -> None:
+    target, other = fill(tmp_path / "target.duckdb", [[("correct", 3)]]), tmp_path / "other.duckdb"
+    noise = [make_trace(PROBLEMS[0], RUNS[0], i, text=random.Random(i).randbytes(100_000).hex()) for i in range(50)]
+    write(other, noise, [])
+    before = content(target)
+    code = """
+        import resource, signal, sys
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        from calset.catalog.merge import merge
+        room = int(sys.argv[3])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # fails in the middle of a write, as a full disk does
+        try:
+            merge(sys.argv[1], sys.argv[2])
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}")
+    """
+    process = python(code, target.path, other, target.path.stat().st_size + 1_000_000)
+    said, errors = process.communicate(timeout=60)
+    assert said.startswith("CatalogError: no space left for "), said + errors
+    assert len(said.splitlines()) == 1
+    assert content(target) == before
+    assert merge(target, other).added["traces"] == 50
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_merge_killed_at_any_moment_leaves_the_catalog_as_it_was_and_again_finishes_it(tmp_path: Path) -> None:

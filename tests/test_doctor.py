@@ -83,6 +83,17 @@ def test_damage_is_named_with_a_remedy(catalog: Catalog, damage: str, name: str,
     assert check.remedy
 
 
+def test_parts_of_what_is_gone_are_left_behind_by_the_merge_that_is_advised(catalog: Catalog, tmp_path: Path) -> None:
+    with catalog.transaction() as con:
+        con.execute("DELETE FROM subsets")
+        con.execute("DELETE FROM traces WHERE n_tokens = 5")
+    check = found(catalog)["rows"]
+    assert check.remedy == f"a copy without them: calset merge {catalog.path} --catalog NEW.duckdb"
+    calset.merge(tmp_path / "new.duckdb", catalog)
+    assert found(Catalog(tmp_path / "new.duckdb")) == {}
+    assert Catalog(tmp_path / "new.duckdb").query("SELECT count(*) FROM trace").rows == [(2,)]
+
+
 def test_a_changed_block_is_found_when_all_is_read(tmp_path: Path) -> None:
     catalog = fill(tmp_path / "c.duckdb", [[("correct", 2000 + n) for n in range(50)] for _ in range(20)])
     with catalog.connect() as con:

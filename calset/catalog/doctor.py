@@ -46,7 +46,12 @@ ORPHANS = {
 REPEATED = {f"first_{name}": name for name in schema.TABLES["grades"] if f"first_{name}" in schema.TABLES["traces"]}
 # Of these nothing is lost but where something came from.
 HARMLESS = ("problems without a source", "decisions without a run", "publications without a subset")
-RESTORE = "restore a backup, or bring what is whole into a new file: calset merge {path} --catalog NEW.duckdb"
+# Parts of what is gone: a merge brings parts with their wholes, and leaves these behind.
+ORPHANED_PARTS = (
+    "token ids without a trace", "grades without a trace", "judgements without a trace", "samples without a subset",
+)  # fmt: skip
+RESTORE = "restore a backup of the catalog, or build what is missing again in a new one"
+LEAVE_BEHIND = "a copy without them: calset merge {path} --catalog NEW.duckdb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ def _failed(name: str, error: CalsetError, path: Path) -> Check:
     """What calset's own errors say, "what happened: what to do", as a check."""
     message, _, remedy = str(error).partition(": ")
     if message == str(path) or not remedy:  # DuckDB's words, which name no remedy
-        return Check(name, "problem", str(error), RESTORE.format(path=path))
+        return Check(name, "problem", str(error), RESTORE)
     return Check(name, "problem", message, remedy)
 
 
@@ -190,9 +195,7 @@ def _schema(con: duckdb.DuckDBPyConnection, version: int) -> Check:
             changed.append(f"view {view}")
     if missing or changed:
         said = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(changed)} changed"] * bool(changed)
-        return Check(
-            "schema", "problem", f"schema {version}, but {' and '.join(said)}", "restore a backup of the catalog"
-        )
+        return Check("schema", "problem", f"schema {version}, but {' and '.join(said)}", RESTORE)
     n_tables, n_views = len(schema.TABLES), len(schema.VIEWS)
     return Check("schema", "ok", f"schema {version}, the present one; {n_tables} tables, {n_views} views")
 
@@ -231,7 +234,8 @@ def _rows(con: duckdb.DuckDBPyConnection, path: Path) -> list[Check]:
     harmless = {what: orphans[what] for what in HARMLESS if orphans[what]}
     checks = []
     if bad:
-        checks.append(Check("rows", "problem", _listed(bad), RESTORE.format(path=path)))
+        remedy = LEAVE_BEHIND.format(path=path) if set(bad) <= set(ORPHANED_PARTS) else RESTORE
+        checks.append(Check("rows", "problem", _listed(bad), remedy))
     if harmless:
         checks.append(
             Check("rows", "warning", _listed(harmless), "nothing to do: only where they came from is not known")
@@ -277,7 +281,7 @@ def _token_ids(con: duckdb.DuckDBPyConnection, path: Path, full: bool) -> Check:
     looked = f"{n:,} of {total:,} traces" if sampled else f"all {n:,} traces"
     if wrong:
         message = f"{wrong:,} traces give other numbers of tokens than they have ({looked} looked at)"
-        return Check("token ids", "problem", message, RESTORE.format(path=path))
+        return Check("token ids", "problem", message, RESTORE)
     more = "; --full counts all" if sampled else ""
     return Check("token ids", "ok", f"as many as the traces say, {looked}{more}")
 

@@ -27,12 +27,15 @@ _HOMES = {
     "build": "calset.builder.generate",
     "decontaminate": "calset.builder.decontamination",
     "diff": "calset.catalog.subsets",
+    "doctor": "calset.diagnosis",
     "dry_run": "calset.builder.generate",
     "evaluate": "calset.pruning.evaluate",
     "export": "calset.catalog.export",
     "grade": "calset.builder.regrade",
     "judge": "calset.builder.judge",
+    "import_traces": "calset.builder.importing",
     "load_problems": "calset.builder.problems",
+    "merge": "calset.catalog.merge",
     "open_problems": "calset.builder.problems",
     "prune": "calset.pruning.prune",
     "resolve": "calset.catalog.export",
@@ -50,12 +53,15 @@ __all__ = [
     "build",
     "decontaminate",
     "diff",
+    "doctor",
     "dry_run",
     "evaluate",
     "export",
     "grade",
+    "import_traces",
     "judge",
     "load_problems",
+    "merge",
     "open_problems",
     "prune",
     "resolve",
@@ -80,15 +86,18 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from calset.builder.decontamination import decontaminate
     from calset.builder.generate import build, dry_run
+    from calset.builder.importing import import_traces
     from calset.builder.judge import judge
     from calset.builder.problems import load_problems, open_problems
     from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
     from calset.catalog.export import export, resolve
+    from calset.catalog.merge import merge
     from calset.catalog.records import Subset
     from calset.catalog.selection import select
     from calset.catalog.stats import stats
     from calset.catalog.subsets import diff
+    from calset.diagnosis import doctor
     from calset.errors import CalsetError, InputError
     from calset.pruning.evaluate import evaluate
     from calset.pruning.prune import prune

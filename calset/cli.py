@@ -538,6 +538,95 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
         _print_trace(row, full=full)
 
 
+@cli.command("import")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option("--model", required=True, help="A checkpoint folder or Hub id, for its tokenizer and chat template.")
+@click.option("--problems", multiple=True, help="Look questions up here for their reference answers. Repeatable.")
+@click.option("--generated-by", metavar="MODEL", help="Who generated the traces, where it was not --model.")
+@click.option("--source", help="What to call the questions' source. Default: the file's name.")
+@click.option("--question", help="The question's column. Default: problem, question, or the conversation's.")
+@click.option("--answer", help="The reference answer's column. Default: answer, or what others call it.")
+@click.option("--system-prompt", help="That the prompts were rendered with, where the file does not say.")
+@click.option(
+    "--template-option",
+    "template_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What the chat template is rendered with, e.g. enable_thinking=false. Repeatable.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows of each file.")
+@grader_option("math, or that of --problems")
+@catalog_option
+@progress_option
+@json_option
+def import_(files: tuple[str, ...], model: str, progress_mode: str, as_json: bool, **options: Any) -> None:
+    """Keep traces that other programs collected, and grade them; the same files again add nothing."""
+    from calset.builder.importing import import_traces as run
+
+    options["catalog"] = _open(options["catalog"])
+    options["template_options"] = _named_values("--template-option", options["template_options"])
+    with terminal.progress(progress_mode, "rows") as bar:
+        report = run(model, files, progress=bar.update, **options)
+    for row in report.bad:
+        terminal.note(f"{row.where} {row.why}")
+    if (more := report.n_bad - len(report.bad)) > 0:
+        terminal.note(f"... and {more:,} more rows")
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    verdicts = ", ".join(f"{n} {v}" for v, n in sorted(report.verdicts.items(), key=lambda x: -x[1]))
+    terminal.say(
+        f"{report.n_traces:,} new traces of {report.n_problems:,} problems ({report.n_existing:,} were there), "
+        f"{report.n_tokens:,} tokens in {terminal.duration(report.seconds)}; {report.n_bad:,} bad rows left out"
+    )
+    if verdicts:
+        terminal.say(f"Verdicts: {verdicts}")
+    for warning in report.warnings:
+        terminal.note(f"Warning: {warning}")
+
+
+@cli.command()
+@click.argument("others", metavar="OTHER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@catalog_option
+@progress_option
+@json_option
+def merge(others: tuple[Path, ...], catalog: Path, progress_mode: str, as_json: bool) -> None:
+    """Bring the rows of other catalogs into this one, each in one transaction; again adds nothing."""
+    from calset.catalog.merge import merge as run
+
+    for other in others:
+        with terminal.progress(progress_mode, "merged tables") as bar:
+            report = run(
+                _open(catalog), other, progress=lambda n, total, table, bar=bar: bar.update(n, total, {"next": table})
+            )
+        if as_json:
+            terminal.emit_json(report.as_dict())
+            continue
+        added = ", ".join(f"{n:,} {table}" for table, n in report.added.items() if n)
+        terminal.say(f"{other}: {added or 'nothing that was not here'} ({terminal.duration(report.seconds)})")
+        for warning in report.warnings:
+            terminal.note(f"Warning: {warning}")
+
+
+@cli.command()
+@click.option("--full", is_flag=True, help="Read every byte of the catalog and count every trace's token ids.")
+@catalog_option
+@progress_option
+@json_option
+def doctor(full: bool, catalog: Path, progress_mode: str, as_json: bool) -> None:
+    """Check the catalog, packages, engines, GPU, graders and the Hub login; exit code 1 when something is broken."""
+    from calset.diagnosis import doctor as run
+
+    with terminal.progress(progress_mode, "looked at") as bar:
+        found = run(_open(catalog), full=full, progress=lambda n, total, name: bar.update(n, total, {"now": name}))
+    if as_json:
+        terminal.emit_json(found.as_dict())
+    else:
+        terminal.table(["check", "state", "found", "remedy"], [check.row() for check in found.checks])
+    if not found.ok:
+        sys.exit(1)
+
+
 # --- subsets ----------------------------------------------------------------------------------------------------
 
 

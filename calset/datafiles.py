@@ -29,6 +29,8 @@ MAX_ITEM_CHARS = 1 << 27  # of a JSON array: beyond it the text is taken to be b
 Row = dict[str, Any]
 # Given a Parquet file's columns (name -> whether it is nested), those to read.
 Choose = Callable[[Mapping[str, bool]], list[str]]
+# Told of a line that is no row, by its number and why, where the others are to be read nevertheless.
+Skip = Callable[[int, str], None]
 
 
 def file_type(name: str | Path) -> str:
@@ -63,12 +65,16 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def read_rows(path: Path, *, label: str | None = None, choose: Choose | None = None) -> Iterator[tuple[int, Row]]:
+def read_rows(
+    path: Path, *, label: str | None = None, choose: Choose | None = None, skip: Skip | None = None
+) -> Iterator[tuple[int, Row]]:
     """A file's rows with their numbers, from 1 (a line's number in JSON lines and CSV), read as they are asked for.
 
     Args:
         label: what errors call the file; its path when None.
         choose: which columns of a Parquet file to read; all when None. Other formats give all of a row.
+        skip: told of each line of a JSON lines file that is no JSON object, which is then left out. When None, and in
+            the other formats, it is an error.
 
     Raises:
         InputError: not the format that the name says; names the file and the line.
@@ -82,9 +88,9 @@ def read_rows(path: Path, *, label: str | None = None, choose: Choose | None = N
             with open_text(path, newline="") as file:
                 yield from _csv(file, name)
         else:
-            read = _json_array if kind == ".json" and _is_array(path) else _json_lines
-            with open_text(path) as file:
-                yield from read(file, name)
+            array = kind == ".json" and _is_array(path)
+            with open_text(path, errors="surrogateescape" if skip and not array else "strict") as file:
+                yield from _json_array(file, name) if array else _json_lines(file, name, skip)
 
 
 def read_document(path: Path, *, label: str | None = None) -> str:
@@ -107,16 +113,17 @@ def count_rows(path: Path) -> int | None:
         return pq.read_metadata(path).num_rows
 
 
-def open_text(path: Path, *, encoding: str = "utf-8-sig", newline: str | None = None) -> TextIO:
+def open_text(path: Path, *, encoding: str = "utf-8-sig", newline: str | None = None, errors: str = "strict") -> TextIO:
     """A file as text, unpacked by its last suffix."""
     packing = path.suffix.lower()
     if packing == ".gz":
-        return cast(TextIO, gzip.open(path, "rt", encoding=encoding, newline=newline))
+        return cast(TextIO, gzip.open(path, "rt", encoding=encoding, newline=newline, errors=errors))
     if packing == ".zst":
         import pyarrow as pa
 
-        return io.TextIOWrapper(pa.input_stream(str(path), compression="zstd"), encoding=encoding, newline=newline)
-    return path.open(encoding=encoding, newline=newline)
+        packed = pa.input_stream(str(path), compression="zstd")
+        return io.TextIOWrapper(packed, encoding=encoding, newline=newline, errors=errors)
+    return path.open(encoding=encoding, newline=newline, errors=errors)
 
 
 @contextmanager
@@ -132,16 +139,33 @@ def _readable(name: str) -> Iterator[None]:
         raise InputError(f"cannot read {name}: {error.strerror or first_line(error)}") from error
 
 
-def _json_lines(file: TextIO, name: str) -> Iterator[tuple[int, Row]]:
+def _json_lines(file: TextIO, name: str, skip: Skip | None = None) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{name}:{number} is not JSON: {first_line(error)}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{name}:{number} is not a JSON object but a {type(row).__name__}")
+        if not line.strip():
+            continue
+        try:
+            row = _json_row(line)
+        except (ValueError, RecursionError) as error:
+            if skip is None:
+                raise InputError(f"{name}:{number} is not {first_line(error)}") from error
+            skip(number, f"is not {first_line(error)}")
+        else:
             yield number, row
+
+
+def _json_row(line: str) -> Row:
+    """One line's object; the error says what the line is not."""
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes that are no UTF-8 came through as half surrogates
+        raise ValueError("UTF-8 text") from error
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"JSON: {first_line(error)}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object but a {type(row).__name__}")
+    return row
 
 
 def _json_array(file: TextIO, name: str) -> Iterator[tuple[int, Row]]:

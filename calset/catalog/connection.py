@@ -257,3 +257,27 @@ def translate(error: duckdb.Error, path: Path) -> CatalogError | InputError:
         reason = line.rsplit(": ", 1)[-1].lower()
         return InputError(f"{path} cannot be opened ({reason}): check the permissions of the file and of its folder")
     return CatalogError(f"{path}: {line}")
+
+
+@contextmanager
+def opened_as_it_is(path: Path, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An open file for reading, whatever its schema: nothing is upgraded, nothing is written.
+
+    Raises:
+        InputError: no such file, or not a DuckDB database.
+        CatalogLocked, CatalogError: as ``opened``.
+    """
+    deadline = time.monotonic() + lock_timeout
+    _check_path(path, "read")
+    gate = _gate(path)
+    gate.enter("read", path, deadline)
+    try:
+        con = _connect(path, "read", deadline)
+        try:
+            yield con
+        except duckdb.Error as error:
+            raise translate(error, path) from error
+        finally:
+            _close(con, path)
+    finally:
+        gate.leave()

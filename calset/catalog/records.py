@@ -250,6 +250,8 @@ class Subset:
     pool: Mapping[str, Any] = field(default_factory=dict)  # how many candidates passed each filter
     warnings: Sequence[str] = ()
     created_at: datetime = field(default_factory=utc_now)
+    # Of a subset that was not selected here: "runs" and "sources" of its manifest, "hub" (repo, commit, tag, manifest).
+    origin: Mapping[str, Any] | None = None
 
     @property
     def ref(self) -> str:
@@ -262,3 +264,16 @@ class Subset:
     @property
     def n_tokens(self) -> int:
         return sum(len(s.input_ids) for s in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A subset as it stands on the Hub."""
+
+    name: str
+    version: int
+    content_hash: str
+    repo: str
+    revision: str  # the commit
+    tag: str
+    published_at: datetime = field(default_factory=utc_now)

@@ -370,7 +370,9 @@ def create(hub: LocalHub, request: Request) -> Answer:
     name, kind = f"{asked['organization']}/{asked['name']}", asked["type"]
     with hub.lock:
         if (kind, name) in hub.repos:
-            return Answer.error(409, "", "You already created this dataset repo")
+            answer = Answer.error(409, "", "You already created this dataset repo")
+            answer.body = json.dumps({"error": "it exists", "url": f"{hub.url}/{kind}s/{name}"}).encode()
+            return answer
         hub.create(name, kind, private=asked.get("visibility") == "private")
         hub.commit(name, {".gitattributes": b"*.parquet filter=lfs\n"}, kind=kind, title="initial commit")
     return Answer.json({"url": f"{hub.url}/{kind}s/{name}", "name": name})

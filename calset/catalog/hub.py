@@ -310,9 +310,7 @@ class _Publishing:
         )
 
     def _in_history(self) -> str | None:
-        commits = hubfiles.patiently(
-            lambda: self.api.list_repo_commits(self.repo, repo_type="dataset"), connecting=True
-        )
+        commits = self.api.list_repo_commits(self.repo, repo_type="dataset")
         mine = (commit.commit_id for commit in commits if commit.title == _title(self.subset))
         return next((commit for commit in mine if self._holds(commit)), None)
 
@@ -387,10 +385,8 @@ class _Publishing:
     def _tree(self, commit: str) -> dict[str, Any]:
         """Path -> file (size, lfs) at a commit."""
         if commit not in self.trees:
-            entries = hubfiles.patiently(
-                lambda: list(self.api.list_repo_tree(self.repo, recursive=True, revision=commit, repo_type="dataset")),
-                connecting=True,
-            )
+            # The library itself asks again for its lists.
+            entries = self.api.list_repo_tree(self.repo, recursive=True, revision=commit, repo_type="dataset")
             self.trees[commit] = {entry.path: entry for entry in entries if hasattr(entry, "size")}
         return self.trees[commit]
 
@@ -646,20 +642,16 @@ def search(text: str | None = None, *, author: str | None = None, limit: int = 5
     """
     from huggingface_hub import HfApi
 
-    def ask() -> list[Any]:
-        return list(
-            HfApi().list_datasets(
-                filter=card.TAG,
-                search=text,
-                author=author,
-                limit=limit,
-                sort="downloads",
-                expand=["cardData", "downloads", "lastModified", "private"],
-            )
-        )
-
     with hubfiles.hub_errors("the search", None, None):
-        return [_found(info) for info in hubfiles.patiently(ask, connecting=True)]
+        found = HfApi().list_datasets(
+            filter=card.TAG,
+            search=text,
+            author=author,
+            limit=limit,
+            sort="downloads",
+            expand=["cardData", "downloads", "lastModified", "private"],
+        )
+        return [_found(info) for info in found]
 
 
 def _found(info: Any) -> Found:

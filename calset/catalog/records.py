@@ -251,7 +251,8 @@ class Subset:
     warnings: Sequence[str] = ()
     created_at: datetime = field(default_factory=utc_now)
     # Of a subset that was not selected here: "runs" and "sources" of its manifest, "hub" (repo, commit, tag, manifest).
-    origin: Mapping[str, Any] | None = None
+    # It says nothing of what the subset is, so equal subsets may differ in it.
+    origin: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def ref(self) -> str:

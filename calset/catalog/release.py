@@ -110,24 +110,16 @@ class Release:
         return tag_of(self.subset.name, self.subset.version)
 
 
-def make(
-    subset: Subset,
-    catalog: Catalog,
-    folder: Path,
-    *,
-    model_licence: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Release:
+def make(subset: Subset, catalog: Catalog, folder: Path, *, model_licence: str | None = None) -> Release:
     """Write a subset's files below a folder.
 
     Args:
         model_licence: what the model that made the traces is under; None when unknown.
-        shard_bytes: rows are split so that no file holds more of them than this, in memory.
     """
     from calset.catalog import card
 
     table = rows_table(subset, catalog)
-    data = _write_shards(table, folder, subset.name, max(1, -(-table.nbytes // shard_bytes)))
+    data = _write_shards(table, folder, subset.name, max(1, -(-table.nbytes // SHARD_BYTES)))
     manifest = manifest_of(subset, catalog)
     manifest["licences"] = {
         "questions": {source["name"]: source.get("licence") for source in manifest["sources"]},

@@ -6,7 +6,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -740,6 +743,29 @@ def test_search_lists_what_calset_published(hub: LocalHub, client: Client, stran
     with pytest.raises(CalsetError, match="answers 400") as caught:
         stranger(search)
     one_line(caught)
+
+
+# --- the page in docs/ -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_page_about_the_hub_runs_against_one(hub: LocalHub, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "hub.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```(bash|python)\n(.*?)```", page, re.S)
+    assert len(snippets) == 4
+    env = {key: value for key, value in os.environ.items() if key != "CALSET_CATALOG"}
+    env |= hub.settings(tmp_path / "home", token=TOKEN) | {"CALSET_ENGINE": "transformers"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    for language, code in snippets:
+        runner = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        done = subprocess.run([*runner, code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+        assert TOKEN not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+    assert history(hub, "my-org/calibration") == ["Publish sums@1"]
+    assert not hub.repos["dataset", "my-org/calibration"].private
+    record = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
+    assert record["calibration"]["origin"]["hub"]["tag"] == "sums-v1"
 
 
 # --- the card ----------------------------------------------------------------------------------------------------

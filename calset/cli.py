@@ -647,7 +647,7 @@ def export(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
     """Write a subset (NAME, NAME@VERSION or hub:ORG/REPO/NAME@VERSION) to a folder: Parquet rows and a manifest."""
     from calset.catalog.export import export as write
 
-    path = write(_existing(catalog), reference, out)
+    path = write(_open(catalog) if reference.startswith("hub:") else _existing(catalog), reference, out)
     if as_json:
         terminal.emit_json({"out": str(path)})
     else:

@@ -148,6 +148,29 @@ def progress_bar(*, shown: bool) -> Any:
     return None if shown else Silent
 
 
+def tags_of(repo: str) -> dict[str, str]:
+    """A dataset's tags: name -> commit."""
+    from huggingface_hub import HfApi
+
+    refs = patiently(lambda: HfApi().list_repo_refs(repo, repo_type="dataset"), connecting=True)
+    return {tag.name: tag.target_commit for tag in refs.tags}
+
+
+def fetch(repo: str, commit: str, path: str, *, again: bool = False) -> Path:
+    """A dataset's file at a commit, from the cache if it is there; ``again`` downloads it anew."""
+    from huggingface_hub import hf_hub_download
+
+    bar = progress_bar(shown=sys.stderr.isatty())
+    return Path(
+        patiently(
+            lambda: hf_hub_download(
+                repo, path, repo_type="dataset", revision=commit, force_download=again, tqdm_class=bar
+            ),
+            connecting=True,
+        )
+    )
+
+
 # --- which files are a config's split: pure ---------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_hub import TOKEN, Client, LocalHub
 
+from calset import hubfiles
 from calset.catalog import card, release
 from calset.catalog.catalog import Catalog
 from calset.catalog.export import MANIFEST_SCHEMA, read_directory
@@ -75,9 +76,9 @@ def search(**options: Any) -> list[Any]:
 def prepare(seconds: float, shard_bytes: int) -> None:
     """Shorter waits; and shards small enough that a test has several."""
     from calset import hubfiles
-    from calset.catalog import hub, release
+    from calset.catalog import publishing, release
 
-    hub.WAIT_SECONDS, hubfiles.RETRY_WAITS_SECONDS = seconds, (seconds,) * 3
+    publishing.WAIT_SECONDS, hubfiles.RETRY_WAITS_SECONDS = seconds, (seconds,) * 3
     release.SHARD_BYTES = shard_bytes
 
 
@@ -260,6 +261,7 @@ def test_an_older_version_does_not_replace_a_newer_one(hub: LocalHub, client: Cl
     assert history(hub, repo) == ["Publish math@2"]
 
 
+@pytest.mark.slow
 def test_a_second_subset_keeps_the_first_one_and_what_people_wrote(
     hub: LocalHub, client: Client, catalog: Path, repo: str
 ) -> None:
@@ -320,6 +322,27 @@ ENDPOINTS = {
 
 
 @pytest.mark.slow
+def test_a_token_that_may_not_write_is_one_clear_line(hub: LocalHub, catalog: Path, repo: str, tmp_path: Path) -> None:
+    with hub.client(tmp_path / "home", token="hf_of_somebody_else") as other:
+        with pytest.raises(InputError, match="log in") as caught:
+            other(publish, "math@1", repo, catalog)
+        assert "hf_of" not in one_line(caught)
+    assert ("dataset", repo) not in hub.repos
+
+
+@pytest.mark.slow
+def test_the_model_card_says_what_the_traces_are_under(
+    hub: LocalHub, client: Client, tmp_path: Path, repo: str
+) -> None:
+    hub.commit("org/model", {"README.md": b"---\nlicense: apache-2.0\n---\n"}, kind="model", branch="r1")
+    catalog = fill(tmp_path / "c.duckdb", PLAN, model="org/model")
+    select(catalog, "math", samples=3)
+    report = client(publish, "math@1", repo, catalog.path)
+    assert report.warnings == []
+    assert metadata_of(files(hub, repo)["README.md"])["license"] == ["apache-2.0", "mit"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("what", ["the card's check", "the commit", "the tag", "the list of tags"])
 def test_a_busy_hub_is_asked_again(
@@ -361,7 +384,14 @@ def test_a_hub_that_stays_down_leaves_no_release_and_the_next_run_makes_it(
     check_release(hub, repo, catalog)
 
 
-@pytest.mark.parametrize("what", ["the repository", "the commit", "the tag"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("the repository", marks=pytest.mark.slow),
+        "the commit",
+        pytest.param("the tag", marks=pytest.mark.slow),
+    ],
+)
 def test_a_lost_answer_is_not_a_second_release(
     hub: LocalHub, client: Client, catalog: Path, repo: str, what: str
 ) -> None:
@@ -501,6 +531,22 @@ def test_a_pulled_subset_is_kept_whole_with_where_it_comes_from(
     # A later export has the published texts too, which this catalog never had.
     client(export, "math@1", mine.path, tmp_path / "later")
     assert pq.read_table(tmp_path / "later" / "data" / "train.parquet").to_pylist() == rows
+
+
+def test_a_pulled_subset_can_be_published_elsewhere_with_all_that_is_known(
+    hub: LocalHub, client: Client, published: Path, repo: str, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.duckdb"
+    client(pull, "hub:me/published/math@1", mine, tmp_path / "cache")
+    client(publish, "math@1", repo, mine)
+    check_release(hub, repo, mine)
+    here, there = files(hub, repo), files(hub, "me/published", "math-v1")
+    rows = [pq.read_table(io.BytesIO(tree["data/math/train-00000-of-00001.parquet"])) for tree in (here, there)]
+    assert rows[0].equals(rows[1])
+    first, second = (json.loads(tree["manifests/math.json"]) for tree in (there, here))
+    assert second["hub"]["repo"] == "me/published"  # where it was first
+    for key in ("runs", "sources", "licences", "difficulty_quantiles", "recipe", "pool", "created_at"):
+        assert second[key] == first[key]
 
 
 def test_pulling_again_changes_nothing(client: Client, published: Path, tmp_path: Path) -> None:
@@ -733,12 +779,12 @@ def test_what_was_tampered_with_is_never_taken(
 
 def test_search_lists_what_calset_published(hub: LocalHub, client: Client, stranger: Client, published: Path) -> None:
     hub.commit("me/published-otherwise", {"README.md": b"---\ntags:\n- math\n---\n"})
-    (found,) = client(search, text="published")
+    (found,) = client(search, text="me/published")
     assert (found.repo, found.subsets, found.licence, found.private) == (
         "me/published", ["math"], "mit, unknown", True,
     )  # fmt: skip
-    assert client(search, text="published", author="nobody") == []
-    assert stranger(search, text="published") == []  # it is private
+    assert client(search, text="me/published", author="nobody") == []
+    assert stranger(search, text="me/published") == []  # it is private
     hub.fail("GET /api/datasets", status=400)
     with pytest.raises(CalsetError, match="answers 400") as caught:
         stranger(search)
@@ -818,6 +864,13 @@ def test_licences_are_carried_as_the_hub_names_them() -> None:
         "cc-by-4.0", "mit", "other", "unknown",
     ]  # fmt: skip
     assert card.unknown_licences(manifest(None, a="mit", b=None)) == ["questions of b", "model m"]
+
+
+def test_the_wait_is_the_one_that_the_hub_names() -> None:
+    assert hubfiles._retry_after({"retry-after": "7"}) == 7
+    assert hubfiles._retry_after({"ratelimit": '"api";r=0;t=55'}) == 55
+    assert hubfiles._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) is None
+    assert hubfiles._retry_after({}) is None
 
 
 def test_versions_are_read_from_tags() -> None:

@@ -85,18 +85,10 @@ def export(catalog: Catalog | str | Path, subset: Subset | str, directory: str |
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     subset = resolve(subset, catalog) if isinstance(subset, str) else subset
     directory = Path(directory)
-    if holds(directory, subset):
+    if _holds(directory, subset):
         return directory
-    return write_folder(directory, rows_table(subset, catalog), manifest_of(subset, catalog))
-
-
-def write_folder(directory: Path, table: pa.Table, manifest: Mapping[str, Any]) -> Path:
-    """Rows and manifest as a folder that appears whole or not at all.
-
-    Raises:
-        InputError: the folder cannot be made.
-        CatalogError: no space left.
-    """
+    table = rows_table(subset, catalog)
+    manifest = manifest_of(subset, catalog)
     draft = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +107,7 @@ def write_folder(directory: Path, table: pa.Table, manifest: Mapping[str, Any]) 
 _NO_SPACE = {28, 27, 122}  # ENOSPC, EFBIG, EDQUOT
 
 
-def holds(directory: Path, subset: Subset) -> bool:
+def _holds(directory: Path, subset: Subset) -> bool:
     """Whether the folder is this very subset already.
 
     Raises:
@@ -192,12 +184,8 @@ def rows_table(subset: Subset, catalog: Catalog) -> pa.Table:
     """A row a sample: token ids, and what the catalog knows of its trace and problem."""
     import pyarrow as pa
 
-    if subset.origin and "hub" in subset.origin:
-        from calset.catalog.hub import published_rows
-
-        # The catalog has no traces of a pulled subset; what was published has their texts.
-        if (published := published_rows(subset)) is not None:
-            return published
+    if (published := _published(subset)) is not None:
+        return published[0]
     facts = subsets.trace_facts(catalog, subset) if catalog.exists() else {}
     wanted = sorted({s.problem_id for s in subset.samples if s.problem_id})
     problems = catalog.problems(wanted) if catalog.exists() else {}
@@ -208,6 +196,15 @@ def rows_table(subset: Subset, catalog: Catalog) -> pa.Table:
         messages = _messages(sample, problem, known.get("text"), prompts)
         rows.append(_export_row(sample, known, problem, messages))
     return pa.Table.from_pylist(rows, schema=_schema())
+
+
+def _published(subset: Subset) -> tuple[pa.Table, dict[str, Any]] | None:
+    """What was published of a pulled subset, whose traces and their texts the catalog does not have."""
+    if not subset.origin or "hub" not in subset.origin:
+        return None
+    from calset.catalog.hub import published
+
+    return published(subset)
 
 
 def _system_prompts(catalog: Catalog, problem_ids: Sequence[str]) -> dict[str, str | None]:
@@ -263,6 +260,8 @@ def _export_row(
 
 def manifest_of(subset: Subset, catalog: Catalog) -> dict[str, Any]:
     """What a reader must know of a subset: where it comes from, its numbers, its content hash."""
+    if (published := _published(subset)) is not None:
+        return {**published[1], **(subset.origin or {})}
     described = subsets.describe(subset, catalog)
     quantiles = {key: described[key] for key in described if key.endswith("_quantiles")}
     return {

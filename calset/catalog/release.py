@@ -121,10 +121,8 @@ def make(subset: Subset, catalog: Catalog, folder: Path, *, model_licence: str |
     table = rows_table(subset, catalog)
     data = _write_shards(table, folder, subset.name, max(1, -(-table.nbytes // SHARD_BYTES)))
     manifest = manifest_of(subset, catalog)
-    manifest["licences"] = {
-        "questions": {source["name"]: source.get("licence") for source in manifest["sources"]},
-        "model": model_licence,
-    }
+    questions = {source["name"]: source.get("licence") for source in manifest["sources"]}
+    manifest.setdefault("licences", {"questions": questions, "model": model_licence})  # a pulled subset has its own
     manifest["files"] = [
         {"path": path, "bytes": (folder / path).stat().st_size, "sha256": _sha256(folder / path)} for path in data
     ]

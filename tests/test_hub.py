@@ -614,6 +614,28 @@ def test_a_private_repository_without_a_token_is_one_clear_line(
     assert not (tmp_path / "mine.duckdb").exists()
 
 
+@pytest.mark.slow
+def test_the_command_line_says_in_one_line_what_is_wrong(hub: LocalHub, published: Path, tmp_path: Path) -> None:
+    env = {key: value for key, value in os.environ.items() if key != "CALSET_CATALOG"}
+    for arguments, code, words in [
+        (("pull", "hub:me/published/math@1"), 2, "if it is private, log in with `hf auth login`"),
+        (("pull", "hub:me/published/../x"), 2, "write hub:ORG/REPO/NAME"),
+        (("publish", "math@1", "me/x", "--catalog", published), 2, "hf auth login"),
+        (("publish", "../x", "me/x", "--catalog", published), 2, "cannot name a subset"),
+        (("export", "hub:me/nowhere/math", "-o", "out"), 2, "no dataset me/nowhere"),
+    ]:
+        done = subprocess.run(
+            [sys.executable, "-m", "calset.cli", *map(str, arguments)],
+            cwd=tmp_path, env=env | hub.settings(tmp_path / "home"), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("calset: ")
+        assert words in line
+        assert done.stdout == ""
+    assert not (tmp_path / "calset.duckdb").exists()
+
+
 def test_the_token_is_nowhere(hub: LocalHub, client: Client, published: Path, tmp_path: Path) -> None:
     client(pull, "hub:me/published/math@1", tmp_path / "mine.duckdb", tmp_path / "cache", directory=tmp_path / "out")
     token = TOKEN.encode()

@@ -149,13 +149,14 @@ def test_token_ids_are_the_same_from_the_engine_to_the_pruning(engine: str, tmp_
         # pruning.json leads back to the commit, the recipe and the run.
         (made_by,) = Catalog(catalog).runs()
         manifest = json.loads(tree["manifests/all.json"])
-        for way in ("pulled", "folder", "hub"):
+        for way in ways:
             calibration = records[way]["calibration"]
             assert calibration["content_hash"] == selected["content_hash"]
             assert calibration["recipe"] == manifest["recipe"] == selected["recipe"]
-            assert calibration["origin"]["hub"] == {
-                "repo": REPO, "commit": report["commit"], "tag": "all-v1", "manifest": "manifests/all.json",
-            }  # fmt: skip
+            if way != "made":
+                assert calibration["origin"]["hub"] == {
+                    "repo": REPO, "commit": report["commit"], "tag": "all-v1", "manifest": "manifests/all.json",
+                }  # fmt: skip
             (origin,) = calibration["origin"]["runs"]
             assert (origin["run_id"], origin["seed"], origin["engine"]) == (made_by.run_id, 5, engine)
             assert origin == manifest["runs"][0]

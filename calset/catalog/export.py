@@ -12,7 +12,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -37,7 +37,7 @@ _ROW_GROUP = 500
 
 
 def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Subset:
-    """A calibration reference as a subset, its content checked against its hash.
+    """A calibration reference as a subset, its content checked against its hash; ``origin`` says which runs made it.
 
     Args:
         ref: ``name`` (latest version), ``name@2``, the folder of an exported subset, or ``hub:org/repo/name@2``.
@@ -60,8 +60,10 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
             f"no calibration subset at {ref}: give NAME or NAME@VERSION of the catalog, an exported folder, or "
             "hub:ORG/REPO/NAME@VERSION"
         )
+    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     try:
-        return subsets.load(catalog if isinstance(catalog, Catalog) else Catalog(catalog), ref)
+        subset = subsets.load(catalog, ref)
+        return subset if subset.origin else replace(subset, origin=_provenance(subset, catalog))
     except InputError:
         # A name means the catalog's subset; a folder of that name here counts only when there is none.
         if os.path.isfile(path / MANIFEST):

@@ -102,9 +102,9 @@ class Publishing:
                 raise InputError(f"{self.repo} is public: add --public to publish {self.subset.ref} there")
             text = card.render(self.repo, [*place.manifests.values()], self._read_card(place))
             try:
-                sent = True  # whether the answer arrives or not
                 commit = self._send(place, text)
             except Exception as error:
+                sent = sent or not _is_stale(error)  # whose answer was lost may have arrived
                 if attempt + 1 == ATTEMPTS or not _may_pass(error):
                     raise
                 if not hubfiles.wait(error, WAIT_SECONDS * 2**attempt):
@@ -288,7 +288,9 @@ def _title(subset: Subset) -> str:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another look and another attempt can help: a parent that is no longer the head, or a failing Hub."""
-    response = getattr(error, "response", None)
-    stale = getattr(response, "status_code", None) in (409, 412)
     # The library reads the answer of the card's check as JSON before it looks at the status.
-    return stale or isinstance(error, JSONDecodeError) or hubfiles.is_transient(error, connecting=True)
+    return _is_stale(error) or isinstance(error, JSONDecodeError) or hubfiles.is_transient(error, connecting=True)
+
+
+def _is_stale(error: Exception) -> bool:
+    return getattr(getattr(error, "response", None), "status_code", None) in (409, 412)

@@ -466,7 +466,7 @@ def _report(plan: _Plan, matrices: Sequence[MatrixReport], phases: Mapping[str, 
             "tokenizer_hash": subset.tokenizer_hash,
             "n_samples": subset.n_samples,
             "n_tokens": subset.n_tokens,
-            # Of a subset from the Hub or a folder: repo, commit, tag, and the runs and sources of its manifest.
+            # The runs and sources behind it; of a subset from the Hub also repo, commit and tag.
             "origin": dict(subset.origin) if subset.origin else None,
         },
         matrices=tuple(matrices),

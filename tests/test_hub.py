@@ -26,7 +26,7 @@ from local_hub import TOKEN, Client, LocalHub
 from calset import hubfiles
 from calset.catalog import card, release
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import MANIFEST_SCHEMA, read_directory
+from calset.catalog.export import MANIFEST_SCHEMA, read_directory, resolve
 from calset.catalog.records import Subset
 from calset.catalog.selection import select
 from calset.catalog.subsets import load
@@ -219,7 +219,9 @@ def test_a_release_is_one_commit_and_a_tag_in_a_private_repository(
     assert pulled.origin["hub"] == {
         "repo": repo, "commit": report.commit, "tag": "math-v1", "manifest": "manifests/math.json",
     }  # fmt: skip
-    assert pulled.origin["runs"] == manifest["runs"]
+    here = resolve("math@1", catalog).origin or {}
+    assert pulled.origin["runs"] == manifest["runs"] == here["runs"]
+    assert "hub" not in here  # where it was made
 
 
 def test_publishing_again_makes_no_commit(hub: LocalHub, client: Client, catalog: Path, repo: str) -> None:

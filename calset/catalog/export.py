@@ -305,7 +305,8 @@ def _provenance(subset: Subset, catalog: Catalog) -> dict[str, Any]:
         [problems],
     )
     # Where a folder lay on the building machine is nobody else's business.
-    made = [{k: v for k, v in asdict(catalog.run(row["run_id"])).items() if k != "model_path"} for row in runs]
+    found = [jsonable(asdict(catalog.run(row["run_id"]))) for row in runs]
+    made = [{k: v for k, v in run.items() if k != "model_path"} for run in found]
     for run in made:
         run["command"] = _without_folders(run["command"])
     return {"runs": made, "sources": [{**source, "spec": _without_folder(source["spec"])} for source in sources]}

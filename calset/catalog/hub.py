@@ -347,7 +347,7 @@ def search(text: str | None = None, *, author: str | None = None, limit: int = 5
     """
     from huggingface_hub import HfApi
 
-    with hubfiles.hub_errors("the search", None, None):
+    with hubfiles.hub_errors("the list of repositories", None, None):
         found = HfApi().list_datasets(
             filter=card.TAG,
             search=text,

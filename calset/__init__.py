@@ -5,6 +5,7 @@ The public API, in the order of the work::
     catalog = calset.Catalog("traces.duckdb")
     calset.build("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "questions.jsonl", samples=8, catalog=catalog)
     subset = calset.select(catalog, "math-ssgr", "ssgr", tokens=1_000_000)
+    calset.publish(subset, "me/calibration", catalog=catalog)
     calset.prune("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", subset, "pruned", method="sparsegpt", sparsity=0.5)
     calset.verify("pruned")
     calset.evaluate("pruned", "held_out.jsonl", catalog=catalog)
@@ -38,7 +39,10 @@ _HOMES = {
     "merge": "calset.catalog.merge",
     "open_problems": "calset.builder.problems",
     "prune": "calset.pruning.prune",
+    "publish": "calset.catalog.hub",
+    "pull": "calset.catalog.hub",
     "resolve": "calset.catalog.export",
+    "search": "calset.catalog.hub",
     "select": "calset.catalog.selection",
     "stats": "calset.catalog.stats",
     "verify": "calset.pruning.verify",
@@ -64,7 +68,10 @@ __all__ = [
     "merge",
     "open_problems",
     "prune",
+    "publish",
+    "pull",
     "resolve",
+    "search",
     "select",
     "stats",
     "verify",
@@ -92,6 +99,7 @@ if TYPE_CHECKING:
     from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
     from calset.catalog.export import export, resolve
+    from calset.catalog.hub import publish, pull, search
     from calset.catalog.merge import merge
     from calset.catalog.records import Subset
     from calset.catalog.selection import select

@@ -733,14 +733,84 @@ def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
 @catalog_option
 @json_option
 def export(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
-    """Write a subset (NAME or NAME@VERSION) to a folder: Parquet rows and a manifest."""
+    """Write a subset (NAME, NAME@VERSION or hub:ORG/REPO/NAME@VERSION) to a folder: Parquet rows and a manifest."""
     from calset.catalog.export import export as write
 
-    path = write(_existing(catalog), reference, out)
+    path = write(_open(catalog) if reference.startswith("hub:") else _existing(catalog), reference, out)
     if as_json:
         terminal.emit_json({"out": str(path)})
     else:
         terminal.say(f"Wrote {reference} to {path}")
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("reference")
+@click.argument("repo")
+@click.option("--public", is_flag=True, help="Let everybody read the repository. Without it a new one is private.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the files, their sizes and the card, and stop; asks the Hub nothing."
+)
+@catalog_option
+@json_option
+def publish(reference: str, repo: str, public: bool, dry_run: bool, catalog: Path, as_json: bool) -> None:
+    """Publish a subset (NAME or NAME@VERSION) to the dataset repository ORG/NAME, with a card and a tag.
+
+    The login is huggingface_hub's own: hf auth login. Run again after whatever happened, it does what is left to do.
+    """
+    from calset.catalog.hub import publish as run
+
+    report = run(reference, repo, catalog=_existing(catalog), public=public, dry_run=dry_run)
+    if as_json:
+        terminal.emit_json(report.as_dict())
+        return
+    terminal.table(["file", "bytes"], [*report.files, ("README.md", len(report.card.encode()))])
+    if dry_run:
+        terminal.say(report.card)
+        terminal.say(f"{report.ref} would go to {repo} with the tag {report.tag}; nothing was sent.")
+    else:
+        done = "is published" if report.new else "was there already"
+        seen = "public" if report.public else "private"
+        terminal.say(f"{report.ref} {done}: hub:{repo}/{report.ref} ({seen}), commit {report.commit}\n{report.url}")
+    for warning in report.warnings:
+        terminal.note(f"Warning: {warning}")
+
+
+@cli.command()
+@click.argument("reference")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write it to a new folder too.")
+@catalog_option
+@json_option
+def pull(reference: str, out: Path | None, catalog: Path, as_json: bool) -> None:
+    """Download hub:ORG/REPO/NAME@VERSION (or the latest version), check it, and keep it in the catalog."""
+    from calset.catalog.hub import pull as run
+
+    subset = run(reference, _open(catalog), directory=out)
+    if as_json:
+        terminal.emit_json(_subset_facts(subset) | {"origin": subset.origin})
+        return
+    terminal.say(f"{subset.ref}: {subset.n_samples} samples, {subset.n_tokens:,} tokens, {subset.content_hash}")
+
+
+@cli.command()
+@click.argument("text", required=False)
+@click.option("--author", help="Only repositories of this user or organisation.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At most N repositories.")
+@json_option
+def search(text: str | None, author: str | None, limit: int, as_json: bool) -> None:
+    """List the calset repositories on the Hub, or those whose name holds TEXT."""
+    from calset.catalog.hub import search as run
+
+    found = run(text, author=author, limit=limit)
+    if as_json:
+        for item in found:
+            terminal.emit_json(item.as_dict())
+        return
+    columns = ["repository", "subsets", "licence", "downloads", "updated"]
+    rows = [(f.repo, ", ".join(f.subsets), f.licence, f.downloads, f.updated_at) for f in found]
+    terminal.table(columns, rows)
 
 
 # --- pruning ----------------------------------------------------------------------------------------------------
@@ -748,7 +818,9 @@ def export(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--calibration", required=True, help="NAME, NAME@VERSION, or an exported folder.")
+@click.option(
+    "--calibration", required=True, help="NAME, NAME@VERSION, hub:ORG/REPO/NAME@VERSION, or an exported folder."
+)
 @click.option("--method", default="sparsegpt", show_default=True, help="sparsegpt, wanda or magnitude.")
 @click.option("--sparsity", type=float, help="The share of zeros in every matrix, e.g. 0.5.")
 @click.option("--pattern", help="N:M with N kept of every M, e.g. 2:4.")

@@ -9,6 +9,7 @@ Must not know: what the files' columns mean.
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 import time
@@ -26,6 +27,7 @@ Layout = dict[str, dict[str, tuple[str, ...]]]  # config -> split -> the files' 
 
 PREFIX = "hf:"
 RETRY_WAITS_SECONDS = (1.0, 2.0, 4.0)
+LONGEST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
 DEFAULT = "default"
 # The names that datasets takes for a split, and what may stand around them in a path.
 SPLITS = {
@@ -63,11 +65,11 @@ class HubDataset:
         from huggingface_hub import hf_hub_download
 
         def download() -> str:
-            bar = _bar(shown=sys.stderr.isatty())
+            bar = progress_bar(shown=sys.stderr.isatty())
             return hf_hub_download(self.repo, file, repo_type="dataset", revision=self.revision, tqdm_class=bar)
 
-        with _hub_errors(self.repo, self.revision, file):
-            return Path(_patiently(download))
+        with hub_errors(self.repo, self.revision, file):
+            return Path(patiently(download))
 
 
 def open_dataset(
@@ -93,9 +95,9 @@ def open_dataset(
     """
     if not re.fullmatch(r"[^/]+/[^/]+", repo):
         raise InputError(f"{repo!r} is no dataset's name; write hf:ORG/NAME")
-    with _hub_errors(repo, revision, None):
-        commit = _patiently(lambda: _commit(repo, revision), connecting=True)
-        card, files = _patiently(lambda: _card_and_files(repo, commit))
+    with hub_errors(repo, revision, None):
+        commit = patiently(lambda: _commit(repo, revision), connecting=True)
+        card, files = patiently(lambda: _card_and_files(repo, commit))
     # Scripts and pictures are no split; where nothing else is there, they are at least named in the error.
     data = [file for file in files if file_type(file) in types] or files
     layout = lay_out(card, data, config)
@@ -109,7 +111,7 @@ def open_dataset(
             f"{repo} keeps its split {part} in files of the type {there}, not in one that calset reads "
             f"({', '.join(types)}); @refs/convert/parquet may have it"
         )
-    return HubDataset(repo, commit, chosen, part, readable, _licence(card), _n_rows(card, chosen, part))
+    return HubDataset(repo, commit, chosen, part, readable, licence_of(card), _n_rows(card, chosen, part))
 
 
 def _commit(repo: str, revision: str | None) -> str:
@@ -125,7 +127,7 @@ def _card_and_files(repo: str, commit: str) -> tuple[dict[str, Any], list[str]]:
     # .gitattributes: a pattern that no file meets is a warning.
     patterns = ["README.md", ".gitattributes"]
     folder = snapshot_download(
-        repo, repo_type="dataset", revision=commit, allow_patterns=patterns, tqdm_class=_bar(shown=False)
+        repo, repo_type="dataset", revision=commit, allow_patterns=patterns, tqdm_class=progress_bar(shown=False)
     )
     names = [file.path for file in get_cached_repo_tree(repo, repo_type="dataset", revision=commit)]
     try:
@@ -135,7 +137,7 @@ def _card_and_files(repo: str, commit: str) -> tuple[dict[str, Any], list[str]]:
     return card or {}, sorted(names)
 
 
-def _bar(*, shown: bool) -> Any:
+def progress_bar(*, shown: bool) -> Any:
     """The library's progress bar, or a silent one: it draws bars into files and pipes too."""
     from huggingface_hub.utils import tqdm
 
@@ -144,6 +146,29 @@ def _bar(*, shown: bool) -> Any:
             super().__init__(*args, **{**options, "disable": True})
 
     return None if shown else Silent
+
+
+def tags_of(repo: str) -> dict[str, str]:
+    """A dataset's tags: name -> commit."""
+    from huggingface_hub import HfApi
+
+    refs = patiently(lambda: HfApi().list_repo_refs(repo, repo_type="dataset"), connecting=True)
+    return {tag.name: tag.target_commit for tag in refs.tags}
+
+
+def fetch(repo: str, commit: str, path: str, *, again: bool = False) -> Path:
+    """A dataset's file at a commit, from the cache if it is there; ``again`` downloads it anew."""
+    from huggingface_hub import hf_hub_download
+
+    bar = progress_bar(shown=sys.stderr.isatty())
+    return Path(
+        patiently(
+            lambda: hf_hub_download(
+                repo, path, repo_type="dataset", revision=commit, force_download=again, tqdm_class=bar
+            ),
+            connecting=True,
+        )
+    )
 
 
 # --- which files are a config's split: pure ---------------------------------------------------------------------
@@ -232,7 +257,7 @@ def _pick(repo: str, what: str, given: str | None, there: Sequence[str], usual: 
     raise InputError(f"{repo} has several {what}s: {listed}; add {what}=NAME to the options after '?'")
 
 
-def _licence(card: Mapping[str, Any]) -> str | None:
+def licence_of(card: Mapping[str, Any]) -> str | None:
     return ", ".join(str(item) for item in _list(card.get("license"))) or None
 
 
@@ -256,8 +281,8 @@ def _list(value: Any) -> list[Any]:
 # --- what can go wrong on the way -------------------------------------------------------------------------------
 
 
-def _patiently(ask: Callable[[], T], *, connecting: bool = False) -> T:
-    """Ask again, a few times, when the Hub is overloaded or fails.
+def patiently(ask: Callable[[], T], *, connecting: bool = False) -> T:
+    """Ask again, a few times, when the Hub is overloaded or fails; with the Hub's own Retry-After, and jitter.
 
     Args:
         connecting: also when it cannot be reached. Downloads try that for half a minute themselves.
@@ -266,13 +291,33 @@ def _patiently(ask: Callable[[], T], *, connecting: bool = False) -> T:
         try:
             return ask()
         except Exception as error:
-            if not _is_transient(error, connecting):
+            if not is_transient(error, connecting) or not wait(error, seconds):
                 raise
-            time.sleep(seconds)
     return ask()
 
 
-def _is_transient(error: BaseException | None, connecting: bool) -> bool:
+def wait(error: BaseException, seconds: float) -> bool:
+    """Sleep before asking again: as long as the Hub said, else about ``seconds``, so that many do not return at once.
+
+    Returns:
+        False, at once, when the Hub wants to be left alone for longer than anybody would wait.
+    """
+    response = getattr(error, "response", None)
+    asked = _retry_after(getattr(response, "headers", {}))
+    if asked is not None and asked > LONGEST_WAIT_SECONDS:
+        return False
+    time.sleep((asked or 0.0) + seconds * random.uniform(0.5, 1.0))
+    return True
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds from Retry-After, or until the Hub's rate limit starts anew (``ratelimit: "api";r=0;t=55``)."""
+    said = re.fullmatch(r"\s*(\d{1,9})\s*", headers.get("retry-after", ""))
+    limit = re.search(r"\bt=(\d{1,9})", headers.get("ratelimit", ""))
+    return float(said[1]) if said else float(limit[1]) if limit else None
+
+
+def is_transient(error: BaseException | None, connecting: bool) -> bool:
     """Overload, a server's failure or a broken download; what the library made of it keeps that as its cause."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -281,12 +326,12 @@ def _is_transient(error: BaseException | None, connecting: bool) -> bool:
         return False
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and (error.response.status_code == 429 or error.response.status_code >= 500)
-    if isinstance(error, _http_error()):
+    if isinstance(error, http_error()):
         return connecting
-    return "Consistency check failed" in str(error) or _is_transient(error.__cause__, connecting)
+    return "Consistency check failed" in str(error) or is_transient(error.__cause__, connecting)
 
 
-def _http_error() -> type[Exception]:
+def http_error() -> type[Exception]:
     """What all errors of the library's HTTP client derive from: httpx's before its version 2, httpx2's since."""
     from huggingface_hub import errors
 
@@ -294,7 +339,7 @@ def _http_error() -> type[Exception]:
 
 
 @contextmanager
-def _hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[None]:
+def hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[None]:
     """The library's many errors as one line that says what to do."""
     from huggingface_hub import errors
 
@@ -311,7 +356,7 @@ def _hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[N
         raise InputError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit") from error
     except errors.HFValidationError as error:
         raise InputError(f"{repo!r} is no dataset's name; write hf:ORG/NAME") from error
-    except _http_error() as error:
+    except http_error() as error:
         raise _unreachable(what, error) from error
     except (
         errors.RevisionResolutionError,
@@ -319,7 +364,7 @@ def _hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[N
         errors.CachedRepoTreeNotFoundError,
         errors.OfflineModeIsEnabled,
     ) as error:
-        if isinstance(error.__cause__, _http_error()):
+        if isinstance(error.__cause__, http_error()):
             raise _unreachable(what, error.__cause__) from error
         raise CalsetError(
             f"{what} is not in the cache, and the Hub cannot be reached; connect, or unset HF_HUB_OFFLINE"

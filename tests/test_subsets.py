@@ -21,7 +21,7 @@ from calset.catalog.export import DATA, MANIFEST, MANIFEST_SCHEMA, export, read_
 from calset.catalog.records import Sample, Subset
 from calset.catalog.selection import select
 from calset.catalog.subsets import diff, hash_samples, list_subsets, load
-from calset.errors import CatalogError, InputError
+from calset.errors import CalsetError, CatalogError, InputError
 
 PLAN = [[("correct", 10 + n), ("correct", 20 + n), ("incorrect", 30), ("truncated", 40)] for n in range(12)]
 
@@ -69,13 +69,13 @@ def test_a_subset_comes_back_by_name_and_by_version(catalog: Catalog, subset: Su
         ("", "cannot name"),
         ("..", "cannot name"),
         ("a@1@2", "not a subset"),
-        ("hub:org", "cannot name"),
-        ("hub:org/repo/math@1", "NAME or NAME@VERSION of the catalog, or an exported folder"),
-        ("no/such/folder", "NAME or NAME@VERSION of the catalog, or an exported folder"),
+        ("hub:org", "write hub:ORG/REPO/NAME"),
+        ("hub:org/repo/math@1", "not in the cache, and the Hub cannot be reached"),
+        ("no/such/folder", "NAME or NAME@VERSION of the catalog, an exported folder"),
     ],
 )
 def test_a_reference_to_nothing_is_one_clear_line(catalog: Catalog, subset: Subset, ref: str, message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(CalsetError, match=message) as caught:
         resolve(ref, catalog)
     assert "\n" not in str(caught.value)
 

@@ -28,6 +28,7 @@ from calset.catalog.records import (
     Grade,
     Judgement,
     Problem,
+    Publication,
     Run,
     Source,
     Trace,
@@ -199,6 +200,16 @@ class Catalog:
     def add_pruning(self, record: Mapping[str, Any]) -> str:
         """Keep what a pruning did (any JSON-able mapping, as in pruning.json); returns its id."""
         return self._add_document("prunings", "pruning_id", record)
+
+    def add_publication(self, publication: Publication) -> int:
+        """Keep that a subset stands on the Hub; returns 1, or 0 when that was kept."""
+        key = ("name", "version", "content_hash", "repo", "revision", "tag")
+        with self.transaction() as con:
+            return _insert(con, "publications", [_row("publications", publication)], key=key)
+
+    def publications(self) -> list[Publication]:
+        """Where subsets stand on the Hub, oldest first."""
+        return [Publication(**row) for row in self.rows("SELECT * FROM publications ORDER BY published_at, name")]
 
     def _add_document(self, table: str, key: str, record: Mapping[str, Any]) -> str:
         text = dump_json(record)

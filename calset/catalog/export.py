@@ -12,7 +12,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -37,10 +37,10 @@ _ROW_GROUP = 500
 
 
 def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Subset:
-    """A calibration reference as a subset, its content checked against its hash.
+    """A calibration reference as a subset, its content checked against its hash; ``origin`` says which runs made it.
 
     Args:
-        ref: ``name`` (latest version), ``name@2``, or the folder of an exported subset.
+        ref: ``name`` (latest version), ``name@2``, the folder of an exported subset, or ``hub:org/repo/name@2``.
         catalog: where names are looked up; by default ``CALSET_CATALOG``, else ``calset.duckdb`` here.
 
     Raises:
@@ -48,15 +48,22 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
         CatalogError: stored samples without their hash.
     """
     path = Path(ref)
+    if isinstance(ref, str) and ref.startswith("hub:"):
+        from calset.catalog.hub import open_reference
+
+        return open_reference(ref)
     if isinstance(ref, Path) or "/" in ref or os.sep in ref:
         # os.path says False, where Path's methods raise, of a text that can be no path.
         if os.path.isdir(path):
             return read_directory(path)
         raise InputError(
-            f"no calibration subset at {ref}: give NAME or NAME@VERSION of the catalog, or an exported folder"
+            f"no calibration subset at {ref}: give NAME or NAME@VERSION of the catalog, an exported folder, or "
+            "hub:ORG/REPO/NAME@VERSION"
         )
+    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     try:
-        return subsets.load(catalog if isinstance(catalog, Catalog) else Catalog(catalog), ref)
+        subset = subsets.load(catalog, ref)
+        return subset if subset.origin else replace(subset, origin=_provenance(subset, catalog))
     except InputError:
         # A name means the catalog's subset; a folder of that name here counts only when there is none.
         if os.path.isfile(path / MANIFEST):
@@ -82,8 +89,8 @@ def export(catalog: Catalog | str | Path, subset: Subset | str, directory: str |
     directory = Path(directory)
     if _holds(directory, subset):
         return directory
-    table = _table(subset, catalog)
-    manifest = _manifest(subset, catalog)
+    table = rows_table(subset, catalog)
+    manifest = manifest_of(subset, catalog)
     draft = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -125,20 +132,29 @@ def _holds(directory: Path, subset: Subset) -> bool:
 
 
 def _write(folder: Path, table: pa.Table, manifest: Mapping[str, Any]) -> None:
+    (folder / DATA).parent.mkdir()
+    write_rows(table, folder / DATA)
+    # The manifest last: a reader that finds it finds everything.
+    write_manifest(manifest, folder / MANIFEST)
+
+
+def write_rows(table: pa.Table, path: Path) -> None:
+    """Parquet that viewers page through and that the Hub's storage shares between versions."""
     import pyarrow.parquet as pq
 
-    (folder / DATA).parent.mkdir()
     pq.write_table(
         table,
-        folder / DATA,
+        path,
         compression="zstd",
         row_group_size=_ROW_GROUP,
         use_content_defined_chunking=True,
         write_page_index=True,
     )
-    # The manifest last: a reader that finds it finds everything.
+
+
+def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
     text = json.dumps(jsonable(manifest), indent=2, ensure_ascii=False) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def _schema() -> pa.Schema:
@@ -166,9 +182,12 @@ def _schema() -> pa.Schema:
     )
 
 
-def _table(subset: Subset, catalog: Catalog) -> pa.Table:
+def rows_table(subset: Subset, catalog: Catalog) -> pa.Table:
+    """A row a sample: token ids, and what the catalog knows of its trace and problem."""
     import pyarrow as pa
 
+    if (published := _published(subset)) is not None:
+        return published[0]
     facts = subsets.trace_facts(catalog, subset) if catalog.exists() else {}
     wanted = sorted({s.problem_id for s in subset.samples if s.problem_id})
     problems = catalog.problems(wanted) if catalog.exists() else {}
@@ -179,6 +198,15 @@ def _table(subset: Subset, catalog: Catalog) -> pa.Table:
         messages = _messages(sample, problem, known.get("text"), prompts)
         rows.append(_export_row(sample, known, problem, messages))
     return pa.Table.from_pylist(rows, schema=_schema())
+
+
+def _published(subset: Subset) -> tuple[pa.Table, dict[str, Any]] | None:
+    """What was published of a pulled subset, whose traces and their texts the catalog does not have."""
+    if not subset.origin or "hub" not in subset.origin:
+        return None
+    from calset.catalog.hub import published
+
+    return published(subset)
 
 
 def _system_prompts(catalog: Catalog, problem_ids: Sequence[str]) -> dict[str, str | None]:
@@ -232,7 +260,10 @@ def _export_row(
     }
 
 
-def _manifest(subset: Subset, catalog: Catalog) -> dict[str, Any]:
+def manifest_of(subset: Subset, catalog: Catalog) -> dict[str, Any]:
+    """What a reader must know of a subset: where it comes from, its numbers, its content hash."""
+    if (published := _published(subset)) is not None:
+        return {**published[1], **(subset.origin or {})}
     described = subsets.describe(subset, catalog)
     quantiles = {key: described[key] for key in described if key.endswith("_quantiles")}
     return {
@@ -257,7 +288,9 @@ def _manifest(subset: Subset, catalog: Catalog) -> dict[str, Any]:
 
 
 def _provenance(subset: Subset, catalog: Catalog) -> dict[str, Any]:
-    """The runs and sources that the samples come from."""
+    """The runs and sources that the samples come from; of a subset that was read from elsewhere, those it came with."""
+    if subset.origin:
+        return dict(subset.origin)
     if not catalog.exists():
         return {"runs": [], "sources": []}
     traces = sorted({s.trace_id for s in subset.samples if s.trace_id})
@@ -272,7 +305,8 @@ def _provenance(subset: Subset, catalog: Catalog) -> dict[str, Any]:
         [problems],
     )
     # Where a folder lay on the building machine is nobody else's business.
-    made = [{k: v for k, v in asdict(catalog.run(row["run_id"])).items() if k != "model_path"} for row in runs]
+    found = [jsonable(asdict(catalog.run(row["run_id"]))) for row in runs]
+    made = [{k: v for k, v in run.items() if k != "model_path"} for run in found]
     for run in made:
         run["command"] = _without_folders(run["command"])
     return {"runs": made, "sources": [{**source, "spec": _without_folder(source["spec"])} for source in sources]}
@@ -301,8 +335,23 @@ def read_directory(path: str | Path) -> Subset:
         InputError: no manifest, one of a newer schema, or rows that do not have its content hash.
     """
     path = Path(path)
-    manifest = _read_manifest(path / MANIFEST)
-    samples = _read_samples(path / DATA)
+    manifest = read_manifest(path / MANIFEST)
+    return read_subset(manifest, path / MANIFEST, [path / DATA])
+
+
+def read_subset(
+    manifest: Mapping[str, Any], where: Path, data: Sequence[Path], *, hub: Mapping[str, str] | None = None
+) -> Subset:
+    """A subset from its manifest and its Parquet files in order.
+
+    Args:
+        where: the manifest's file, for messages.
+        hub: where on the Hub it was read: repo, commit, tag, manifest.
+
+    Raises:
+        InputError: a manifest or rows that are none, or rows that do not have the manifest's content hash.
+    """
+    samples = [sample for path in data for sample in _read_samples(path)]
     try:
         subset = Subset(
             name=subsets.check_name(manifest["name"]),
@@ -317,19 +366,31 @@ def read_directory(path: str | Path) -> Subset:
             pool=dict(manifest.get("pool", {})),
             warnings=list(manifest.get("warnings", [])),
             created_at=datetime.fromisoformat(manifest["created_at"]),
+            origin=_origin(manifest, hub),
         )
     except KeyError as error:
-        raise InputError(f"{path / MANIFEST} lacks {error}: export the subset again") from error
+        raise InputError(f"{where} lacks {error}: export the subset again") from error
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path / MANIFEST} is not a calset manifest ({error}): export the subset again") from error
+        raise InputError(f"{where} is not a calset manifest ({error}): export the subset again") from error
     if subsets.hash_samples(samples) != subset.content_hash:
         raise InputError(
-            f"the rows of {path} do not have the content hash of its manifest: it was changed; export it again"
+            f"the rows of {where.parent} do not have the content hash of its manifest: it was changed; export it again"
         )
     return subset
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _origin(manifest: Mapping[str, Any], hub: Mapping[str, str] | None) -> dict[str, Any]:
+    known = hub or manifest.get("hub")
+    listed = {key: [dict(item) for item in manifest.get(key, ())] for key in ("runs", "sources")}
+    return {**({"hub": dict(known)} if known else {}), **listed}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest's content, its schema number checked.
+
+    Raises:
+        InputError: no manifest, or one of a newer schema.
+    """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

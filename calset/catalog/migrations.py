@@ -42,6 +42,7 @@ class Migration:
 MIGRATIONS: Sequence[Migration] = (
     Migration(1, "first_tables"),
     Migration(2, "builder_tables", lambda con: _builder_tables(con)),
+    Migration(3, "subset_origin", lambda con: con.execute("ALTER TABLE subsets ADD COLUMN origin JSON")),
 )
 SCHEMA_VERSION = MIGRATIONS[-1].number
 

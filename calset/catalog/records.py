@@ -250,6 +250,9 @@ class Subset:
     pool: Mapping[str, Any] = field(default_factory=dict)  # how many candidates passed each filter
     warnings: Sequence[str] = ()
     created_at: datetime = field(default_factory=utc_now)
+    # Of a subset that was not selected here: "runs" and "sources" of its manifest, "hub" (repo, commit, tag, manifest).
+    # It says nothing of what the subset is, so equal subsets may differ in it.
+    origin: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def ref(self) -> str:
@@ -262,3 +265,16 @@ class Subset:
     @property
     def n_tokens(self) -> int:
         return sum(len(s.input_ids) for s in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A subset as it stands on the Hub."""
+
+    name: str
+    version: int
+    content_hash: str
+    repo: str
+    revision: str  # the commit
+    tag: str
+    published_at: datetime = field(default_factory=utc_now)

@@ -121,6 +121,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "pool": "JSON",
         "warnings": "JSON",
         "created_at": "TIMESTAMP",
+        "origin": "JSON",  # of a subset that was pulled
     },
     "subset_items": {
         "name": "VARCHAR",

@@ -83,6 +83,30 @@ def store(catalog: Catalog, subset: Subset) -> Subset:
     return load(catalog, f"{subset.name}@{version}")
 
 
+def keep(catalog: Catalog, subset: Subset) -> Subset:
+    """Keep a subset under its own version: one that was pulled.
+
+    Returns:
+        the subset as kept: the one that was there when it has the same content.
+
+    Raises:
+        InputError: the catalog holds another content under this name and version.
+    """
+    check_name(subset.name)
+    with catalog.transaction() as con:
+        rows = con.execute(
+            "SELECT content_hash FROM subsets WHERE name = ? AND version = ?", [subset.name, subset.version]
+        ).fetchall()
+        if not rows:
+            return _insert(con, subset)
+    if rows[0][0] != subset.content_hash:
+        raise InputError(
+            f"{catalog.path} holds another {subset.ref}: its content hash is {rows[0][0][:12]}, not "
+            f"{subset.content_hash[:12]}; pull into another catalog with --catalog"
+        )
+    return load(catalog, subset.ref)
+
+
 def _insert(con: duckdb.DuckDBPyConnection, subset: Subset) -> Subset:
     row = tuple(
         dump_json(getattr(subset, column)) if kind == "JSON" else getattr(subset, column)
@@ -139,8 +163,8 @@ def _not_found(name: str, version: int | None, versions: Sequence[int], catalog:
 
 def _subset(head: dict[str, Any], samples: Sequence[Sample]) -> Subset:
     values = {key: head[key] for key in head if key not in ("n_samples", "n_tokens")}
-    for key in ("recipe", "pool", "warnings"):
-        values[key] = json.loads(values[key])
+    for key in ("recipe", "pool", "warnings", "origin"):
+        values[key] = json.loads(values[key] or "null")
     return Subset(**values, samples=samples)
 
 
@@ -151,8 +175,8 @@ def list_subsets(catalog: Catalog) -> list[dict[str, Any]]:
     heads = [dict(zip(TABLES["subsets"], row, strict=True)) for row in rows]
     for head in heads:
         head["ref"] = f"{head['name']}@{head['version']}"
-        for key in ("recipe", "pool", "warnings"):
-            head[key] = json.loads(head[key])
+        for key in ("recipe", "pool", "warnings", "origin"):
+            head[key] = json.loads(head[key] or "null")
     return heads
 
 

@@ -466,6 +466,8 @@ def _report(plan: _Plan, matrices: Sequence[MatrixReport], phases: Mapping[str, 
             "tokenizer_hash": subset.tokenizer_hash,
             "n_samples": subset.n_samples,
             "n_tokens": subset.n_tokens,
+            # The runs and sources behind it; of a subset from the Hub also repo, commit and tag.
+            "origin": dict(subset.origin) if subset.origin else None,
         },
         matrices=tuple(matrices),
         seconds=seconds,
@@ -498,8 +500,10 @@ def card_section(report: PruneReport) -> str:
     counted = f"{report.n_counted_tokens:,} ({report.tokens})"
     data = {"calibration": f"none: {report.method} uses no data"}
     if calibration["used"]:
+        hub = (calibration["origin"] or {}).get("hub")
+        place = f" of the dataset {hub['repo']} (commit `{hub['commit']}`)" if hub else ""
         data = {
-            "calibration": f"{calibration['subset']}, content hash `{calibration['content_hash']}`",
+            "calibration": f"{calibration['subset']}{place}, content hash `{calibration['content_hash']}`",
             "calibration tokens": f"{counted}, inputs from {report.propagate} blocks",
         }
     rows = {

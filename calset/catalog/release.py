@@ -1,0 +1,228 @@
+"""A published subset as files: what they are called, how they are made, and the checks that what comes back is it.
+
+Several subsets share a repository, each with a config, a manifest, a picture and tags of its own::
+
+    README.md                                  the card
+    data/<subset>/train-00000-of-00001.parquet  rows; a config per subset
+    manifests/<subset>.json                    provenance, counts, licences, hashes
+    plots/<subset>.png                         lengths and difficulties
+
+Must not know: HTTP, the Hub's client library, the card's text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calset.catalog import subsets
+from calset.catalog.export import manifest_of, read_manifest, read_subset, rows_table, write_manifest, write_rows
+from calset.errors import InputError
+
+if TYPE_CHECKING:
+    from calset.catalog.catalog import Catalog
+    from calset.catalog.records import Subset
+
+PREFIX = "hub:"
+# The Hub's own rule: at most 96 characters a part, no two dots or hyphens together, none at an end.
+_REPO_PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+SHARD_BYTES = 400_000_000  # of rows in memory; a Parquet file is a third of it or less
+
+
+@dataclass(frozen=True, slots=True)
+class HubReference:
+    """``hub:org/repo/name@2``; without a version the latest that has a tag."""
+
+    repo: str
+    name: str
+    version: int | None
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.repo}/{self.name}{'' if self.version is None else f'@{self.version}'}"
+
+
+def parse_hub(ref: str) -> HubReference:
+    """A ``hub:`` reference.
+
+    Raises:
+        InputError: it is none.
+    """
+    parts = ref.removeprefix(PREFIX).split("/")
+    if not ref.startswith(PREFIX) or len(parts) != 3:
+        raise InputError(f"{ref!r} names no subset on the Hub: write hub:ORG/REPO/NAME or hub:ORG/REPO/NAME@VERSION")
+    return HubReference(check_repo("/".join(parts[:2])), *subsets.parse_reference(parts[2]))
+
+
+def check_repo(repo: str) -> str:
+    """A repository's name, ``ORG/NAME``.
+
+    Raises:
+        InputError: it cannot be one.
+    """
+    parts = repo.split("/")
+    if len(parts) != 2 or not all(re.fullmatch(_REPO_PART, part) for part in parts) or repo.endswith(".git"):
+        raise InputError(
+            f"{repo!r} cannot name a repository on the Hub: write ORG/NAME, each of letters, digits, '.', '_' or '-'"
+        )
+    return repo
+
+
+def tag_of(name: str, version: int) -> str:
+    """``math-v2``."""
+    return f"{name}-v{version}"
+
+
+def versions_in(name: str, tags: Iterable[str]) -> list[int]:
+    """The versions of a subset that have a tag, in order."""
+    found = (re.fullmatch(rf"{re.escape(name)}-v([1-9]\d{{0,8}})", tag) for tag in tags)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def manifest_path(name: str) -> str:
+    return f"manifests/{name}.json"
+
+
+def plot_path(name: str) -> str:
+    return f"plots/{name}.png"
+
+
+def data_folder(name: str) -> str:
+    return f"data/{name}/"
+
+
+# --- making one ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A subset's files, ready to be sent: ``files`` by their path in the repository, all but the card."""
+
+    subset: Subset
+    manifest: Mapping[str, Any]
+    files: Mapping[str, Path]
+
+    @property
+    def tag(self) -> str:
+        return tag_of(self.subset.name, self.subset.version)
+
+
+def make(subset: Subset, catalog: Catalog, folder: Path, *, model_licence: str | None = None) -> Release:
+    """Write a subset's files below a folder.
+
+    Args:
+        model_licence: what the model that made the traces is under; None when unknown.
+    """
+    from calset.catalog import card
+
+    table = rows_table(subset, catalog)
+    data = _write_shards(table, folder, subset.name, max(1, -(-table.nbytes // SHARD_BYTES)))
+    manifest = manifest_of(subset, catalog)
+    questions = {source["name"]: source.get("licence") for source in manifest["sources"]}
+    manifest.setdefault("licences", {"questions": questions, "model": model_licence})  # a pulled subset has its own
+    manifest["files"] = [
+        {"path": path, "bytes": (folder / path).stat().st_size, "sha256": _sha256(folder / path)} for path in data
+    ]
+    for path in (manifest_path(subset.name), plot_path(subset.name)):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    write_manifest(manifest, folder / manifest_path(subset.name))
+    card.draw(table, subset, folder / plot_path(subset.name))
+    paths = [*data, manifest_path(subset.name), plot_path(subset.name)]
+    return Release(subset, manifest, {path: folder / path for path in paths})
+
+
+def _write_shards(table: Any, folder: Path, name: str, n: int) -> list[str]:
+    n = min(n, max(1, table.num_rows))
+    (folder / data_folder(name)).mkdir(parents=True)
+    paths = []
+    for i in range(n):
+        start, stop = i * table.num_rows // n, (i + 1) * table.num_rows // n
+        paths.append(f"{data_folder(name)}train-{i:05d}-of-{n:05d}.parquet")
+        write_rows(table.slice(start, stop - start), folder / paths[-1])
+    return paths
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- reading one --------------------------------------------------------------------------------------------------
+
+
+# What a card or a reader takes from a manifest, which may be anybody's.
+_SHAPE: Mapping[str, type | tuple[type, ...]] = {
+    "content_hash": str,
+    "model": str,
+    "recipe": dict,
+    "n_samples": int,
+    "n_tokens": int,
+    "pool": dict,
+    "warnings": list,
+    "runs": list,
+    "sources": list,
+    "licences": dict,
+}
+
+
+def open_manifest(folder: Path, name: str) -> dict[str, Any]:
+    """A subset's manifest in a downloaded repository, and the list of files in it, checked.
+
+    Raises:
+        InputError: none, of a newer schema, of another subset, or with a list of files that cannot be its own.
+    """
+    path = folder / manifest_path(name)
+    manifest = read_manifest(path)
+    if manifest.get("name") != name or type(manifest.get("version")) is not int:
+        raise InputError(f"{manifest_path(name)} is not the manifest of {name}: publish the subset again")
+    if wrong := [key for key, kind in _SHAPE.items() if not isinstance(manifest.get(key), kind)]:
+        raise InputError(f"{manifest_path(name)} has no usable {wrong[0]}: publish the subset again")
+    listed = manifest.get("files")
+    if not isinstance(listed, list) or not _are_shards(listed, name):
+        raise InputError(f"{manifest_path(name)} lists no usable files: publish the subset again")
+    if not all(isinstance(item, dict) for key in ("runs", "sources") for item in manifest[key]):
+        raise InputError(f"{manifest_path(name)} has no usable runs or sources: publish the subset again")
+    if not isinstance(manifest["licences"].get("questions"), dict):
+        raise InputError(f"{manifest_path(name)} has no usable licences: publish the subset again")
+    return manifest
+
+
+def _are_shards(files: Sequence[Any], name: str) -> bool:
+    """Whether these are all shards of a subset, in order: a path of a manifest is never taken on trust."""
+    if not all(isinstance(f, dict) and isinstance(f.get("path"), str) and _has_sum(f) for f in files):
+        return False
+    wanted = [f"{data_folder(name)}train-{i:05d}-of-{len(files):05d}.parquet" for i in range(len(files))]
+    return bool(files) and [f["path"] for f in files] == wanted
+
+
+def _has_sum(file: Mapping[str, Any]) -> bool:
+    return type(file.get("bytes")) is int and bool(re.fullmatch(r"[0-9a-f]{64}", str(file.get("sha256"))))
+
+
+def damaged(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The data files that are missing or do not have the size and sha256 of the manifest."""
+    return [
+        file["path"]
+        for file in manifest["files"]
+        if not (path := folder / file["path"]).is_file()
+        or path.stat().st_size != file["bytes"]
+        or _sha256(path) != file["sha256"]
+    ]
+
+
+def read(folder: Path, manifest: Mapping[str, Any], hub: Mapping[str, str]) -> Subset:
+    """The subset in a downloaded repository; its files and its content are checked against the manifest.
+
+    Raises:
+        InputError: a file or the content is not what was published.
+    """
+    if bad := damaged(folder, manifest):
+        raise InputError(
+            f"{bad[0]} of {hub['repo']} at {hub['tag']} is not the file that was published (another sha256): it was "
+            "changed on the Hub; ask its owner to publish a new version"
+        )
+    where = folder / manifest_path(manifest["name"])
+    return read_subset(manifest, where, [folder / file["path"] for file in manifest["files"]], hub=hub)

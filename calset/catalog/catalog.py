@@ -292,7 +292,7 @@ class Catalog:
         sql = "SELECT * FROM problems WHERE problem_id IN (SELECT unnest(?::VARCHAR[]))"
         return {row["problem_id"]: Problem(**row) for row in self.rows(sql, [list(problem_ids)])}
 
-    def traces(self, trace_ids: Sequence[str]) -> dict[str, Trace]:
+    def load_traces(self, trace_ids: Sequence[str]) -> dict[str, Trace]:
         """Traces with their token ids at their latest attempt, by id; unknown ids are left out."""
         columns = ", ".join(f"t.{name}" for name in _TRACE_COLUMNS)
         sql = f"""

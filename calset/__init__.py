@@ -24,6 +24,7 @@ _HOMES = {
     "Catalog": "calset.catalog.catalog",
     "InputError": "calset.errors",
     "Subset": "calset.catalog.records",
+    "against_sources": "calset.builder.decontamination",
     "build": "calset.builder.generate",
     "decontaminate": "calset.builder.decontamination",
     "diff": "calset.catalog.subsets",
@@ -47,6 +48,7 @@ __all__ = [
     "InputError",
     "Subset",
     "__version__",
+    "against_sources",
     "build",
     "decontaminate",
     "diff",
@@ -78,7 +80,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from calset.builder.decontamination import decontaminate
+    from calset.builder.decontamination import against_sources, decontaminate
     from calset.builder.generate import build, dry_run
     from calset.builder.judge import judge
     from calset.builder.problems import load_problems, open_problems

@@ -554,23 +554,40 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
 @click.option("--length-tokens", metavar="LO..HI", help="The band of lengths in tokens, e.g. 2000..8000.")
 @click.option("--per-problem", type=click.IntRange(min=1), help="Traces a problem at most.")
 @click.option("--text", metavar="FILE", help="The recipe text's: a file, a folder, FILE?text=COLUMN, or hf:ORG/NAME.")
-@click.option("--window", type=click.IntRange(min=1), help="Tokens a sample of the recipe text.")
+@click.option("--window", type=click.IntRange(min=1), help="Tokens a sample: of a text, or cut from each longer trace.")
+@click.option("--stratify", metavar="BY", help="Divide the budget by source, or by this key of the problems' metadata.")
+@click.option("--shares", type=click.Choice(["equal", "proportional"]), help="Of a stratified budget. Default: equal.")
+@click.option(
+    "--exclude-problems-of",
+    "evaluations",
+    metavar="SRC",
+    multiple=True,
+    help="Leave out problems that this evaluation source holds too, as build --decontaminate tells. Repeatable.",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @catalog_option
 @json_option
-def select(name: str, catalog: Path, as_json: bool, **options: Any) -> None:
+def select(name: str, catalog: Path, as_json: bool, evaluations: tuple[str, ...], **options: Any) -> None:
     """Take a subset from the catalog by a recipe, as a new immutable version of NAME."""
     from calset.catalog.selection import select as run
+    from calset.catalog.selection import tables
+
+    store = _existing(catalog)
+    if evaluations:
+        from calset.builder.decontamination import against_sources
+
+        options["exclude"] = against_sources(evaluations)
 
     for band in ("difficulty", "length_quantiles", "length_tokens"):
         options[band] = _band(options[band], band)
     chosen = {key: value for key, value in options.items() if value is not None}
-    subset = run(_existing(catalog), name, **chosen)
+    subset = run(store, name, **chosen)
     if as_json:
         terminal.emit_json(_subset_facts(subset))
         return
     terminal.say(f"{subset.ref}: {subset.n_samples} samples, {subset.n_tokens:,} tokens, {subset.content_hash}")
-    terminal.table(["stage", "candidates"], list(subset.pool.items()))
+    for title, columns, rows in tables(subset):
+        terminal.table(columns, rows, title=title or None)
     for warning in subset.warnings:
         terminal.note(f"Warning: {warning}")
 

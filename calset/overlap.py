@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -211,6 +211,16 @@ class Decontaminator:
     def sources(self) -> list[Source]:
         """The evaluation sources."""
         return [evaluation.source for evaluation in self._evaluations.values()]
+
+    def facts(self) -> dict[str, Any]:
+        """The rule and the sources at their revisions, JSON-able: what makes two checks the same check."""
+        kept = ("name", "kind", "revision", "source_id")  # not the spec, which may be a path of this machine
+        listed = [
+            {**{key: getattr(e.source, key) for key in kept}, "questions": len(e.rows)}
+            for e in self._evaluations.values()
+        ]
+        rule = {"n": list(self.rule.n), "min_share": self.rule.min_share, "template_share": self.rule.template_share}
+        return {"sources": sorted(listed, key=lambda s: (s["name"], s["source_id"])), "rule": rule}
 
     def check(self, problem: Problem) -> list[Contamination]:
         """The evidence against a problem: one record an (evaluation question, n), none when it is clean.

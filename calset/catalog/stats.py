@@ -205,3 +205,24 @@ def _suspects(ask: _Ask, model: str | None, source: str | None) -> int:
         WHERE kind = 'build' AND (? IS NULL OR model = ?) AND (? IS NULL OR source = ?)
     """
     return ask(sql, [model, model, source, source])[0]["n"]
+
+
+# -- the same bands for whoever holds the rows already --------------------------------------------------------------
+
+DIFFICULTY_BANDS = (*(label for _, label in _BANDS), *_LAST_BANDS)
+
+
+def difficulty_band(difficulty: float | None) -> int:
+    """The index in ``DIFFICULTY_BANDS`` of a difficulty; the last is for unknown ones."""
+    n = len(_BANDS)
+    if difficulty is None:
+        return n + 2
+    found = next((i for i, (highest, _) in enumerate(_BANDS) if difficulty <= highest), None)
+    return found if found is not None else n if difficulty < 1 else n + 1
+
+
+def length_bands(lengths: Sequence[int]) -> list[tuple[int, str]]:
+    """(longest length, label) of the quartile bands of some lengths, as ``stats`` cuts them (nearest rank)."""
+    ordered = sorted(lengths)
+    n = len(ordered)
+    return _length_bands([ordered[max(1, -(-q * n // 4)) - 1] for q in range(5)] if n else [])

@@ -504,24 +504,85 @@ def stats(catalog: Path, model: str | None, source: str | None, as_json: bool) -
 
 
 @cli.command()
-@click.argument("sql")
-@click.option("--limit", type=click.IntRange(min=1), help="Print at most N rows.")
+@click.argument("sql", required=False)
+@click.option("--difficulty", metavar="LO..HI", help="The band of 1 - pass rate: 0.3..0.8, 0.3.. or ..0.8.")
+@click.option("--correct/--incorrect", default=None, help="Judged correct, or judged and not correct.")
+@click.option("--verdict", multiple=True, metavar="V", help="With this verdict. Repeatable.")
+@click.option("--tokens", metavar="LO..HI", help="The band of completion tokens, e.g. 2000..8000.")
+@click.option("--model", metavar="M", help="Of this model: MODEL, MODEL@REVISION or its folder.")
+@click.option("--source", metavar="S", help="Of this source's problems.")
+@click.option("--k", metavar="LO..HI", help="The band of judged traces of the problem, e.g. 8..")
+@click.option("--finished/--unfinished", default=None, help="Finish reason stop, or any other.")
+@click.option(
+    "--kind",
+    type=click.Choice(["build", "evaluate", "all"]),
+    help="Traces of builds, of evaluations, or both. Default: build.",
+)
+@click.option("--columns", metavar="A,B,...", help="Of the view trace; '*' for all. Default: all but its texts.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most N rows.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "jsonl", "csv", "parquet"]),
+    help="Default: what the name after -o says, else table.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write to this file; parquet needs one.")
 @catalog_option
-@json_option
-def query(sql: str, limit: int | None, catalog: Path, as_json: bool) -> None:
-    """Ask the catalog in SQL, read-only; the views are trace, problem and suspect_gold.
+@click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl.")
+def query(
+    sql: str | None, catalog: Path, limit: int | None, form: str | None, out: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Ask the catalog, read-only: in SQL (views trace, problem, suspect_gold, ...), or for traces by filters.
 
     \b
       calset query "SELECT question, difficulty FROM problem ORDER BY difficulty DESC LIMIT 10"
+      calset query --difficulty 0.3..0.8 --correct --tokens 2000..8000 --source gsm8k -o hard.parquet
     """
-    result = _existing(catalog).query(sql, limit=limit)
-    if as_json:
-        for row in result.as_dicts():
-            terminal.emit_json(row)
-    else:
+    from calset.answers import Question, format_of, print_answer, save_answer
+
+    if as_json and form not in (None, "jsonl"):
+        raise InputError(f"--json is --format jsonl: leave one of --json and --format {form} out")
+    form = format_of(out, "jsonl" if as_json else form)
+    text, params = _question(sql, options)
+    store, question = _existing(catalog), Question(text, params, limit)
+    if out is not None:
+        written = save_answer(store, question, form, out)
+        terminal.note(f"Wrote {written.rows:,} rows to {out}")
+    elif form == "table" and sys.stdout.isatty():
+        most = limit or SHOWN_ROWS
+        result = store.query(text, params, limit=most)
         terminal.table(result.columns, result.rows)
-    if result.truncated:
+        if result.truncated and limit is None:
+            terminal.note(f"The first {most:,} rows; more match. All of them: --format csv, jsonl, or -o FILE.")
+            return
+        written = result
+    else:
+        written = print_answer(store, question, form)
+    if written.truncated:
         terminal.note(f"The first {limit} rows; more match.")
+
+
+SHOWN_ROWS = 1000  # of a table that a terminal lays out, for which all rows are in memory
+
+
+def _question(sql: str | None, options: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The SQL given, or what the filters come to."""
+    from calset.catalog.filters import Filter, parse_band
+
+    columns = options.pop("columns")
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if sql is not None:
+        if named := [*given, *(["columns"] if columns else [])]:
+            raise InputError(f"give SQL or filters, not both: --{named[0]} is a filter")
+        return sql, []
+    if not given and not columns:
+        raise InputError("nothing is asked: give SQL, or a filter such as --correct (calset query --help)")
+    for band in ("difficulty", "tokens", "k"):
+        if band in given:
+            given[band] = parse_band(given[band], f"--{band}", "number" if band == "difficulty" else "whole")
+    if given.get("kind") == "all":
+        given["kind"] = None
+    return Filter(**given).select([c.strip() for c in columns.split(",")] if columns else None)
 
 
 @cli.command()

@@ -33,10 +33,11 @@ def clean(text: Any) -> str:
 
 def emit_json(value: Any) -> None:
     """One JSON document on one line of standard output."""
-    sys.stdout.write(_json_line(value))
+    sys.stdout.write(json_line(value))
 
 
-def _json_line(value: Any) -> str:
+def json_line(value: Any) -> str:
+    """One JSON document as a line, harmless to a terminal."""
     text = json.dumps(jsonable(value), ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
     # As escapes they mean the same to a JSON parser and nothing to a terminal.
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
@@ -116,7 +117,7 @@ class Progress:
             return
         if self.mode == "json":
             event = {"event": self.label, "done": done, "total": total, **facts, "final": final}
-            sys.stderr.write(_json_line(event))
+            sys.stderr.write(json_line(event))
             sys.stderr.flush()
             return
         shown = ", ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, ""))

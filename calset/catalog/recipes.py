@@ -7,7 +7,6 @@ integers, not by a database. Must not know: the catalog, tokenizers, files other
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import os
@@ -21,6 +20,7 @@ from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
 from calset.errors import InputError
+from calset.suggest import did_you_mean
 
 Kind = Literal["trace", "prompt", "gold", "text"]
 Order = Literal["harder", "random", "catalog"]
@@ -153,12 +153,6 @@ class Recipe:
                 if options.get(given) is not None and default not in options:
                     options[default] = None
         return replace(self, **options)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``, did you mean 'difficulty'?`` for a near miss; else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _is_int(value: Any) -> bool:

@@ -25,7 +25,6 @@ from calset.catalog.recipes import (
     Candidate,
     Ranking,
     Recipe,
-    did_you_mean,
     get_recipe,
     rank,
     spend,
@@ -38,6 +37,7 @@ from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
 from calset.catalog.values import chunks, clean, clean_params
 from calset.errors import InputError, first_line
 from calset.overlap import Decontaminator
+from calset.suggest import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,9 +65,7 @@ def format_of(path: Path | None, given: str | None) -> str:
         return "table"
     if path.suffix not in FORMATS:
         named = ", ".join(f"*{suffix}" for suffix in FORMATS)
-        raise InputError(
-            f"{path} does not say a format: name it {', '.join('*' + s for s in FORMATS)}, or add --format"
-        )
+        raise InputError(f"{path} does not say a format: name it {named}, or add --format")
     return FORMATS[path.suffix]
 
 

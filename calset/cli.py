@@ -587,11 +587,11 @@ def _question(sql: str | None, options: dict[str, Any]) -> tuple[str, list[Any]]
 
 @cli.command()
 @click.argument("trace")
-@click.option("--full", is_flag=True, help="Print the whole reasoning.")
+@click.option("--full", is_flag=True, help="Fold nothing: the whole question, reasoning and answer.")
 @catalog_option
 @json_option
 def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
-    """Show one trace (by id or the start of it), its verdict, and the other samples of its problem."""
+    """Show one trace (by id or the start of it): question, reasoning, answer, verdict and why, its other samples."""
     row = _existing(catalog).trace(trace)
     if as_json:
         terminal.emit_json(row)
@@ -864,26 +864,25 @@ def demo(out: Path, engine: str, seed: int, progress_mode: str, as_json: bool) -
 
 
 def _print_stats(result: Any) -> None:
-    for title, columns, rows in result.tables():
+    *tables, (title, columns, rows) = result.tables()
+    for name, *table in tables:
+        terminal.table(*table, title=name)
+    if sys.stdout.isatty():
+        terminal.heatmap("difficulty x length: traces, and how many of them are correct", columns, result.heat())
+    else:
         terminal.table(columns, rows, title=title)
 
 
 def _print_trace(row: dict[str, Any], *, full: bool) -> None:
-    for key in ("trace_id", "model", "source", "verdict", "detail", "extracted", "answer", "difficulty", "k"):
-        terminal.say(f"{key}: {terminal.cell(row[key])}")
-    terminal.say(
-        f"tokens: {row['n_tokens']} ({row['n_reasoning_tokens']} reasoning), finish reason {row['finish_reason']}"
-    )
-    terminal.say(f"\nquestion:\n{row['question']}\n")
-    text = row["text"]
-    if not full and len(text) > 2000:
-        text = f"{text[:1200]}\n… {len(text) - 1800} characters; --full shows all …\n{text[-600:]}"
-    terminal.say(f"completion:\n{text}\n")
-    columns = ["sample", "trace", "verdict", "tokens", "extracted"]
-    siblings = [
-        (s["sample_index"], s["trace_id"][:12], s["verdict"], s["n_tokens"], s["extracted"]) for s in row["siblings"]
-    ]
-    terminal.table(columns, siblings, title="samples of this problem")
+    from calset.catalog.show import facts, tables, texts
+
+    for what, value in facts(row):
+        terminal.say(f"{what + ':':<11} {terminal.cell(value)}")
+    for title, text in texts(row, full=full):
+        terminal.say(f"\n{title}:\n{text}")
+    for title, columns, rows in tables(row):
+        terminal.say()
+        terminal.table(columns, rows, title=title)
 
 
 # --- entry ------------------------------------------------------------------------------------------------------

@@ -94,6 +94,28 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     Console().print(view)
 
 
+def heatmap(title: str, columns: Sequence[str], rows: Iterable[tuple[str, Sequence[tuple[str, float]]]]) -> None:
+    """A table whose cells (text, shade from 0 to 1) are shaded; for a terminal, which must be asked about before."""
+    from rich.console import Console
+    from rich.style import Style
+    from rich.table import Table
+    from rich.text import Text
+
+    view = Table(title=Text(clean(title)), title_justify="left", header_style="bold", padding=(0, 1))
+    for i, column in enumerate(columns):
+        view.add_column(Text(cell(column)), justify="right" if i else "left")
+    for label, cells in rows:
+        shaded = [Text(f" {cell(text)} ", Style.parse(_shade(shade)) if shade else "") for text, shade in cells]
+        view.add_row(Text(cell(label)), *shaded)
+    Console().print(view)
+
+
+def _shade(shade: float) -> str:
+    """From a pale to a deep blue, with ink that stays readable on it."""
+    red, green, blue = (round(a + (b - a) * shade) for a, b in zip((222, 235, 247), (8, 48, 107), strict=True))
+    return f"{'#ffffff' if shade > 0.55 else '#10243e'} on #{red:02x}{green:02x}{blue:02x}"
+
+
 def _shorten(text: str, width: int = 300) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 

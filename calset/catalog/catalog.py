@@ -322,9 +322,10 @@ class Catalog:
         """Everything about one trace, found by its id or a prefix that only it has.
 
         Returns:
-            the columns of the view ``trace``, and ``prompt_ids``, ``completion_ids``, ``grades`` (oldest first, all
-            attempts), ``siblings`` (the other samples of the problem by the same model, as rows of the view without
-            texts), ``run`` (the columns of its run).
+            the columns of the view ``trace``, and ``request_seed``, ``reasoning_start``, ``reasoning_end``,
+            ``answer_start`` (see ``Trace``), ``prompt_ids``, ``completion_ids``, ``grades`` and ``judgements`` (oldest
+            first, all attempts), ``siblings`` (the other samples of the problem by the same model, as rows of the view
+            without texts), ``problem`` and ``run`` (their tables' columns).
 
         Raises:
             InputError: no such trace, or several.
@@ -335,13 +336,24 @@ class Catalog:
         row = next(sample for sample in samples if sample["trace_id"] == found)
         siblings = [s for s in samples if s is not row and all(s[c] == row[c] for c in _SAME_MODEL)]
         grades = self.rows("SELECT * FROM grades WHERE trace_id = ? ORDER BY attempt, graded_at, seq", [found])
+        judgements = self.rows(
+            "SELECT * FROM judgements WHERE trace_id = ? ORDER BY attempt, judged_at, judge", [found]
+        )
         prompt_ids, completion_ids = self.tokens([(found, row["attempt"])])[found, row["attempt"]]
+        (places,) = self.rows(
+            "SELECT request_seed, reasoning_start, reasoning_end, answer_start FROM traces "
+            "WHERE trace_id = ? AND attempt = ? LIMIT 1",
+            [found, row["attempt"]],
+        )
         return {
             **row,
+            **places,
             "prompt_ids": prompt_ids,
             "completion_ids": completion_ids,
             "grades": grades,
+            "judgements": self.rows(judged, [found]),
             "siblings": [{c: s[c] for c in s if c not in ("question", "text", "response")} for s in siblings],
+            "problem": asdict(self.problem(problem_id)),
             "run": asdict(self.run(row["run_id"])),
         }
 

@@ -6,6 +6,7 @@ question is what there is to calibrate with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,6 +107,20 @@ class Stats:
         cells = {(c.difficulty, c.length): f"{c.correct}/{c.traces}" for c in self.difficulty_length}
         used = [band for band in self.difficulty_bands if any(c.difficulty == band for c in self.difficulty_length)]
         return [(band, *(cells.get((band, length), "") for length in self.length_bands)) for band in used]
+
+    def heat(self) -> list[tuple[str, list[tuple[str, float]]]]:
+        """The difficulty x length table as a picture: a row a difficulty band, each cell its text and its shade.
+
+        The text is the traces and the share of them that is correct; the shade, 0 to 1, the logarithm of the traces.
+        """
+        cells = {(c.difficulty, c.length): c for c in self.difficulty_length}
+        most = math.log1p(max((c.traces for c in cells.values()), default=1))
+
+        def cell(band: str, length: str) -> tuple[str, float]:
+            c = cells.get((band, length))
+            return (f"{c.traces:,} {c.correct / c.traces:4.0%}", math.log1p(c.traces) / most) if c else ("", 0.0)
+
+        return [(row[0], [cell(row[0], length) for length in self.length_bands]) for row in self.grid()]
 
 
 def stats(catalog: Catalog | str | Path, model: str | None = None, source: str | None = None) -> Stats:

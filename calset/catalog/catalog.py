@@ -336,9 +336,7 @@ class Catalog:
         row = next(sample for sample in samples if sample["trace_id"] == found)
         siblings = [s for s in samples if s is not row and all(s[c] == row[c] for c in _SAME_MODEL)]
         grades = self.rows("SELECT * FROM grades WHERE trace_id = ? ORDER BY attempt, graded_at, seq", [found])
-        judgements = self.rows(
-            "SELECT * FROM judgements WHERE trace_id = ? ORDER BY attempt, judged_at, judge", [found]
-        )
+        judged = "SELECT * FROM judgements WHERE trace_id = ? ORDER BY attempt, judged_at, judge"
         prompt_ids, completion_ids = self.tokens([(found, row["attempt"])])[found, row["attempt"]]
         (places,) = self.rows(
             "SELECT request_seed, reasoning_start, reasoning_end, answer_start FROM traces "

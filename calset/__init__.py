@@ -36,6 +36,7 @@ _HOMES = {
     "load_problems": "calset.builder.problems",
     "open_problems": "calset.builder.problems",
     "prune": "calset.pruning.prune",
+    "report": "calset.catalog.report",
     "resolve": "calset.catalog.export",
     "select": "calset.catalog.selection",
     "stats": "calset.catalog.stats",
@@ -60,6 +61,7 @@ __all__ = [
     "load_problems",
     "open_problems",
     "prune",
+    "report",
     "resolve",
     "select",
     "stats",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from calset.catalog.catalog import Catalog
     from calset.catalog.export import export, resolve
     from calset.catalog.records import Subset
+    from calset.catalog.report import report
     from calset.catalog.selection import select
     from calset.catalog.stats import stats
     from calset.catalog.subsets import diff

@@ -732,6 +732,22 @@ def export(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
         terminal.say(f"Wrote {reference} to {path}")
 
 
+@cli.command()
+@click.argument("reference")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The HTML file.")
+@catalog_option
+@json_option
+def report(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
+    """Write one self-contained HTML page about a subset: recipe, picture, verdicts, samples, provenance."""
+    from calset.catalog.report import report as write
+
+    path = write(_existing(catalog), reference, out)
+    if as_json:
+        terminal.emit_json({"out": str(path)})
+    else:
+        terminal.say(f"Wrote the report of {reference} to {path}")
+
+
 # --- pruning ----------------------------------------------------------------------------------------------------
 
 

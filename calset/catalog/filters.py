@@ -143,7 +143,7 @@ def parse_band(text: str, what: str, kind: Literal["number", "whole"] = "number"
         ends = tuple(read(end) if end.strip() else None for end in (low, high))
     except ValueError:
         ends = (None, None)
-    if ends == (None, None) or not re.fullmatch(r"[\d.eE+\-\s_]+", text):
+    if ends == (None, None) or not re.fullmatch(r"[0-9.eE+\-\s_]+", text):
         number = "two numbers" if kind == "number" else "two whole numbers"
         raise InputError(f"{what} takes LO..HI, {number} of which one may be missing, not {text!r}")
     return ends  # type: ignore[return-value]

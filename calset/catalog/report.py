@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def report(catalog: Catalog | str | Path | None, subset: Subset | str, path: str
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     subset = resolve(subset, catalog) if isinstance(subset, str) else subset
-    page = _page(catalog, subset)
+    # One connection under all the small questions: opening the file for each of them takes longer than answering.
+    with catalog.connect() if catalog.exists() else nullcontext():
+        page = _page(catalog, subset)
     with whole_file(Path(path)) as draft:
         draft.write_text(page, encoding="utf-8")
     return Path(path)

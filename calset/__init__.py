@@ -25,6 +25,7 @@ _HOMES = {
     "Catalog": "calset.catalog.catalog",
     "InputError": "calset.errors",
     "Subset": "calset.catalog.records",
+    "against_sources": "calset.builder.decontamination",
     "build": "calset.builder.generate",
     "decontaminate": "calset.builder.decontamination",
     "diff": "calset.catalog.subsets",
@@ -41,6 +42,7 @@ _HOMES = {
     "prune": "calset.pruning.prune",
     "publish": "calset.catalog.hub",
     "pull": "calset.catalog.hub",
+    "report": "calset.catalog.report",
     "resolve": "calset.catalog.export",
     "search": "calset.catalog.hub",
     "select": "calset.catalog.selection",
@@ -54,6 +56,7 @@ __all__ = [
     "InputError",
     "Subset",
     "__version__",
+    "against_sources",
     "build",
     "decontaminate",
     "diff",
@@ -70,6 +73,7 @@ __all__ = [
     "prune",
     "publish",
     "pull",
+    "report",
     "resolve",
     "search",
     "select",
@@ -91,7 +95,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from calset.builder.decontamination import decontaminate
+    from calset.builder.decontamination import against_sources, decontaminate
     from calset.builder.generate import build, dry_run
     from calset.builder.importing import import_traces
     from calset.builder.judge import judge
@@ -102,6 +106,7 @@ if TYPE_CHECKING:
     from calset.catalog.hub import publish, pull, search
     from calset.catalog.merge import merge
     from calset.catalog.records import Subset
+    from calset.catalog.report import report
     from calset.catalog.selection import select
     from calset.catalog.stats import stats
     from calset.catalog.subsets import diff

@@ -504,33 +504,94 @@ def stats(catalog: Path, model: str | None, source: str | None, as_json: bool) -
 
 
 @cli.command()
-@click.argument("sql")
-@click.option("--limit", type=click.IntRange(min=1), help="Print at most N rows.")
+@click.argument("sql", required=False)
+@click.option("--difficulty", metavar="LO..HI", help="The band of 1 - pass rate: 0.3..0.8, 0.3.. or ..0.8.")
+@click.option("--correct/--incorrect", default=None, help="Judged correct, or judged and not correct.")
+@click.option("--verdict", multiple=True, metavar="V", help="With this verdict. Repeatable.")
+@click.option("--tokens", metavar="LO..HI", help="The band of completion tokens, e.g. 2000..8000.")
+@click.option("--model", metavar="M", help="Of this model: MODEL, MODEL@REVISION or its folder.")
+@click.option("--source", metavar="S", help="Of this source's problems.")
+@click.option("--k", metavar="LO..HI", help="The band of judged traces of the problem, e.g. 8..")
+@click.option("--finished/--unfinished", default=None, help="Finish reason stop, or any other.")
+@click.option(
+    "--kind",
+    type=click.Choice(["build", "evaluate", "all"]),
+    help="Traces of builds, of evaluations, or both. Default: build.",
+)
+@click.option("--columns", metavar="A,B,...", help="Of the view trace; '*' for all. Default: all but its texts.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most N rows.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "jsonl", "csv", "parquet"]),
+    help="Default: what the name after -o says, else table.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write to this file; parquet needs one.")
 @catalog_option
-@json_option
-def query(sql: str, limit: int | None, catalog: Path, as_json: bool) -> None:
-    """Ask the catalog in SQL, read-only; the views are trace, problem and suspect_gold.
+@click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl.")
+def query(
+    sql: str | None, catalog: Path, limit: int | None, form: str | None, out: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Ask the catalog, read-only: in SQL (views trace, problem, suspect_gold, ...), or for traces by filters.
 
     \b
       calset query "SELECT question, difficulty FROM problem ORDER BY difficulty DESC LIMIT 10"
+      calset query --difficulty 0.3..0.8 --correct --tokens 2000..8000 --source gsm8k -o hard.parquet
     """
-    result = _existing(catalog).query(sql, limit=limit)
-    if as_json:
-        for row in result.as_dicts():
-            terminal.emit_json(row)
-    else:
+    from calset.answers import Question, format_of, print_answer, save_answer
+
+    if as_json and form not in (None, "jsonl"):
+        raise InputError(f"--json is --format jsonl: leave one of --json and --format {form} out")
+    form = format_of(out, "jsonl" if as_json else form)
+    text, params = _question(sql, options)
+    store, question = _existing(catalog), Question(text, params, limit)
+    if out is not None:
+        written = save_answer(store, question, form, out)
+        terminal.note(f"Wrote {written.rows:,} rows to {out}")
+    elif form == "table" and sys.stdout.isatty():
+        most = limit or SHOWN_ROWS
+        result = store.query(text, params, limit=most)
         terminal.table(result.columns, result.rows)
-    if result.truncated:
+        if result.truncated and limit is None:
+            terminal.note(f"The first {most:,} rows; more match. All of them: --format csv, jsonl, or -o FILE.")
+            return
+        written = result
+    else:
+        written = print_answer(store, question, form)
+    if written.truncated:
         terminal.note(f"The first {limit} rows; more match.")
+
+
+SHOWN_ROWS = 1000  # of a table that a terminal lays out, for which all rows are in memory
+
+
+def _question(sql: str | None, options: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The SQL given, or what the filters come to."""
+    from calset.catalog.filters import Filter, parse_band
+
+    columns = options.pop("columns")
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if sql is not None:
+        if named := [*given, *(["columns"] if columns else [])]:
+            raise InputError(f"give SQL or filters, not both: --{named[0]} is a filter")
+        return sql, []
+    if not given and not columns:
+        raise InputError("nothing is asked: give SQL, or a filter such as --correct (calset query --help)")
+    for band in ("difficulty", "tokens", "k"):
+        if band in given:
+            given[band] = parse_band(given[band], f"--{band}", "number" if band == "difficulty" else "whole")
+    if given.get("kind") == "all":
+        given["kind"] = None
+    return Filter(**given).select([c.strip() for c in columns.split(",")] if columns else None)
 
 
 @cli.command()
 @click.argument("trace")
-@click.option("--full", is_flag=True, help="Print the whole reasoning.")
+@click.option("--full", is_flag=True, help="Fold nothing: the whole question, reasoning and answer.")
 @catalog_option
 @json_option
 def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
-    """Show one trace (by id or the start of it), its verdict, and the other samples of its problem."""
+    """Show one trace (by id or the start of it): question, reasoning, answer, verdict and why, its other samples."""
     row = _existing(catalog).trace(trace)
     if as_json:
         terminal.emit_json(row)
@@ -643,23 +704,40 @@ def doctor(full: bool, catalog: Path, progress_mode: str, as_json: bool) -> None
 @click.option("--length-tokens", metavar="LO..HI", help="The band of lengths in tokens, e.g. 2000..8000.")
 @click.option("--per-problem", type=click.IntRange(min=1), help="Traces a problem at most.")
 @click.option("--text", metavar="FILE", help="The recipe text's: a file, a folder, FILE?text=COLUMN, or hf:ORG/NAME.")
-@click.option("--window", type=click.IntRange(min=1), help="Tokens a sample of the recipe text.")
+@click.option("--window", type=click.IntRange(min=1), help="Tokens a sample: of a text, or cut from each longer trace.")
+@click.option("--stratify", metavar="BY", help="Divide the budget by source, or by this key of the problems' metadata.")
+@click.option("--shares", type=click.Choice(["equal", "proportional"]), help="Of a stratified budget. Default: equal.")
+@click.option(
+    "--exclude-problems-of",
+    "evaluations",
+    metavar="SRC",
+    multiple=True,
+    help="Leave out problems that this evaluation source holds too, as build --decontaminate tells. Repeatable.",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @catalog_option
 @json_option
-def select(name: str, catalog: Path, as_json: bool, **options: Any) -> None:
+def select(name: str, catalog: Path, as_json: bool, evaluations: tuple[str, ...], **options: Any) -> None:
     """Take a subset from the catalog by a recipe, as a new immutable version of NAME."""
     from calset.catalog.selection import select as run
+    from calset.catalog.selection import tables
+
+    store = _existing(catalog)
+    if evaluations:
+        from calset.builder.decontamination import against_sources
+
+        options["exclude"] = against_sources(evaluations)
 
     for band in ("difficulty", "length_quantiles", "length_tokens"):
         options[band] = _band(options[band], band)
     chosen = {key: value for key, value in options.items() if value is not None}
-    subset = run(_existing(catalog), name, **chosen)
+    subset = run(store, name, **chosen)
     if as_json:
         terminal.emit_json(_subset_facts(subset))
         return
     terminal.say(f"{subset.ref}: {subset.n_samples} samples, {subset.n_tokens:,} tokens, {subset.content_hash}")
-    terminal.table(["stage", "candidates"], list(subset.pool.items()))
+    for title, columns, rows in tables(subset):
+        terminal.table(columns, rows, title=title or None)
     for warning in subset.warnings:
         terminal.note(f"Warning: {warning}")
 
@@ -813,6 +891,22 @@ def search(text: str | None, author: str | None, limit: int, as_json: bool) -> N
     terminal.table(columns, rows)
 
 
+@cli.command()
+@click.argument("reference")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The HTML file.")
+@catalog_option
+@json_option
+def report(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
+    """Write one self-contained HTML page about a subset: recipe, picture, verdicts, samples, provenance."""
+    from calset.catalog.report import report as write
+
+    path = write(_existing(catalog), reference, out)
+    if as_json:
+        terminal.emit_json({"out": str(path)})
+    else:
+        terminal.say(f"Wrote the report of {reference} to {path}")
+
+
 # --- pruning ----------------------------------------------------------------------------------------------------
 
 
@@ -947,26 +1041,25 @@ def demo(out: Path, engine: str, seed: int, progress_mode: str, as_json: bool) -
 
 
 def _print_stats(result: Any) -> None:
-    for title, columns, rows in result.tables():
+    *tables, (title, columns, rows) = result.tables()
+    for name, *table in tables:
+        terminal.table(*table, title=name)
+    if sys.stdout.isatty():
+        terminal.heatmap("difficulty x length: traces, and how many of them are correct", columns, result.heat())
+    else:
         terminal.table(columns, rows, title=title)
 
 
 def _print_trace(row: dict[str, Any], *, full: bool) -> None:
-    for key in ("trace_id", "model", "source", "verdict", "detail", "extracted", "answer", "difficulty", "k"):
-        terminal.say(f"{key}: {terminal.cell(row[key])}")
-    terminal.say(
-        f"tokens: {row['n_tokens']} ({row['n_reasoning_tokens']} reasoning), finish reason {row['finish_reason']}"
-    )
-    terminal.say(f"\nquestion:\n{row['question']}\n")
-    text = row["text"]
-    if not full and len(text) > 2000:
-        text = f"{text[:1200]}\n… {len(text) - 1800} characters; --full shows all …\n{text[-600:]}"
-    terminal.say(f"completion:\n{text}\n")
-    columns = ["sample", "trace", "verdict", "tokens", "extracted"]
-    siblings = [
-        (s["sample_index"], s["trace_id"][:12], s["verdict"], s["n_tokens"], s["extracted"]) for s in row["siblings"]
-    ]
-    terminal.table(columns, siblings, title="samples of this problem")
+    from calset.catalog.show import facts, tables, texts
+
+    for what, value in facts(row):
+        terminal.say(f"{what + ':':<11} {terminal.cell(value)}")
+    for title, text in texts(row, full=full):
+        terminal.say(f"\n{title}:\n{text}")
+    for title, columns, rows in tables(row):
+        terminal.say()
+        terminal.table(columns, rows, title=title)
 
 
 # --- entry ------------------------------------------------------------------------------------------------------

@@ -33,10 +33,11 @@ def clean(text: Any) -> str:
 
 def emit_json(value: Any) -> None:
     """One JSON document on one line of standard output."""
-    sys.stdout.write(_json_line(value))
+    sys.stdout.write(json_line(value))
 
 
-def _json_line(value: Any) -> str:
+def json_line(value: Any) -> str:
+    """One JSON document as a line, harmless to a terminal."""
     text = json.dumps(jsonable(value), ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
     # As escapes they mean the same to a JSON parser and nothing to a terminal.
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
@@ -93,6 +94,28 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     Console().print(view)
 
 
+def heatmap(title: str, columns: Sequence[str], rows: Iterable[tuple[str, Sequence[tuple[str, float]]]]) -> None:
+    """A table whose cells (text, shade from 0 to 1) are shaded; for a terminal, which must be asked about before."""
+    from rich.console import Console
+    from rich.style import Style
+    from rich.table import Table
+    from rich.text import Text
+
+    view = Table(title=Text(clean(title)), title_justify="left", header_style="bold", padding=(0, 1))
+    for i, column in enumerate(columns):
+        view.add_column(Text(cell(column)), justify="right" if i else "left")
+    for label, cells in rows:
+        shaded = [Text(f" {cell(text)} ", Style.parse(_shade(shade)) if shade else "") for text, shade in cells]
+        view.add_row(Text(cell(label)), *shaded)
+    Console().print(view)
+
+
+def _shade(shade: float) -> str:
+    """From a pale to a deep blue, with ink that stays readable on it."""
+    red, green, blue = (round(a + (b - a) * shade) for a, b in zip((222, 235, 247), (8, 48, 107), strict=True))
+    return f"{'#ffffff' if shade > 0.55 else '#10243e'} on #{red:02x}{green:02x}{blue:02x}"
+
+
 def _shorten(text: str, width: int = 300) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
@@ -116,7 +139,7 @@ class Progress:
             return
         if self.mode == "json":
             event = {"event": self.label, "done": done, "total": total, **facts, "final": final}
-            sys.stderr.write(_json_line(event))
+            sys.stderr.write(json_line(event))
             sys.stderr.flush()
             return
         shown = ", ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, ""))

@@ -69,7 +69,7 @@ def test_rows_come_back_as_they_went_in(catalog: Catalog) -> None:
     assert catalog.problem(problem.problem_id) == problem
     assert catalog.run(run.run_id) == run
     assert catalog.sources() == [make_source()]
-    back = catalog.traces([trace.trace_id])[trace.trace_id]
+    back = catalog.load_traces([trace.trace_id])[trace.trace_id]
     assert replace(back, prompt_ids=tuple(back.prompt_ids), completion_ids=tuple(back.completion_ids)) == trace
 
 
@@ -295,7 +295,7 @@ def test_a_retry_supersedes_with_its_own_grade(catalog: Catalog) -> None:
     assert catalog.query("SELECT attempt, verdict, n_tokens, k, pass_rate FROM trace").rows == [
         (1, "correct", 20, 1, 1.0)
     ]
-    assert len(catalog.traces([first.trace_id])[first.trace_id].completion_ids) == 20
+    assert len(catalog.load_traces([first.trace_id])[first.trace_id].completion_ids) == 20
     assert [g["verdict"] for g in catalog.trace(first.trace_id)["grades"]] == ["truncated", "correct"]
 
 

@@ -51,7 +51,7 @@ def test_what_was_lost_to_a_deadline_is_tried_again(catalog: Catalog):
     trace, version = catalog.query("SELECT trace_id, grader_version FROM grades ORDER BY graded_at DESC LIMIT 1").rows[
         0
     ]
-    found = next(iter(catalog.traces([trace]).values()))
+    found = next(iter(catalog.load_traces([trace]).values()))
     later = 10**9
     catalog.add_grades([make_grade(found, "error", after=later, grader_version=version)])
     report = grade(catalog)
@@ -79,7 +79,7 @@ def test_each_trace_comes_once_however_small_the_pages_are(catalog: Catalog, mon
     for page in worklist.pages(catalog, worklist.Wanted(verdicts=("correct", "incorrect", "ungraded")), 1):
         (item,) = page
         seen.append(item.trace_id)
-        trace = catalog.traces([item.trace_id])[item.trace_id]
+        trace = catalog.load_traces([item.trace_id])[item.trace_id]
         catalog.add_grades([make_grade(trace, "correct", after=5)])
     assert len(seen) == len(set(seen)) == 3
 

@@ -183,7 +183,7 @@ def _copy_shuffled(one: Catalog, two: Catalog, shuffler: random.Random) -> None:
     for run in one.runs():
         two.add_run(run)
     ids_of = [row["trace_id"] for row in one.rows("SELECT trace_id FROM traces")]
-    traces = list(one.traces(ids_of).values())
+    traces = list(one.load_traces(ids_of).values())
     shuffler.shuffle(traces)
     problems = list(one.problems([t.problem_id for t in traces]).values())
     two.add_problems(problems[::-1])
@@ -420,7 +420,7 @@ def test_a_recipe_without_min_k_is_the_question_it_was_before_there_was_one() ->
 def test_superseded_and_ungraded_traces(tmp_path: Path) -> None:
     catalog = fill(tmp_path / "c.duckdb", [[("truncated", 5), ("ungraded", 7)]])
     first = catalog.rows("SELECT trace_id FROM trace WHERE n_tokens = 5")[0]["trace_id"]
-    old = catalog.traces([first])[first]
+    old = catalog.load_traces([first])[first]
     catalog.add_traces([replace(old, attempt=1, completion_ids=(9,) * 12, finish_reason="stop")])
     subset = select(catalog, "x", "rac")
     assert sorted(len(s.input_ids) for s in subset.samples) == [10, 15]

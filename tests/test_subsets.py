@@ -119,7 +119,7 @@ def test_one_changed_token_is_another_hash(rows: list[tuple[str, list[int]]], da
 def test_a_subset_outlives_what_happens_to_its_traces(catalog: Catalog, subset: Subset) -> None:
     trace_id = subset.samples[0].trace_id
     assert trace_id is not None
-    old = catalog.traces([trace_id])[trace_id]
+    old = catalog.load_traces([trace_id])[trace_id]
     catalog.add_traces([replace(old, attempt=1, completion_ids=(5, 6))])
     assert same(load(catalog, "math@1"), subset)
 

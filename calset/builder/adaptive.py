@@ -47,6 +47,11 @@ class Target:
     def __post_init__(self) -> None:
         if self.recipe.kind != "trace":
             raise InputError(f"recipe {self.recipe.name} takes no traces: an adaptive build has nothing to decide")
+        if self.recipe.window is not None or self.recipe.stratify is not None:
+            raise InputError(
+                f"recipe {self.recipe.name} cuts windows or divides its budget, and an adaptive build counts whole "
+                "traces of one budget: leave window and stratify to calset select"
+            )
         if (self.need is None) == (self.need_tokens is None):
             given = "neither" if self.need is None else "both"
             raise InputError(f"an adaptive build takes one of need (samples) and need_tokens, not {given}")

@@ -28,8 +28,8 @@ from calset.catalog.records import RunKind
 from calset.errors import InputError
 
 if TYPE_CHECKING:
-    from calset.builder.decontamination import Decontaminator
     from calset.builder.planning import PlanReport
+    from calset.overlap import Decontaminator
 
 RETRIES = ("truncated", "error")
 MAX_SAMPLES = 1_000_000  # beyond, it is a typing error

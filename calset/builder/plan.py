@@ -23,7 +23,7 @@ from calset.catalog.records import Contamination, Problem, RunKind
 from calset.errors import CatalogLocked, InputError
 
 if TYPE_CHECKING:
-    from calset.builder.decontamination import Decontaminator
+    from calset.overlap import Decontaminator
 
 MAX_TOKENS = 32_768  # when the user gives none and the context holds more
 MIN_TOKENS = 8

@@ -13,12 +13,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 
 from calset import ids
 from calset.catalog.connection import Mode, opened
+from calset.catalog.filters import Filter
 from calset.catalog.records import (
     BROKEN,
     Attempt,
@@ -38,6 +39,10 @@ from calset.catalog.schema import TABLES
 from calset.catalog.values import arrow_batch, clean, clean_params, dump_json
 from calset.errors import InputError, first_line
 from calset.jsonable import jsonable
+from calset.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 DEFAULT_PATH = "calset.duckdb"
 _JSON_COLUMNS = {name for columns in TABLES.values() for name, kind in columns.items() if kind == "JSON"}
@@ -303,7 +308,7 @@ class Catalog:
         sql = "SELECT * FROM problems WHERE problem_id IN (SELECT unnest(?::VARCHAR[]))"
         return {row["problem_id"]: Problem(**row) for row in self.rows(sql, [list(problem_ids)])}
 
-    def traces(self, trace_ids: Sequence[str]) -> dict[str, Trace]:
+    def load_traces(self, trace_ids: Sequence[str]) -> dict[str, Trace]:
         """Traces with their token ids at their latest attempt, by id; unknown ids are left out."""
         columns = ", ".join(f"t.{name}" for name in _TRACE_COLUMNS)
         sql = f"""
@@ -328,9 +333,10 @@ class Catalog:
         """Everything about one trace, found by its id or a prefix that only it has.
 
         Returns:
-            the columns of the view ``trace``, and ``prompt_ids``, ``completion_ids``, ``grades`` (oldest first, all
-            attempts), ``siblings`` (the other samples of the problem by the same model, as rows of the view without
-            texts), ``run`` (the columns of its run).
+            the columns of the view ``trace``, and ``request_seed``, ``reasoning_start``, ``reasoning_end``,
+            ``answer_start`` (see ``Trace``), ``prompt_ids``, ``completion_ids``, ``grades`` and ``judgements`` (oldest
+            first, all attempts), ``siblings`` (the other samples of the problem by the same model, as rows of the view
+            without texts), ``problem`` and ``run`` (their tables' columns).
 
         Raises:
             InputError: no such trace, or several.
@@ -341,13 +347,22 @@ class Catalog:
         row = next(sample for sample in samples if sample["trace_id"] == found)
         siblings = [s for s in samples if s is not row and all(s[c] == row[c] for c in _SAME_MODEL)]
         grades = self.rows("SELECT * FROM grades WHERE trace_id = ? ORDER BY attempt, graded_at, seq", [found])
+        judged = "SELECT * FROM judgements WHERE trace_id = ? ORDER BY attempt, judged_at, judge"
         prompt_ids, completion_ids = self.tokens([(found, row["attempt"])])[found, row["attempt"]]
+        (places,) = self.rows(
+            "SELECT request_seed, reasoning_start, reasoning_end, answer_start FROM traces "
+            "WHERE trace_id = ? AND attempt = ? LIMIT 1",
+            [found, row["attempt"]],
+        )
         return {
             **row,
+            **places,
             "prompt_ids": prompt_ids,
             "completion_ids": completion_ids,
             "grades": grades,
+            "judgements": self.rows(judged, [found]),
             "siblings": [{c: s[c] for c in s if c not in ("question", "text", "response")} for s in siblings],
+            "problem": asdict(self.problem(problem_id)),
             "run": asdict(self.run(row["run_id"])),
         }
 
@@ -401,6 +416,101 @@ class Catalog:
         if limit is not None and len(rows) > limit:
             return Result(names, types, rows[:limit], truncated=True)
         return Result(names, types, rows)
+
+    @contextmanager
+    def stream(
+        self, sql: str, params: Sequence[Any] = (), *, batch: int = 4096
+    ) -> Iterator[tuple[list[str], Iterator[list[tuple[Any, ...]]]]]:
+        """As ``query``, for answers that memory need not hold: column names, and batches of rows while the block lasts.
+
+        The catalog is open for reading as long as the block, so take the rows without waiting for anybody.
+
+        Raises:
+            InputError, CatalogError: as ``query``.
+        """
+        with self._open("query") as con:
+            try:
+                check_select(con, sql)
+                cursor = con.execute(sql, clean_params(params))
+                names = [str(column[0]) for column in cursor.description or []]
+                yield names, iter(lambda: cursor.fetchmany(batch), [])
+            except duckdb.Error as error:
+                raise InputError(first_line(error)) from error
+
+    @contextmanager
+    def stream_arrow(
+        self, sql: str, params: Sequence[Any] = (), *, batch: int = 4096
+    ) -> Iterator[pa.RecordBatchReader]:
+        """As ``stream``, in Arrow record batches.
+
+        Raises:
+            InputError, CatalogError: as ``query``.
+        """
+        with self._open("query") as con:
+            try:
+                check_select(con, sql)
+                yield con.sql(sql, params=clean_params(params)).to_arrow_reader(batch)
+            except duckdb.Error as error:
+                raise InputError(first_line(error)) from error
+
+    def sql(self, sql: str, params: Sequence[Any] = ()) -> duckdb.DuckDBPyRelation:
+        """One read-only SQL question, answered as a DuckDB relation: ``.pl()``, ``.df()``, ``.arrow()``, ``.filter()``.
+
+        The rows are copied into a DuckDB in memory that lives as long as the relation. So a relation that is kept does
+        not keep the catalog: its lock is gone when this returns, and no build waits for a notebook. The price is that
+        the whole answer is held in memory: ask for the columns that you want, or stream with ``calset query -o``.
+        Use it in the thread that asked.
+
+        Args:
+            sql, params: as ``query``.
+
+        Raises:
+            InputError, CatalogError: as ``query``.
+        """
+        with self._open("query") as con:
+            try:
+                check_select(con, sql)
+                found = con.sql(sql, params=clean_params(params))
+                names, types, rows = found.columns, [str(kind) for kind in found.types], found.to_arrow_table()
+                del found
+            except duckdb.Error as error:
+                raise InputError(first_line(error)) from error
+        return _in_memory(names, types, rows)
+
+    def traces(
+        self, *, columns: Sequence[str] | None = None, limit: int | None = None, **filters: Any
+    ) -> duckdb.DuckDBPyRelation:
+        """The traces that meet filters, as a relation (see ``sql``), by problem and sample.
+
+        ``catalog.traces(difficulty=(0.3, 0.8), correct=True, tokens=(2000, None), source="gsm8k").pl()``
+
+        Args:
+            columns: of the view ``trace``; all but its texts (``text``, ``response``) when None, ``["*"]`` for all.
+            limit: only the first rows.
+            filters: fields of ``calset.catalog.filters.Filter``.
+
+        Raises:
+            InputError: a filter, value or column that there is not, or no catalog.
+        """
+        known = {f.name for f in fields(Filter)}
+        for name in filters:
+            if name not in known:
+                near = did_you_mean(name, known)
+                raise InputError(f"there is no filter {name!r}{near}; there are {', '.join(sorted(known))}")
+        return self.sql(*Filter(**filters).select(columns, limit))
+
+
+def _in_memory(names: Sequence[str], types: Sequence[str], rows: pa.Table) -> duckdb.DuckDBPyRelation:
+    """An Arrow table as a relation of its own connection, which the relation keeps alive."""
+    con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": "false"})
+    # SQL may name two columns alike, a table may not.
+    unique = [name if name not in names[:i] else f"{name}_{names[:i].count(name)}" for i, name in enumerate(names)]
+    con.register("answer", rows.rename_columns(unique))
+    there = [str(kind) for kind in con.sql("FROM answer").types]
+    # Arrow knows neither JSON nor HUGEINT nor UUID: what came as text or decimal goes back to its type.
+    quoted = ['"' + name.replace('"', '""') + '"' for name in unique]
+    columns = [q if was == now else f"{q}::{was} AS {q}" for q, was, now in zip(quoted, types, there, strict=True)]
+    return con.sql(f"SELECT {', '.join(columns)} FROM answer")
 
 
 def check_select(con: duckdb.DuckDBPyConnection, sql: str) -> None:

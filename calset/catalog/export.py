@@ -251,7 +251,8 @@ def _export_row(
         "n_tokens": len(sample.input_ids) - sample.n_prompt_tokens,
         "question": problem.question if problem else None,
         "answer": problem.answer if problem else None,
-        "text": facts.get("text"),
+        # A window of a trace has no text of its own: its tokens are never decoded, and the trace's is another.
+        "text": facts.get("text") if sample.sample_id == sample.trace_id else None,
         "messages": messages,
         "verdict": facts.get("verdict"),
         "difficulty": facts.get("difficulty"),

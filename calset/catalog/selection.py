@@ -21,10 +21,23 @@ from calset.catalog.catalog import Catalog, check_select
 from calset.catalog.conditions import require_stable
 from calset.catalog.connection import opened
 from calset.catalog.corpus import Corpus, open_corpus
-from calset.catalog.recipes import Candidate, Kind, Ranking, Recipe, get_recipe, rank, spend, tie_break
+from calset.catalog.recipes import (
+    Candidate,
+    Ranking,
+    Recipe,
+    get_recipe,
+    rank,
+    spend,
+    spend_by_stratum,
+    tie_break,
+    window_start,
+)
 from calset.catalog.records import Sample, Subset
-from calset.catalog.values import clean, clean_params
+from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
+from calset.catalog.values import chunks, clean, clean_params
 from calset.errors import InputError, first_line
+from calset.overlap import Decontaminator
+from calset.suggest import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,20 @@ class _Pool:
     stages: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A candidate to take: what follows its prompt (None: its own completion), and the part of the tokens to keep."""
+
+    candidate: Candidate
+    tail: Sequence[int] | None
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
 def select(
     catalog: Catalog | str | Path,
     name: str,
@@ -56,6 +83,7 @@ def select(
     where: str | None = None,
     seed: int = 0,
     text: str | Path | None = None,
+    exclude: Decontaminator | None = None,
     **options: Any,
 ) -> Subset:
     """Take a subset from a catalog by a recipe, and keep it as a new immutable version of ``name``.
@@ -71,6 +99,8 @@ def select(
         seed: orders equals, and everything where the recipe's order is random.
         text: the plain text of a ``text`` recipe: a file, a folder, a file of rows (``FILE?text=COLUMN``) or a dataset
             (``hf:org/name@revision?config=&split=&text=COLUMN``).
+        exclude: evaluation questions whose problems are left out (``calset.against_sources("math500")``): those of an
+            equal normalised text, and those that share n-grams of words (docs/decontamination.md). Part of the recipe.
         options: any field of Recipe (``samples``, ``tokens``, ``difficulty``, ``window``, ...) in its place.
 
     Returns:
@@ -84,20 +114,27 @@ def select(
     subsets.check_name(name)
     chosen = get_recipe(recipe).with_options(**options)
     if chosen.kind == "text":
+        if exclude is not None:
+            raise InputError(f"recipe {chosen.name} takes windows of a text: it has no problems to exclude")
         return _select_text(catalog, name, chosen, model=model, where=where, seed=seed, text=text)
     if text is not None:
         raise InputError(f"recipe {chosen.name} takes no text file: --text is for recipes of the kind text")
-    pool = _pool(catalog, chosen, model, where)
+    pool = _pool(catalog, chosen, model, where, exclude)
     ranking = rank(pool.candidates, chosen, seed)
     _require_some(ranking, pool)
-    ordered, sizes = _sized(catalog, chosen, pool, ranking)
-    taken = [ordered[i] for i in spend(sizes, samples=chosen.samples, tokens=chosen.tokens)]
+    offered = _offered(catalog, chosen, pool, ranking, seed)
+    taken = [offered[i] for i in _spend(chosen, offered)]
     if not taken:
-        raise InputError(f"the smallest candidate has {min(sizes)} tokens, more than the budget of {chosen.tokens}")
-    samples = _read_tokens(catalog, chosen.kind, taken, pool)
-    facts = _facts(pool, ranking, sum(sizes), samples)
-    warnings = _warnings(chosen, ranking, samples, sum(sizes))
-    return _keep(catalog, name, _resolved(chosen, where, None), seed, pool.owner, samples, facts, warnings)
+        smallest = min(item.size for item in offered)
+        share = " (divided among the strata)" if chosen.stratify else ""
+        raise InputError(
+            f"the smallest candidate has {smallest} tokens, more than the budget of {chosen.tokens}{share}"
+        )
+    samples = _read_tokens(catalog, chosen, taken, pool)
+    facts = _facts(chosen, pool, ranking, offered, taken)
+    warnings = _warnings(chosen, ranking, facts, samples)
+    resolved = _resolved(chosen, where, None, exclude)
+    return _keep(catalog, name, resolved, seed, pool.owner, samples, facts, warnings)
 
 
 # -- candidates -----------------------------------------------------------------------------------------------------
@@ -110,7 +147,9 @@ _CANDIDATES = """
 """
 
 
-def _pool(catalog: Catalog, recipe: Recipe, model: str | None, where: str | None) -> _Pool:
+def _pool(
+    catalog: Catalog, recipe: Recipe, model: str | None, where: str | None, exclude: Decontaminator | None
+) -> _Pool:
     with opened(catalog.path, "query", catalog.lock_timeout) as con:
         rows = con.execute(_CANDIDATES, clean_params([model, model, model, _folder(model)])).fetchall()
         stages = {"traces": len(rows)}
@@ -126,16 +165,69 @@ def _pool(catalog: Catalog, recipe: Recipe, model: str | None, where: str | None
             else f"no build traces{said} in {catalog.path}: calset stats shows what is there"
         )
     owner = _single_model({_Model(*row[11:14]) for row in rows})
+    if exclude is not None:
+        found = _overlapping(catalog, exclude, sorted({row[2] for row in rows}))
+        rows = [row for row in rows if row[2] not in found]
+        stages["exclude_problems_of"] = len(rows)
     if recipe.kind != "trace":
         rows = _first_of_each_problem(rows)
         stages["problems"] = len(rows)
+    strata = _strata(catalog, recipe.stratify, {row[2] for row in rows}) if recipe.stratify else {}
     candidates, sources, sizes = [], {}, {}
     for trace, attempt, problem, index, correct, finished, difficulty, k, n_tokens, n_prompt, key, *_ in rows:
         sample = trace if recipe.kind == "trace" else subsets.prompt_sample_id(recipe.kind, problem, key)
-        candidates.append(Candidate(sample, problem, index, correct, finished, difficulty, k, n_tokens))
+        stratum = strata.get(problem, "")
+        candidates.append(Candidate(sample, problem, index, correct, finished, difficulty, k, n_tokens, stratum))
         sources[sample] = (trace, attempt)
         sizes[sample] = (n_prompt, n_tokens)
     return _Pool(owner, candidates, sources, sizes, stages)
+
+
+_PAGE = 512  # problems compared at a time
+
+
+def _overlapping(catalog: Catalog, exclude: Decontaminator, problem_ids: Sequence[str]) -> set[str]:
+    """Which of the problems an evaluation source holds too."""
+    return {
+        problem.problem_id
+        for part in chunks(problem_ids, _PAGE)
+        for problem in catalog.problems(part).values()
+        if exclude.check(problem)
+    }
+
+
+UNNAMED = "(none)"  # the stratum of problems without the metadata key
+
+
+def _strata(catalog: Catalog, by: str, problem_ids: set[str]) -> dict[str, str]:
+    """Problem id -> its stratum: its source, or the text of a key of its metadata.
+
+    Raises:
+        InputError: no problem has the key.
+    """
+    wanted = sorted(problem_ids)
+    if by == "source":
+        rows = catalog.rows(
+            "SELECT problem_id, source AS stratum FROM problems WHERE problem_id IN (SELECT unnest(?::VARCHAR[]))",
+            [wanted],
+        )
+        return {row["problem_id"]: row["stratum"] for row in rows}
+    pointer = "/" + by.replace("~", "~0").replace("/", "~1")  # a JSON pointer takes any key as it is
+    rows = catalog.rows(
+        "SELECT problem_id, json_extract_string(metadata, ?) AS stratum FROM problems "
+        "WHERE problem_id IN (SELECT unnest(?::VARCHAR[]))",
+        [pointer, wanted],
+    )
+    if wanted and all(row["stratum"] is None for row in rows):
+        keys = catalog.rows(
+            "SELECT DISTINCT unnest(json_keys(metadata)) AS name FROM problems "
+            "WHERE problem_id IN (SELECT unnest(?::VARCHAR[])) ORDER BY 1 LIMIT 20",
+            [wanted],
+        )
+        there = ["source", *(row["name"] for row in keys)]
+        near = did_you_mean(by, there)
+        raise InputError(f"no problem has the metadata key {by!r} to stratify by{near}; there are {', '.join(there)}")
+    return {row["problem_id"]: UNNAMED if row["stratum"] is None else row["stratum"] for row in rows}
 
 
 def _first_of_each_problem(rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -184,19 +276,28 @@ def _require_some(ranking: Ranking, pool: _Pool) -> None:
 # -- sizes and tokens -----------------------------------------------------------------------------------------------
 
 
-def _sized(
-    catalog: Catalog, recipe: Recipe, pool: _Pool, ranking: Ranking
-) -> tuple[list[tuple[Candidate, list[int] | None]], list[int]]:
-    """The ranked candidates, each with what follows its prompt (None: its own completion), and their token counts."""
+def _offered(catalog: Catalog, recipe: Recipe, pool: _Pool, ranking: Ranking, seed: int) -> list[_Taken]:
+    """The ranked candidates as they would be taken: whole, or cut to the recipe's window."""
     if recipe.kind == "gold":
         tails: list[list[int] | None] = list(_solutions(catalog, pool.owner, [c.problem_id for c in ranking.order]))
     else:
         tails = [[] if recipe.kind == "prompt" else None] * len(ranking.order)
-    sizes = []
+    offered = []
     for candidate, tail in zip(ranking.order, tails, strict=True):
         n_prompt, n_tokens = pool.sizes[candidate.sample_id]
-        sizes.append(n_prompt + (n_tokens if tail is None else len(tail)))
-    return list(zip(ranking.order, tails, strict=True)), sizes
+        size = n_prompt + (n_tokens if tail is None else len(tail))
+        window = min(recipe.window or size, size)
+        start = window_start(seed, candidate.sample_id, size, window)
+        offered.append(_Taken(candidate, tail, start, start + window))
+    return offered
+
+
+def _spend(recipe: Recipe, offered: Sequence[_Taken]) -> list[int]:
+    """Which of what is offered the budget takes, by position."""
+    sizes = [item.size for item in offered]
+    if recipe.stratify is not None:
+        return spend_by_stratum(sizes, [item.candidate.stratum for item in offered], recipe)
+    return spend(sizes, samples=recipe.samples, tokens=recipe.tokens)
 
 
 def _solutions(catalog: Catalog, owner: _Model, problem_ids: Sequence[str]) -> Iterable[list[int]]:
@@ -240,16 +341,19 @@ def load_tokenizer(catalog: Catalog, owner: _Model) -> Any:
     return tokenizer
 
 
-def _read_tokens(
-    catalog: Catalog, kind: Kind, taken: Sequence[tuple[Candidate, list[int] | None]], pool: _Pool
-) -> list[Sample]:
-    found = catalog.tokens([pool.sources[candidate.sample_id] for candidate, _ in taken])
+def _read_tokens(catalog: Catalog, recipe: Recipe, taken: Sequence[_Taken], pool: _Pool) -> list[Sample]:
+    """The samples, with the stored tokens; a window's id is its trace's and its place: ``TRACE:START-STOP``."""
+    found = catalog.tokens([pool.sources[item.candidate.sample_id] for item in taken])
     samples = []
-    for candidate, tail in taken:
-        prompt, completion = found[pool.sources[candidate.sample_id]]
-        trace = pool.sources[candidate.sample_id][0] if tail is None else None
-        input_ids = [*prompt, *(completion if tail is None else tail)]
-        samples.append(Sample(candidate.sample_id, input_ids, len(prompt), kind, trace, candidate.problem_id))
+    for item in taken:
+        sample_id, problem_id = item.candidate.sample_id, item.candidate.problem_id
+        prompt, completion = found[pool.sources[sample_id]]
+        trace = pool.sources[sample_id][0] if item.tail is None else None
+        whole = [*prompt, *(completion if item.tail is None else item.tail)]
+        if item.size < len(whole):
+            sample_id = f"{sample_id}:{item.start}-{item.stop}"
+        n_prompt = min(max(len(prompt) - item.start, 0), item.size)
+        samples.append(Sample(sample_id, whole[item.start : item.stop], n_prompt, recipe.kind, trace, problem_id))
     return samples
 
 
@@ -298,8 +402,9 @@ def _select_text(
         raise InputError(f"a window of {window} tokens is more than the budget of {recipe.tokens}: lower --window")
     samples = [windows[i] for i in taken]
     facts = {"documents": n_documents, "tokens": len(token_ids), "windows": len(windows), "taken": len(samples)}
-    warnings = _budget_warnings(recipe, samples, len(windows) * window)
-    return _keep(catalog, name, _resolved(recipe, None, dict(corpus.facts)), seed, owner, samples, facts, warnings)
+    warnings = _budget_warnings(recipe, len(samples), len(windows) * window)
+    resolved = _resolved(recipe, None, dict(corpus.facts), None)
+    return _keep(catalog, name, resolved, seed, owner, samples, facts, warnings)
 
 
 def _pool_tokens(recipe: Recipe, window: int) -> int | None:
@@ -339,43 +444,115 @@ def _builder(catalog: Catalog, model: str | None) -> _Model:
 # -- the result -----------------------------------------------------------------------------------------------------
 
 
-def _resolved(recipe: Recipe, where: str | None, text: dict[str, Any] | None) -> dict[str, Any]:
-    return {**recipe.as_dict(), "where": where, "text": text}
+def _resolved(
+    recipe: Recipe, where: str | None, text: dict[str, Any] | None, exclude: Decontaminator | None
+) -> dict[str, Any]:
+    """The recipe as it is kept; exclusion is left out where there is none, as every key that came later."""
+    found: dict[str, Any] = {**recipe.as_dict(), "where": where, "text": text}
+    if exclude is not None:
+        found["exclude_problems_of"] = exclude.facts()
+    return found
 
 
-def _facts(pool: _Pool, ranking: Ranking, available: int, samples: Sequence[Sample]) -> dict[str, Any]:
-    facts: dict[str, Any] = {**pool.stages, **ranking.stages, "taken": len(samples)}
-    facts["tokens_available"] = available
+def _facts(
+    recipe: Recipe, pool: _Pool, ranking: Ranking, offered: Sequence[_Taken], taken: Sequence[_Taken]
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {**pool.stages, **ranking.stages, "taken": len(taken)}
+    facts["tokens_available"] = sum(item.size for item in offered)
     facts["median_k"] = ranking.median_k
     if ranking.length_band is not None:
         facts["length_band"] = list(ranking.length_band)
+    if recipe.window is not None:
+        facts["cut_to_window"] = sum(item.size < sum(pool.sizes[item.candidate.sample_id]) for item in taken)
+    if recipe.stratify is not None:
+        facts["strata"] = _strata_facts(offered, taken)
+    if recipe.kind == "trace":
+        facts["difficulty_length"] = _difficulty_length(pool.candidates, [item.candidate for item in taken])
     return facts
 
 
-def _warnings(recipe: Recipe, ranking: Ranking, samples: Sequence[Sample], available: int) -> list[str]:
-    warnings = _budget_warnings(recipe, samples, available)
+def _strata_facts(offered: Sequence[_Taken], taken: Sequence[_Taken]) -> dict[str, dict[str, int]]:
+    """Stratum -> samples and tokens offered and taken."""
+    facts = {
+        name: {"offered": 0, "taken": 0, "tokens_offered": 0, "tokens_taken": 0}
+        for name in sorted({item.candidate.stratum for item in offered})
+    }
+    for what, items in (("offered", offered), ("taken", taken)):
+        for item in items:
+            facts[item.candidate.stratum][what] += 1
+            facts[item.candidate.stratum][f"tokens_{what}"] += item.size
+    return facts
+
+
+def _difficulty_length(pool: Sequence[Candidate], taken: Sequence[Candidate]) -> dict[str, Any]:
+    """How many were taken of how many candidates, by difficulty band and by quartile of the candidates' lengths."""
+    bands = length_bands([c.n_tokens for c in pool])
+    cells: dict[tuple[str, str], list[int]] = {}
+    for which, candidates in ((1, pool), (0, taken)):
+        for c in candidates:
+            length = next(label for longest, label in bands if c.n_tokens <= longest)
+            cells.setdefault((DIFFICULTY_BANDS[difficulty_band(c.difficulty)], length), [0, 0])[which] += 1
+    labels = [label for _, label in bands]
+    rows = {
+        band: [cells.get((band, length), [0, 0]) for length in labels]
+        for band in DIFFICULTY_BANDS
+        if any((band, length) in cells for length in labels)
+    }
+    return {"lengths": labels, "taken_of": rows}
+
+
+def _warnings(recipe: Recipe, ranking: Ranking, facts: dict[str, Any], samples: Sequence[Sample]) -> list[str]:
+    warnings = _budget_warnings(recipe, len(samples), facts["tokens_available"])
     if recipe.difficulty is not None:
         half_width = (recipe.difficulty[1] - recipe.difficulty[0]) / 2
-        error = 0.5 / max(ranking.median_k, 1) ** 0.5
-        if error > half_width:
+        if ranking.median_error > half_width:
             warnings.append(
-                f"the median candidate's problem has {ranking.median_k:g} judged traces: its difficulty has a standard "
-                f"error of up to {error:.2f}, more than half the band; build more samples a problem"
+                f"k is too low for this band: the median pass rate in it (of {ranking.median_k:g} judged traces) has a "
+                f"standard error of {ranking.median_error:.2f}, more than half the band's width ({half_width:.2f}); "
+                "build more samples a problem"
             )
     if ranking.truncated_share > 0.5:
         warnings.append(
             f"{ranking.truncated_share:.0%} of the traces did not finish: long ones are missing from this pool; build "
             "again with a larger --max-tokens and --retry truncated"
         )
+    if recipe.stratify is not None and recipe.shares == "equal":
+        warnings += _share_warnings(recipe, facts["strata"])
     return warnings
 
 
-def _budget_warnings(recipe: Recipe, samples: Sequence[Sample], available: int) -> list[str]:
-    if recipe.samples is not None and len(samples) < recipe.samples:
-        return [f"the pool is too small: {len(samples)} samples where {recipe.samples} were asked"]
+def _share_warnings(recipe: Recipe, strata: dict[str, dict[str, int]]) -> list[str]:
+    """Strata that have less than an equal share of the budget."""
+    what = "tokens_offered" if recipe.tokens is not None else "offered"
+    budget = recipe.tokens if recipe.tokens is not None else recipe.samples
+    poor = [name for name, n in strata.items() if n[what] < (budget or 0) // len(strata)]
+    if not poor:
+        return []
+    listed = ", ".join(f"{name} ({strata[name][what]})" for name in poor[:5])
+    more = f" and {len(poor) - 5} more" if len(poor) > 5 else ""
+    return [f"the shares are not equal: {listed}{more} cannot fill a share; the others take what is left, if they can"]
+
+
+def _budget_warnings(recipe: Recipe, n_samples: int, available: int) -> list[str]:
+    if recipe.samples is not None and n_samples < recipe.samples:
+        return [f"the pool is too small: {n_samples} samples where {recipe.samples} were asked"]
     if recipe.tokens is not None and available < recipe.tokens:
         return [f"the pool is too small: {available} tokens where {recipe.tokens} were asked"]
     return []
+
+
+def tables(subset: Subset) -> list[tuple[str, list[str], list[tuple[Any, ...]]]]:
+    """What was taken and from how many, as (title, column names, rows): the stages, the strata, difficulty x length."""
+    stages = [(stage, n) for stage, n in subset.pool.items() if not isinstance(n, dict)]
+    found: list[tuple[str, list[str], list[tuple[Any, ...]]]] = [("", ["stage", "candidates"], stages)]
+    if strata := subset.pool.get("strata"):
+        keys = ("taken", "offered", "tokens_taken", "tokens_offered")
+        rows = [(name, *(n[key] for key in keys)) for name, n in strata.items()]
+        found.append((f"by {subset.recipe['stratify']}", ["stratum", *keys], rows))
+    if cells := subset.pool.get("difficulty_length"):
+        rows = [(band, *(f"{t}/{n}" if n else "" for t, n in row)) for band, row in cells["taken_of"].items()]
+        found.append(("difficulty x length: taken / candidates", ["difficulty", *cells["lengths"]], rows))
+    return found
 
 
 def _keep(

@@ -6,6 +6,7 @@ question is what there is to calibrate with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,6 +108,20 @@ class Stats:
         used = [band for band in self.difficulty_bands if any(c.difficulty == band for c in self.difficulty_length)]
         return [(band, *(cells.get((band, length), "") for length in self.length_bands)) for band in used]
 
+    def heat(self) -> list[tuple[str, list[tuple[str, float]]]]:
+        """The difficulty x length table as a picture: a row a difficulty band, each cell its text and its shade.
+
+        The text is the traces and the share of them that is correct; the shade, 0 to 1, the logarithm of the traces.
+        """
+        cells = {(c.difficulty, c.length): c for c in self.difficulty_length}
+        most = math.log1p(max((c.traces for c in cells.values()), default=1))
+
+        def cell(band: str, length: str) -> tuple[str, float]:
+            c = cells.get((band, length))
+            return (f"{c.traces:,} {c.correct / c.traces:4.0%}", math.log1p(c.traces) / most) if c else ("", 0.0)
+
+        return [(row[0], [cell(row[0], length) for length in self.length_bands]) for row in self.grid()]
+
 
 def stats(catalog: Catalog | str | Path, model: str | None = None, source: str | None = None) -> Stats:
     """Count a catalog's build traces, or those of one model or source.
@@ -205,3 +220,24 @@ def _suspects(ask: _Ask, model: str | None, source: str | None) -> int:
         WHERE kind = 'build' AND (? IS NULL OR model = ?) AND (? IS NULL OR source = ?)
     """
     return ask(sql, [model, model, source, source])[0]["n"]
+
+
+# -- the same bands for whoever holds the rows already --------------------------------------------------------------
+
+DIFFICULTY_BANDS = (*(label for _, label in _BANDS), *_LAST_BANDS)
+
+
+def difficulty_band(difficulty: float | None) -> int:
+    """The index in ``DIFFICULTY_BANDS`` of a difficulty; the last is for unknown ones."""
+    n = len(_BANDS)
+    if difficulty is None:
+        return n + 2
+    found = next((i for i, (highest, _) in enumerate(_BANDS) if difficulty <= highest), None)
+    return found if found is not None else n if difficulty < 1 else n + 1
+
+
+def length_bands(lengths: Sequence[int]) -> list[tuple[int, str]]:
+    """(longest length, label) of the quartile bands of some lengths, as ``stats`` cuts them (nearest rank)."""
+    ordered = sorted(lengths)
+    n = len(ordered)
+    return _length_bands([ordered[max(1, -(-q * n // 4)) - 1] for q in range(5)] if n else [])

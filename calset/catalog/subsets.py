@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import nearest_rank
 from calset.catalog.records import Sample, Subset
 from calset.catalog.schema import TABLES
+from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
 from calset.catalog.values import arrow_batch, dump_json
 from calset.errors import CatalogError, InputError
 
@@ -182,7 +184,12 @@ def list_subsets(catalog: Catalog) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Two subsets side by side; ``shared``, ``only_a`` and ``only_b`` count samples and problems."""
+    """Two subsets side by side.
+
+    ``shared``, ``only_a`` and ``only_b`` count samples and problems; ``recipe`` holds the keys that differ, and
+    ``distributions`` the samples of each by difficulty band, length band (quartiles of both together), source and
+    verdict, as far as the catalog knows them: what -> value -> (of a, of b).
+    """
 
     same: bool
     shared: dict[str, int]
@@ -190,6 +197,8 @@ class Difference:
     only_b: dict[str, int]
     a: dict[str, Any]
     b: dict[str, Any]
+    recipe: dict[str, tuple[Any, Any]]
+    distributions: dict[str, dict[str, tuple[int, int]]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -199,6 +208,7 @@ class Difference:
         rows: list[tuple[str, Any, Any]] = [
             ("content hash", self.a["content_hash"][:12], self.b["content_hash"][:12]),
             ("recipe", self.a["recipe"]["name"], self.b["recipe"]["name"]),
+            *((f"recipe: {key}", *values) for key, values in self.recipe.items() if key != "name"),
             ("seed", self.a["seed"], self.b["seed"]),
             ("model", self.a["model"], self.b["model"]),
         ]
@@ -210,6 +220,8 @@ class Difference:
         for what in ("length", "difficulty"):
             of_a, of_b = (side[f"{what}_quantiles"] or {} for side in (self.a, self.b))
             rows += [(f"{what} {q}", of_a.get(q), of_b.get(q)) for q in {**of_a, **of_b}]
+        for what, counts in self.distributions.items():
+            rows += [(f"samples of {what} {value}", *of) for value, of in counts.items()]
         return rows
 
 
@@ -235,7 +247,31 @@ def diff(catalog: Catalog, a: Subset | str, b: Subset | str) -> Difference:
         only_b=count(keys_b - keys_a, problems_b - problems_a),
         a=describe(a, catalog),
         b=describe(b, catalog),
+        recipe={
+            key: (a.recipe.get(key), b.recipe.get(key))
+            for key in {**a.recipe, **b.recipe}
+            if a.recipe.get(key) != b.recipe.get(key)
+        },
+        distributions=_distributions(catalog, a, b),
     )
+
+
+def _distributions(catalog: Catalog, *subsets: Subset) -> dict[str, dict[str, tuple[int, int]]]:
+    lengths = [[len(s.input_ids) - s.n_prompt_tokens for s in subset.samples] for subset in subsets]
+    bands = length_bands([n for of_one in lengths for n in of_one])
+    counts: dict[str, list[Counter[str]]] = {"length": [], "difficulty": [], "source": [], "verdict": []}
+    for subset, of_one in zip(subsets, lengths, strict=True):
+        known = trace_facts(catalog, subset) if catalog.exists() else {}
+        rows = [known[s.trace_id] for s in subset.samples if s.trace_id in known]
+        counts["length"].append(Counter(next(label for top, label in bands if n <= top) for n in of_one))
+        counts["difficulty"].append(Counter(DIFFICULTY_BANDS[difficulty_band(row["difficulty"])] for row in rows))
+        for what in ("source", "verdict"):
+            counts[what].append(Counter(row[what] for row in rows))
+    order = {"length": [label for _, label in bands], "difficulty": list(DIFFICULTY_BANDS)}
+    return {
+        what: {value: (a[value], b[value]) for value in order.get(what, sorted(a | b)) if a[value] or b[value]}
+        for what, (a, b) in counts.items()
+    }
 
 
 def describe(subset: Subset, catalog: Catalog | None = None) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Opening a catalog file: who may, for how long one waits, and what is said when it does not work.
 
 DuckDB gives one process the file to itself for writing, or many processes for reading. calset therefore opens for one
-batch or one question, closes, and retries on the lock with jitter up to a deadline. Inside one process DuckDB refuses
-to open a file twice with different settings, and a connection shared between threads returns other threads' rows: a
-gate a path serialises that. Must not know: tables, except through ``migrations``.
+batch or one question, closes, and retries on the lock with jitter up to a deadline, in turn with other processes.
+Inside one process DuckDB refuses to open a file twice with different settings, and a connection shared between threads
+returns other threads' rows: a gate a path serialises that. Must not know: tables, except through ``migrations``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Literal, TypeVar
 import duckdb
 
 from calset.catalog import migrations
+from calset.catalog.turns import turn
 from calset.errors import CatalogError, CatalogLocked, InputError, first_line
 
 _T = TypeVar("_T")
@@ -295,15 +296,17 @@ def _inode(path: Path) -> int:
 
 def _retried(open_file: Callable[[], _T], path: Path, deadline: float) -> _T:
     pause = 0.005
-    while True:
-        try:
-            return open_file()
-        except duckdb.Error as error:
-            if not _is_lock(error) or time.monotonic() >= deadline:
-                raise translate(error, path) from error
-        # Jitter: equal pauses would let two processes collide for ever.
-        time.sleep(min(random.uniform(pause / 2, pause), max(0.0, deadline - time.monotonic())))
-        pause = min(pause * 1.5, 0.2)
+    with turn(path.parent, deadline) as mine:
+        while True:
+            try:
+                return open_file()
+            except duckdb.Error as error:
+                if not _is_lock(error) or time.monotonic() >= deadline:
+                    raise translate(error, path) from error
+            mine.tick()
+            # Jitter: equal pauses would let two processes collide for ever.
+            time.sleep(min(random.uniform(pause / 2, pause), max(0.0, deadline - time.monotonic())))
+            pause = min(pause * 1.5, 0.2)
 
 
 def _is_lock(error: Exception) -> bool:

@@ -79,7 +79,9 @@ def schema_version(con: duckdb.DuckDBPyConnection, path: str) -> int:
         return 0
     if "migrations" not in tables or "meta" not in tables:
         raise InputError(f"{path} is a DuckDB database but not a calset catalog: name another file with --catalog")
-    rows = con.execute("SELECT number, calset_version FROM migrations ORDER BY number DESC LIMIT 1").fetchall()
+    # Not ORDER BY ... LIMIT 1: in a table that rows were deleted from, DuckDB 1.5.6 and 2.0.0 answer that wrongly.
+    last = "SELECT number, calset_version FROM migrations WHERE number = (SELECT max(number) FROM migrations)"
+    rows = con.execute(last).fetchall()
     found, writer = rows[0] if rows else (0, "?")
     if found > SCHEMA_VERSION:
         raise SchemaTooNew(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from calset import __version__, terminal
-from calset.errors import CalsetError, EngineError, InputError
+from calset.errors import CalsetError, CatalogUpgraded, EngineError, InputError
 
 SEED = click.IntRange(-(2**63), 2**63 - 1)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -907,6 +908,24 @@ def report(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
         terminal.say(f"Wrote the report of {reference} to {path}")
 
 
+@cli.command()
+@catalog_option
+@json_option
+def compact(catalog: Path, as_json: bool) -> None:
+    """Rewrite the catalog without the space that deleting and many small commits leave behind.
+
+    Nobody can write to it meanwhile. Killed at any moment, it leaves the old file or the new one.
+    """
+    from calset.catalog.compact import compact as rewrite
+
+    done = rewrite(_existing(catalog))
+    if as_json:
+        terminal.emit_json(done.as_dict())
+        return
+    before, after = (f"{size / 1e6:,.1f} MB" for size in (done.bytes_before, done.bytes_after))
+    terminal.say(f"{catalog}: {before} before, {after} now, {sum(done.rows.values()):,} rows")
+
+
 # --- pruning ----------------------------------------------------------------------------------------------------
 
 
@@ -1067,6 +1086,7 @@ def _print_trace(row: dict[str, Any], *, full: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors are one line on standard error, exit code 2 for bad input, 1 for a failure."""
+    warnings.showwarning = _warn
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that is not UTF-8
     try:
@@ -1091,6 +1111,11 @@ def main(argv: list[str] | None = None) -> None:
         _fail(f"{error.strerror or error}: {error.filename or 'the output folder'}; make room or name another")
         code = 1
     sys.exit(code or 0)
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    text = f"Warning: {message}" if issubclass(category, CatalogUpgraded) else None
+    terminal.note(text or warnings.formatwarning(message, category, filename, lineno).rstrip())
 
 
 def _fail(message: str) -> None:

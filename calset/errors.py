@@ -30,6 +30,10 @@ class SchemaTooNew(InputError):
     """The catalog was written by a newer calset."""
 
 
+class CatalogUpgraded(UserWarning):
+    """A warning, no error: a catalog of an older schema is upgraded; the message names the copy that is kept."""
+
+
 class Stopped(CalsetError):
     """The user stopped it (Ctrl-C); what was saved stays and the same command continues."""
 

@@ -63,6 +63,15 @@ def generation_key(
     return digest("generation", *parts) if kind == "build" else digest("generation", *parts, kind)
 
 
+def pool_key(problem: str, model: str, revision: str, kind: str) -> int:
+    """60 bits of hash(problem id, model, revision, kind), an integer that the catalog groups pass rates by.
+
+    The same as the catalog's migration computes in SQL, which is why it is no ``digest``.
+    """
+    text = "\n".join((problem, model, revision, kind))
+    return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:15], 16)
+
+
 def trace_id(problem: str, generation: str, sample_index: int) -> str:
     """hash(problem_id, generation_key, sample_index)."""
     return digest("trace", problem, generation, sample_index)

@@ -21,7 +21,6 @@ import pytest
 from factories import START, fill, make_grade, make_problem, make_run, make_source, make_trace
 
 from calset import ids
-from calset.catalog import catalog as catalog_module
 from calset.catalog import connection, migrations, schema
 from calset.catalog.catalog import Catalog
 from calset.catalog.export import export
@@ -537,24 +536,6 @@ def test_an_interrupted_first_migration_is_carried_on(tmp_path: Path) -> None:
     ]
 
 
-def test_a_catalog_of_the_first_schema_gets_the_builder_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    added = {"decisions", "contaminations", "judgements"}
-    with monkeypatch.context() as first:
-        older = {k: dict(v) for k, v in schema.TABLES.items() if k not in added}
-        for column in ("sampling_from", "template_options", "engine_options"):
-            del older["runs"][column]
-        del older["subsets"]["origin"]
-        first.setattr(schema, "TABLES", older)
-        first.setattr(schema, "VIEWS", {k: v for k, v in schema.VIEWS.items() if k not in ("excluded", "judgement")})
-        first.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:1])
-        first.setattr(migrations, "SCHEMA_VERSION", 1)
-        first.setattr(catalog_module, "TABLES", {**catalog_module.TABLES, "runs": older["runs"]})
-        catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
-    for table in (*sorted(added), "excluded", "judgement"):
-        assert catalog.query(f"SELECT count(*) FROM {table}").rows == [(0,)]
-    assert only(catalog, "SELECT count(*) FROM trace") == 1
-
-
 def test_an_older_catalog_is_upgraded_by_a_reader_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
     n = migrations.SCHEMA_VERSION + 1
@@ -596,7 +577,7 @@ def test_a_changed_schema_comes_with_a_migration() -> None:
     # edit that never left this machine needs only the digest.
     tables = {name: list(columns.items()) for name, columns in schema.TABLES.items()}
     views = {name: " ".join(sql.split()) for name, sql in schema.VIEWS.items()}
-    assert (migrations.SCHEMA_VERSION, ids.digest(tables, views)) == (3, "438754817b5a9570aca9b263")
+    assert (migrations.SCHEMA_VERSION, ids.digest(tables, views)) == (4, "218d73743ea9448832b82040")
 
 
 def _as_nobody(path: str, results: multiprocessing.Queue) -> None:

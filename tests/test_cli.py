@@ -274,3 +274,14 @@ def test_control_sequences_in_problems_do_not_reach_the_terminal(tmp_path: Path)
         assert done.returncode == 0, done.stderr
         assert not set("\u001b\u0007\u009b\u202e") & set(done.stdout)
     assert json.loads(done.stdout)["problems"][0]["question"] == row["question"]
+
+
+def test_compact_says_what_it_gained_and_keeps_the_catalog(built: Path, tmp_path: Path) -> None:
+    shutil.copy(built / "calset.duckdb", tmp_path)
+    asked = ("query", "SELECT trace_id, difficulty FROM trace ORDER BY 1", "--json")
+    before = calset(*asked, cwd=tmp_path).stdout
+    done = json.loads(calset("compact", "--json", cwd=tmp_path).stdout)
+    assert done["rows"]["traces"] == 18
+    assert done["bytes_after"] == (tmp_path / "calset.duckdb").stat().st_size
+    assert calset(*asked, cwd=tmp_path).stdout == before != ""
+    refused(calset("compact", "--catalog", "none.duckdb", cwd=tmp_path), 2, "there is no catalog")

@@ -37,7 +37,7 @@ from calset.catalog.records import (
 )
 from calset.catalog.schema import TABLES
 from calset.catalog.values import arrow_batch, clean, clean_params, dump_json
-from calset.errors import InputError, first_line
+from calset.errors import CatalogError, InputError, first_line
 from calset.jsonable import jsonable
 from calset.suggest import did_you_mean
 
@@ -186,7 +186,7 @@ class Catalog:
                 [_row("contaminations", c) for c in contaminations],
                 key=("problem_id", "evaluation_source", "evaluation_revision", "evaluation_row", "n"),
             )
-            fresh = _insert_traces(con, traces)
+            fresh = _insert_traces(con, traces, grades)
             strangers = {(t.trace_id, t.attempt) for t in traces} - fresh
             grades = [grade for grade in grades if (grade.trace_id, grade.attempt) not in strangers]
             return Recorded(len(fresh), _insert_grades(con, grades, fresh), frozenset(fresh))
@@ -583,26 +583,72 @@ def _append(con: duckdb.DuckDBPyConnection, table: str, rows: Sequence[tuple[Any
     return len(rows)
 
 
-def _insert_traces(con: duckdb.DuckDBPyConnection, traces: Sequence[Trace]) -> set[tuple[str, int]]:
-    """Insert the traces that are new; returns their keys (trace_id, attempt)."""
+def _insert_traces(
+    con: duckdb.DuckDBPyConnection, traces: Sequence[Trace], grades: Sequence[Grade]
+) -> set[tuple[str, int]]:
+    """Insert the traces that are new, each with the first grade of it in ``grades``; returns their (id, attempt)."""
     by_key: dict[tuple[str, int], Trace] = {}
     for trace in traces:
         by_key.setdefault((trace.trace_id, trace.attempt), trace)
-    present = _present(con, "traces", ("trace_id", "attempt"), by_key)
-    fresh = [trace for key, trace in by_key.items() if key not in present]
-    # The views join on these, so an orphan would be kept and never seen.
-    for table, key in (("runs", "run_id"), ("problems", "problem_id")):
-        named = {(getattr(trace, key),) for trace in fresh}
-        if missing := named - _present(con, table, (key,), named):
-            raise InputError(f"traces name a {key} that the catalog does not hold: {min(missing)[0]}; add it first")
-    _append(con, "trace_tokens", [(t.trace_id, t.attempt, t.prompt_ids, t.completion_ids) for t in fresh])
-    _append(con, "traces", [_trace_row(t) for t in fresh])
-    return {(t.trace_id, t.attempt) for t in fresh}
+    pools = _pool_keys(con, by_key.values())
+    present = _present_traces(con, by_key, pools)
+    fresh = {key: trace for key, trace in by_key.items() if key not in present}
+    # The views join on it, so an orphan would be kept and never seen.
+    problems = {(trace.problem_id,) for trace in fresh.values()}
+    if missing := problems - _present(con, "problems", ("problem_id",), problems):
+        raise InputError(f"traces name a problem_id that the catalog does not hold: {min(missing)[0]}; add it first")
+    first: dict[tuple[str, int], Grade] = {}
+    for grade in _in_order(grades):
+        first.setdefault((grade.trace_id, grade.attempt), grade)
+    tokens = [(t.trace_id, t.attempt, t.prompt_ids, t.completion_ids) for t in fresh.values()]
+    _append(con, "trace_tokens", tokens)
+    _append(con, "traces", [_trace_row(t, pools[key], first.get(key)) for key, t in fresh.items()])
+    return set(fresh)
 
 
-def _trace_row(trace: Trace) -> tuple[Any, ...]:
-    counted = {"n_prompt_tokens": len(trace.prompt_ids)}
-    return tuple(counted[c] if c in counted else getattr(trace, c) for c in TABLES["traces"])
+def _pool_keys(con: duckdb.DuckDBPyConnection, traces: Iterable[Trace]) -> dict[tuple[str, int], int]:
+    """The pool key of each trace by (trace id, attempt)."""
+    runs = {(trace.run_id,) for trace in traces}
+    kinds = {
+        run: rest for run, *rest in _semi_join(con, "runs", ("run_id",), runs, "run_id, model, model_revision, kind")
+    }
+    if missing := {run for (run,) in runs} - set(kinds):
+        raise InputError(f"traces name a run_id that the catalog does not hold: {min(missing)}; add it first")
+    return {(t.trace_id, t.attempt): ids.pool_key(t.problem_id, *kinds[t.run_id]) for t in traces}
+
+
+def _present_traces(
+    con: duckdb.DuckDBPyConnection, traces: Mapping[tuple[str, int], Trace], pools: Mapping[tuple[str, int], int]
+) -> set[tuple[str, int]]:
+    """Which of the traces are there, looked up among those of their pools: a million integers are scanned faster than
+    a million ids, and the few that are found show as well whether two problems' keys are alike."""
+    owners: dict[int, str] = {}
+    found = _semi_join(
+        con, "traces", ("pool_key",), {(pool,) for pool in pools.values()}, "trace_id, attempt, pool_key, problem_id"
+    )
+    asked = [(*key, pools[key], trace.problem_id) for key, trace in traces.items()]
+    for _, _, pool, problem in (*found, *asked):
+        if owners.setdefault(pool, problem) != problem:
+            raise CatalogError(
+                f"the problems {owners[pool]} and {problem} have one 60-bit key by chance, and one catalog cannot tell "
+                "them apart: keep one of them in a catalog of its own"
+            )
+    return {(trace, attempt) for trace, attempt, *_ in found} & traces.keys()
+
+
+def _trace_row(trace: Trace, pool_key: int, first: Grade | None) -> tuple[Any, ...]:
+    counted: dict[str, Any] = {"n_prompt_tokens": len(trace.prompt_ids), "pool_key": pool_key}
+
+    def value(column: str) -> Any:
+        if column.startswith("first_"):
+            return getattr(first, column.removeprefix("first_"), None)
+        return counted[column] if column in counted else getattr(trace, column)
+
+    return tuple(value(column) for column in TABLES["traces"])
+
+
+def _in_order(grades: Sequence[Grade]) -> list[Grade]:
+    return sorted(grades, key=lambda grade: grade.graded_at)
 
 
 def _insert_grades(con: duckdb.DuckDBPyConnection, grades: Sequence[Grade], fresh: Collection[tuple[str, int]]) -> int:
@@ -611,16 +657,20 @@ def _insert_grades(con: duckdb.DuckDBPyConnection, grades: Sequence[Grade], fres
     older = [key for key in known if key not in fresh]
     if missing := set(older) - _present(con, "traces", ("trace_id", "attempt"), older):
         raise InputError(f"grades name a trace that the catalog does not hold: {min(missing)[0]}; add it first")
+    # 0 belongs to the grade that came with the trace, so that one added later, though it be the first, begins at 1.
+    next_seq = {key: int(key not in fresh) for key in known}
     mark = "grader, grader_version, verdict, graded_at"
-    for trace_id, attempt, *rest in _semi_join(
-        con, "grades", ("trace_id", "attempt"), older, f"trace_id, attempt, {mark}"
+    for trace_id, attempt, seq, *rest in _semi_join(
+        con, "grades", ("trace_id", "attempt"), older, f"trace_id, attempt, seq, {mark}"
     ):
         known[trace_id, attempt].add(tuple(rest))
+        next_seq[trace_id, attempt] = max(next_seq[trace_id, attempt], seq + 1)
     rows = []
-    for grade in sorted(grades, key=lambda g: g.graded_at):
-        marks = known[grade.trace_id, grade.attempt]
+    for grade in _in_order(grades):
+        key = (grade.trace_id, grade.attempt)
         this = (grade.grader, grade.grader_version, grade.verdict, grade.graded_at)
-        if this not in marks:
-            rows.append(tuple(len(marks) if c == "seq" else getattr(grade, c) for c in TABLES["grades"]))
-            marks.add(this)
+        if this not in known[key]:
+            rows.append(tuple(next_seq[key] if c == "seq" else getattr(grade, c) for c in TABLES["grades"]))
+            known[key].add(this)
+            next_seq[key] += 1
     return _append(con, "grades", rows)

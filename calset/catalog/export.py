@@ -63,7 +63,7 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     try:
         subset = subsets.load(catalog, ref)
-        return subset if subset.origin else replace(subset, origin=_provenance(subset, catalog))
+        return subset if subset.origin else replace(subset, origin=provenance_of(subset, catalog))
     except InputError:
         # A name means the catalog's subset; a folder of that name here counts only when there is none.
         if os.path.isfile(path / MANIFEST):
@@ -284,11 +284,11 @@ def manifest_of(subset: Subset, catalog: Catalog) -> dict[str, Any]:
         "pool": dict(subset.pool),
         "warnings": list(subset.warnings),
         "created_at": subset.created_at.isoformat(),
-        **_provenance(subset, catalog),
+        **provenance_of(subset, catalog),
     }
 
 
-def _provenance(subset: Subset, catalog: Catalog) -> dict[str, Any]:
+def provenance_of(subset: Subset, catalog: Catalog) -> dict[str, Any]:
     """The runs and sources that the samples come from; of a subset that was read from elsewhere, those it came with."""
     if subset.origin:
         return dict(subset.origin)

@@ -1,20 +1,23 @@
 """Numbered migrations: how a catalog file gets from any older schema to this calset's.
 
-A new file gets the present schema at once; the steps are for older files. Each step is one transaction that also
-records its own name, followed by a checkpoint, so a kill at any moment leaves a file that the next open carries on
-with. Must not know: how files are opened or locked.
+A new file gets the present schema at once; the steps are for older files, which are copied before the first one. Each
+step is one transaction that also records its own name, followed by a checkpoint, so a kill at any moment leaves a file
+that the next open carries on with. Must not know: how files are opened or locked.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import duckdb
 
 from calset.catalog import schema
+from calset.catalog.backup import keep_copy
 from calset.catalog.records import utc_now
-from calset.errors import InputError, SchemaTooNew
+from calset.errors import CatalogUpgraded, InputError, SchemaTooNew
 
 
 def _nothing(con: duckdb.DuckDBPyConnection) -> None:
@@ -26,6 +29,26 @@ def _builder_tables(con: duckdb.DuckDBPyConnection) -> None:
         con.execute(schema.create_table(table))
     for column in ("sampling_from", "template_options", "engine_options"):
         con.execute(f"ALTER TABLE runs ADD COLUMN {column} JSON")
+
+
+def _subset_origin(con: duckdb.DuckDBPyConnection) -> None:
+    con.execute("ALTER TABLE subsets ADD COLUMN origin JSON")
+
+
+def _verdicts_beside_traces(con: duckdb.DuckDBPyConnection) -> None:
+    for column in ("pool_key", *(c for c in schema.TABLES["traces"] if c.startswith("first_"))):
+        con.execute(f"ALTER TABLE traces ADD COLUMN {column} {schema.TABLES['traces'][column]}")
+    con.execute("""
+        UPDATE traces SET pool_key = ('0x' || left(sha256(concat_ws(
+            chr(10), traces.problem_id, r.model, r.model_revision, r.kind)), 15))::BIGINT
+        FROM runs r WHERE r.run_id = traces.run_id
+    """)
+    con.execute("""
+        UPDATE traces SET first_verdict = g.verdict, first_extracted = g.extracted, first_grader = g.grader,
+            first_detail = g.detail, first_graded_at = g.graded_at
+        FROM grades g WHERE g.seq = 0 AND g.trace_id = traces.trace_id AND g.attempt = traces.attempt
+    """)
+    con.execute("DROP VIEW IF EXISTS pass_rates")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +64,9 @@ class Migration:
 # last, as rows are inserted by position), a view's change none.
 MIGRATIONS: Sequence[Migration] = (
     Migration(1, "first_tables"),
-    Migration(2, "builder_tables", lambda con: _builder_tables(con)),
-    Migration(3, "subset_origin", lambda con: con.execute("ALTER TABLE subsets ADD COLUMN origin JSON")),
+    Migration(2, "builder_tables", _builder_tables),
+    Migration(3, "subset_origin", _subset_origin),
+    Migration(4, "verdicts_beside_traces", _verdicts_beside_traces),
 )
 SCHEMA_VERSION = MIGRATIONS[-1].number
 
@@ -60,7 +84,9 @@ def schema_version(con: duckdb.DuckDBPyConnection, path: str) -> int:
         return 0
     if "migrations" not in tables or "meta" not in tables:
         raise InputError(f"{path} is a DuckDB database but not a calset catalog: name another file with --catalog")
-    rows = con.execute("SELECT number, calset_version FROM migrations ORDER BY number DESC LIMIT 1").fetchall()
+    # Not ORDER BY ... LIMIT 1: in a table that rows were deleted from, DuckDB 1.5.6 and 2.0.0 answer that wrongly.
+    last = "SELECT number, calset_version FROM migrations WHERE number = (SELECT max(number) FROM migrations)"
+    rows = con.execute(last).fetchall()
     found, writer = rows[0] if rows else (0, "?")
     if found > SCHEMA_VERSION:
         raise SchemaTooNew(
@@ -75,12 +101,24 @@ def migrate(con: duckdb.DuckDBPyConnection, path: str) -> int:
 
     Raises:
         InputError, SchemaTooNew: see ``schema_version``.
+        CatalogError: no room for the copy of the older file.
+
+    Warns:
+        CatalogUpgraded: the file was of an older schema; says where its copy is.
     """
     current = schema_version(con, path)
     pending = [migration for migration in MIGRATIONS if migration.number > current]
     if current == 0 and pending:
         _in_transaction(con, lambda: _create(con, pending))
-    else:
+    elif pending:
+        con.execute("CHECKPOINT")  # so that the copy needs no log beside it
+        copy = keep_copy(Path(path), current)
+        warnings.warn(
+            f"{path} is upgraded from catalog schema {current} to {SCHEMA_VERSION}; as it was, it is kept as {copy}: "
+            "delete that when you are sure",
+            CatalogUpgraded,
+            stacklevel=2,
+        )
         for migration in pending:
             _in_transaction(con, lambda migration=migration: _step(con, migration, last=migration is pending[-1]))
     return len(pending)

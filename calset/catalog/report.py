@@ -17,7 +17,7 @@ from typing import Any
 from calset.answers import whole_file
 from calset.catalog import picture, subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import _provenance, resolve
+from calset.catalog.export import provenance_of, resolve
 from calset.catalog.records import Sample, Subset
 from calset.catalog.selection import tables
 from calset.catalog.show import fold, parts
@@ -228,7 +228,7 @@ def _trace(position: int, sample: Sample, row: Mapping[str, Any]) -> str:
 
 
 def _origin(catalog: Catalog, subset: Subset) -> str:
-    origin = _provenance(subset, catalog)
+    origin = subset.origin or provenance_of(subset, catalog)
     model = [
         ("model", subset.model),
         ("revision", subset.model_revision),
@@ -251,6 +251,7 @@ def _origin(catalog: Catalog, subset: Subset) -> str:
     sources = [
         (s["name"], s["kind"], s["revision"], s["licence"] or "not stated", s["grader"]) for s in origin["sources"]
     ]
+    model += [(f"Hub {key}", value) for key, value in origin.get("hub", {}).items()]
     found = _table(["", ""], model)
     if sources:
         found += _table(["source", "kind", "revision", "licence", "grader"], sources, "Problems")

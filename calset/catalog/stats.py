@@ -15,6 +15,7 @@ from typing import Any
 from calset.catalog.catalog import Catalog
 from calset.catalog.connection import opened
 from calset.catalog.records import JUDGED
+from calset.catalog.schema import SUSPECT
 from calset.catalog.values import clean_params
 from calset.errors import InputError
 
@@ -24,23 +25,39 @@ _Ask = Callable[..., list[dict[str, Any]]]
 _BANDS = ((0.0, "0"), (0.2, "(0, 0.2]"), (0.4, "(0.2, 0.4]"), (0.6, "(0.4, 0.6]"), (0.8, "(0.6, 0.8]"))
 _LAST_BANDS = ("(0.8, 1)", "1", "unknown")
 
-_NARROW = """
-    SELECT t.problem_id, t.model, t.model_revision, t.source, t.verdict, t.finish_reason, t.difficulty, t.n_tokens,
-        t.n_prompt_tokens, t.n_reasoning_tokens
-    FROM trace t
-    WHERE t.kind = 'build' AND (? IS NULL OR t.model = ?) AND (? IS NULL OR t.source = ?)
+# The pools that are asked about, one row a (problem, model, revision), and the numbers of their traces. Apart, since
+# a million traces are counted by integer keys, and names come in when there are only as many rows as problems.
+_POOLS = """
+    CREATE TEMP TABLE pool AS
+    SELECT s.pool_key, s.problem_id, s.model, p.source, s.k, s.n_correct,
+        (s.k - s.n_correct) / nullif(s.k, 0)::DOUBLE AS difficulty
+    FROM pools s JOIN problems p ON p.problem_id = s.problem_id
+    WHERE s.kind = 'build' AND (? IS NULL OR s.model = ?) AND (? IS NULL OR p.source = ?)
+"""
+_TRACES = """
+    CREATE TEMP TABLE t AS
+    SELECT pool_key, coalesce(verdict, 'ungraded') AS verdict, finish_reason, n_tokens, n_prompt_tokens,
+        n_reasoning_tokens
+    FROM graded_traces SEMI JOIN pool USING (pool_key)
 """
 _JUDGED = ", ".join(f"'{verdict}'" for verdict in JUDGED)
-_COUNTS = f"""
-    count(*) AS traces,
-    count(DISTINCT problem_id) AS problems,
-    count(*) FILTER (WHERE verdict <> 'ungraded') AS graded,
-    count(*) FILTER (WHERE verdict IN ({_JUDGED})) AS judged,
-    count(*) FILTER (WHERE verdict = 'correct') AS correct,
-    coalesce(sum(n_tokens), 0)::BIGINT AS tokens,
-    coalesce(sum(n_reasoning_tokens), 0)::BIGINT AS reasoning_tokens,
-    coalesce(sum(n_prompt_tokens), 0)::BIGINT AS prompt_tokens
+_COUNTED = f"""
+    CREATE TEMP TABLE counted AS
+    SELECT p.problem_id, p.model, p.source, c.* EXCLUDE (pool_key)
+    FROM pool p JOIN (
+        SELECT pool_key,
+            count(*) AS traces,
+            count(*) FILTER (WHERE verdict <> 'ungraded') AS graded,
+            count(*) FILTER (WHERE verdict IN ({_JUDGED})) AS judged,
+            count(*) FILTER (WHERE verdict = 'correct') AS correct,
+            sum(n_tokens) AS tokens, sum(n_reasoning_tokens) AS reasoning_tokens, sum(n_prompt_tokens) AS prompt_tokens
+        FROM t GROUP BY pool_key
+    ) c USING (pool_key)
 """
+_SUMS = ("traces", "graded", "judged", "correct", "tokens", "reasoning_tokens", "prompt_tokens")
+_COUNTS = ", ".join(
+    ["count(DISTINCT problem_id) AS problems", *(f"coalesce(sum({c}), 0)::BIGINT AS {c}" for c in _SUMS)]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +149,20 @@ def stats(catalog: Catalog | str | Path, model: str | None = None, source: str |
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     with opened(catalog.path, "own", catalog.lock_timeout) as con:
         # One pass over the joins, into memory; every number below then counts the same rows.
-        con.execute(f"CREATE TEMP TABLE t AS {_NARROW}", clean_params([model, model, source, source])).fetchall()
+        con.execute(_POOLS, clean_params([model, model, source, source])).fetchall()
+        for table in (_TRACES, _COUNTED):
+            con.execute(table).fetchall()
 
         def ask(sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
             cursor = con.execute(sql, clean_params(params))
             names = [column[0] for column in cursor.description or []]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
-        total = ask(f"SELECT {_COUNTS}, quantile_disc(n_tokens, [0, 0.25, 0.5, 0.75, 1]) AS quartiles FROM t")[0]
+        total = ask(f"SELECT {_COUNTS} FROM counted")[0]
         if not total["traces"]:
             _explain_nothing(ask, catalog, model=model, source=source)
-        quartiles = tuple(total.pop("quartiles") or ())
+        (found,) = ask("SELECT quantile_disc(n_tokens, [0, 0.25, 0.5, 0.75, 1]) AS quartiles FROM t")
+        quartiles = tuple(found["quartiles"] or ())
         bands = _length_bands(quartiles)
         return Stats(
             catalog=str(catalog.path),
@@ -158,7 +178,7 @@ def stats(catalog: Catalog | str | Path, model: str | None = None, source: str |
             difficulty_bands=(*(label for _, label in _BANDS), *_LAST_BANDS),
             length_bands=tuple(label for _, label in bands),
             difficulty_length=_cells(ask, bands),
-            suspect_gold=_suspects(ask, model, source),
+            suspect_gold=_suspects(ask),
         )
 
 
@@ -179,7 +199,7 @@ def _tally(ask: _Ask, column: str) -> dict[str, int]:
 
 
 def _groups(ask: _Ask, column: str) -> list[dict[str, Any]]:
-    rows = ask(f"SELECT {column}, {_COUNTS} FROM t GROUP BY ALL ORDER BY traces DESC, {column}")
+    rows = ask(f"SELECT {column}, {_COUNTS} FROM counted GROUP BY {column} ORDER BY traces DESC, {column}")
     return [{**row, "pass_rate": _rate(row)} for row in rows]
 
 
@@ -208,18 +228,26 @@ def _cells(ask: _Ask, bands: Sequence[tuple[int, str]]) -> list[Cell]:
     sql = f"""
         SELECT CASE WHEN difficulty IS NULL THEN {n + 2} {highest} WHEN difficulty < 1 THEN {n} ELSE {n + 1} END AS d,
             CASE {length} END AS l, count(*) AS traces, count(*) FILTER (WHERE verdict = 'correct') AS correct
-        FROM t GROUP BY ALL ORDER BY d, l
+        FROM t JOIN pool USING (pool_key) GROUP BY ALL ORDER BY d, l
     """
     labels = (*(label for _, label in _BANDS), *_LAST_BANDS)
     return [Cell(labels[row["d"]], bands[row["l"]][1], row["traces"], row["correct"]) for row in ask(sql)]
 
 
-def _suspects(ask: _Ask, model: str | None, source: str | None) -> int:
-    sql = """
-        SELECT count(DISTINCT problem_id) AS n FROM suspect_gold
-        WHERE kind = 'build' AND (? IS NULL OR model = ?) AND (? IS NULL OR source = ?)
+def _suspects(ask: _Ask) -> int:
+    """The problems of the view ``suspect_gold``, whose votes are counted here for the never solved ones alone."""
+    sql = f"""
+        WITH votes AS (
+            SELECT pool_key, extracted, count(*) AS n
+            FROM graded_traces SEMI JOIN (SELECT pool_key FROM pool WHERE k > 0 AND n_correct = 0) USING (pool_key)
+            WHERE verdict IN ({_JUDGED}) AND extracted IS NOT NULL GROUP BY ALL
+        ), majority AS (SELECT pool_key, max(n) AS majority_n FROM votes GROUP BY pool_key)
+        SELECT count(DISTINCT problem_id) AS n FROM (
+            SELECT problem_id, majority_n, n_correct / k AS pass_rate, majority_n / k AS majority_share
+            FROM majority JOIN pool USING (pool_key)
+        ) WHERE {SUSPECT}
     """
-    return ask(sql, [model, model, source, source])[0]["n"]
+    return ask(sql)[0]["n"]
 
 
 # -- the same bands for whoever holds the rows already --------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_what_is_added_to_an_upgraded_catalog_counts_as_in_a_new_one(older: Path
     for path in (older, tmp_path / "now.duckdb"):
         catalog = Catalog(path)
         catalog.add_run(make_run("c"))
-        traces = list(catalog.traces([r["trace_id"] for r in catalog.rows("SELECT trace_id FROM trace")]).values())
+        traces = list(catalog.load_traces([r["trace_id"] for r in catalog.rows("SELECT trace_id FROM trace")]).values())
         assert catalog.add_traces(traces) == 0
         catalog.add_grades(
             [make_grade(t, "no_answer", after=60) for t in sorted(traces, key=lambda t: t.trace_id)[::2]]

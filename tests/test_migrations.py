@@ -181,7 +181,7 @@ def test_an_upgrade_killed_at_any_step_is_carried_on_by_the_next_open(older: Pat
 # -- DuckDB 1.5 -----------------------------------------------------------------------------------------------------
 
 needs_older = pytest.mark.skipif(
-    not OLDER_DUCKDB.is_dir(), reason="no DuckDB 1.5 in .venv/duckdb-1.5: make install puts it there"
+    not OLDER_DUCKDB.is_dir(), reason="no DuckDB 1.5 in .venv/duckdb-1.5: make test-slow puts it there"
 )
 
 

@@ -1,4 +1,4 @@
-"""calset: build, keep and use calibration sets for pruning large reasoning models.
+"""calset: build, keep, publish and use calibration sets for pruning large reasoning models.
 
 The public API, in the order of the work::
 
@@ -27,6 +27,7 @@ _HOMES = {
     "Subset": "calset.catalog.records",
     "against_sources": "calset.builder.decontamination",
     "build": "calset.builder.generate",
+    "compact": "calset.catalog.compact",
     "decontaminate": "calset.builder.decontamination",
     "diff": "calset.catalog.subsets",
     "doctor": "calset.diagnosis",
@@ -58,6 +59,7 @@ __all__ = [
     "__version__",
     "against_sources",
     "build",
+    "compact",
     "decontaminate",
     "diff",
     "doctor",
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     from calset.builder.problems import load_problems, open_problems
     from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
+    from calset.catalog.compact import compact
     from calset.catalog.export import export, resolve
     from calset.catalog.hub import publish, pull, search
     from calset.catalog.merge import merge

@@ -78,15 +78,20 @@ def schema_version(con: duckdb.DuckDBPyConnection, path: str) -> int:
         InputError: the database holds tables, but none of a calset catalog.
         SchemaTooNew: a newer calset wrote it.
     """
-    # One look at the file's own catalog, ours or not, before any table of ours is named.
-    tables = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables() WHERE NOT internal").fetchall()}
-    if not tables:
-        return 0
-    if "migrations" not in tables or "meta" not in tables:
-        raise InputError(f"{path} is a DuckDB database but not a calset catalog: name another file with --catalog")
-    # Not ORDER BY ... LIMIT 1: in a table that rows were deleted from, DuckDB 1.5.6 and 2.0.0 answer that wrongly.
-    last = "SELECT number, calset_version FROM migrations WHERE number = (SELECT max(number) FROM migrations)"
-    rows = con.execute(last).fetchall()
+    # Asked at every opening: listing the tables first would take ten times as long. Not ORDER BY ... LIMIT 1: in a
+    # table that rows were deleted from, DuckDB 1.5.6 and 2.0.0 answer that wrongly.
+    last = """
+        SELECT number, calset_version FROM migrations
+        WHERE number = (SELECT max(number) FROM migrations) AND (SELECT count(*) FROM meta) >= 0
+    """
+    try:
+        rows = con.execute(last).fetchall()
+    except (duckdb.CatalogException, duckdb.BinderException):
+        if not con.execute("SELECT 1 FROM duckdb_tables() WHERE NOT internal LIMIT 1").fetchall():
+            return 0
+        raise InputError(
+            f"{path} is a DuckDB database but not a calset catalog: name another file with --catalog"
+        ) from None
     found, writer = rows[0] if rows else (0, "?")
     if found > SCHEMA_VERSION:
         raise SchemaTooNew(

@@ -419,3 +419,17 @@ def test_a_million_rows_stream(catalog: Catalog, tmp_path: Path, form: str) -> N
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 200  # MB; holding the rows would take 1,000
     out.unlink()
+
+
+def test_no_progress_bar_is_drawn_where_python_is_interactive_and_no_setting_can_be_changed(catalog: Catalog) -> None:
+    code = (
+        "import calset, sys; catalog = calset.Catalog(sys.argv[1])\n"
+        "names = ('enable_progress_bar', 'lock_configuration')\n"
+        "sql = f'SELECT name, value FROM duckdb_settings() WHERE name IN {names}'\n"
+        "print(dict(catalog.query(sql).rows))\n"
+        "with catalog.connect() as con: print(dict(con.execute(sql).fetchall()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, catalog.path], capture_output=True, text=True, check=True)
+    asked, own = done.stdout.splitlines()
+    assert asked == "{'enable_progress_bar': 'false', 'lock_configuration': 'true'}"
+    assert own == "{'enable_progress_bar': 'false', 'lock_configuration': 'false'}"

@@ -31,12 +31,12 @@ Mode = Literal["write", "read", "query", "own"]
 # A file written by DuckDB 2 opens in 1.5 only with this; 1.5 takes the option too.
 _STORAGE = {"storage_compatibility_version": "v1.5.0"}
 _NO_DOWNLOADS = {"autoinstall_known_extensions": "false"}
-# "query" runs SQL that somebody typed: no files, no network, no Python variables, no way to switch that back on.
+# "query" runs SQL that somebody typed: no files, no network, no Python variables, and, once ``_settle`` has locked it,
+# no way to switch that back on.
 _LOCKED = {
     "enable_external_access": "false",
     "autoload_known_extensions": "false",
     "python_enable_replacements": "false",
-    "lock_configuration": "true",
 }
 _CONFIG: dict[Mode, dict[str, str | bool | int | float | list[str]]] = {
     "write": {**_STORAGE, **_NO_DOWNLOADS, "max_vacuum_tasks": "0"},
@@ -273,8 +273,18 @@ def _connect(path: Path, mode: Mode, deadline: float) -> duckdb.DuckDBPyConnecti
         # ``compact`` may have put a new file there between DuckDB's opening the old one and its getting the lock:
         # what is written to the old one then would be lost.
         if _inode(path) == found:
+            _settle(con, mode)
             return con
         con.close()
+
+
+def _settle(con: duckdb.DuckDBPyConnection, mode: Mode) -> None:
+    """What ``connect`` does not take: no progress bar on standard output (DuckDB draws one where Python is interactive
+    or runs ``-c``), and then no further setting in the mode "query"."""
+    for statement in ("SET enable_progress_bar = false", "SET lock_configuration = true"):
+        if mode == "query" or "progress" in statement:
+            with suppress(duckdb.InvalidInputException):  # another thread's connection has locked this file's settings
+                con.execute(statement)
 
 
 def _attach(con: duckdb.DuckDBPyConnection, path: Path, deadline: float) -> None:

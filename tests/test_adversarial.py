@@ -48,9 +48,9 @@ def check(n: int, seed: int, hangs: int) -> Counter[str]:
 
 
 def test_hostile_answers_neither_crash_nor_hang_nor_pass():
-    counts = check(400, seed=1, hangs=1)
-    assert counts["correct"] >= 15
-    assert counts["truncated"] >= 8
+    counts = check(200, seed=1, hangs=1)
+    assert counts["correct"] >= 6
+    assert counts["truncated"] >= 3
 
 
 @pytest.mark.slow

@@ -511,7 +511,10 @@ def wait_for_end(session: int, seconds: float = 60) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "kills"),
-    [("transformers", 2), pytest.param("vllm", 3, marks=[pytest.mark.vllm, pytest.mark.slow])],
+    [
+        pytest.param("transformers", 2, marks=pytest.mark.slow),
+        pytest.param("vllm", 3, marks=[pytest.mark.vllm, pytest.mark.slow]),
+    ],
 )
 def test_killed_at_random_moments_nothing_claimed_is_lost_and_nothing_comes_twice(
     tmp_path: Path, tiny_model: Path, engine: str, kills: int
@@ -533,7 +536,10 @@ def test_killed_at_random_moments_nothing_claimed_is_lost_and_nothing_comes_twic
     assert_complete(path, 20, 4)
 
 
-@pytest.mark.parametrize("to_group", [False, True], ids=["to the process", "from the terminal"])
+@pytest.mark.parametrize(
+    "to_group",
+    [pytest.param(False, id="to the process"), pytest.param(True, id="from the terminal", marks=pytest.mark.slow)],
+)
 def test_an_interrupt_commits_what_finished_and_leaves_nothing_running(
     tmp_path: Path, tiny_model: Path, to_group: bool
 ):

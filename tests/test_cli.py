@@ -281,7 +281,7 @@ def test_compact_says_what_it_gained_and_keeps_the_catalog(built: Path, tmp_path
     asked = ("query", "SELECT trace_id, difficulty FROM trace ORDER BY 1", "--json")
     before = calset(*asked, cwd=tmp_path).stdout
     done = json.loads(calset("compact", "--json", cwd=tmp_path).stdout)
-    assert done["rows"]["traces"] == 18
+    assert done["rows"]["traces"] == len(before.splitlines()) > 0
     assert done["bytes_after"] == (tmp_path / "calset.duckdb").stat().st_size
     assert calset(*asked, cwd=tmp_path).stdout == before != ""
     refused(calset("compact", "--catalog", "none.duckdb", cwd=tmp_path), 2, "there is no catalog")

@@ -297,6 +297,7 @@ def _plan(
         skeleton = source.skeleton()
         decoder = find_decoder(skeleton, allow_partial=allow_partial)
         layout = Layout.of(files, skeleton)
+        layout.check(torch.float32)
         blocks = [layout.matrices(block.weights.values()) for block in decoder.blocks]
         every = [matrix for matrices in blocks for matrix in matrices]
         matrices = patterns.choose(every)
@@ -305,7 +306,6 @@ def _plan(
         dtypes = {m.name: files.stored[m.name].torch_dtype for m in matrices}
         # The narrowest that holds every matrix exactly: the config's may round them.
         dtype = reduce(torch.promote_types, set(dtypes.values()))
-        layout.check(dtype)
         needed = estimate(
             skeleton, decoder, files, matrices, samples, chosen.needs, propagate, dtype, on_device, batch_tokens,
             hidden, Path(out),

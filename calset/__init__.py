@@ -34,6 +34,7 @@ _HOMES = {
     "judge": "calset.builder.judge",
     "load_problems": "calset.builder.problems",
     "open_problems": "calset.builder.problems",
+    "plan_pruning": "calset.pruning.prune",
     "prune": "calset.pruning.prune",
     "resolve": "calset.catalog.export",
     "select": "calset.catalog.selection",
@@ -57,6 +58,7 @@ __all__ = [
     "judge",
     "load_problems",
     "open_problems",
+    "plan_pruning",
     "prune",
     "resolve",
     "select",
@@ -91,5 +93,5 @@ if TYPE_CHECKING:
     from calset.catalog.subsets import diff
     from calset.errors import CalsetError, InputError
     from calset.pruning.evaluate import evaluate
-    from calset.pruning.prune import prune
+    from calset.pruning.prune import plan_pruning, prune
     from calset.pruning.verify import verify

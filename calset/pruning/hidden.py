@@ -41,7 +41,7 @@ class HiddenStates:
 
     def get(self, index: int) -> Any:
         value = self._entries[index]
-        if self.where == "disk":
+        if self.where == "disk" and value is not None:
             return self._from_disk(index, value)
         return _map(value, lambda t: t.to(self.device, non_blocking=True, copy=True))
 

@@ -173,7 +173,7 @@ def test_a_process_killed_from_outside_continues_to_the_same_bytes(tmp_path, tin
         "from small_models import make_samples, make_subset\n"
         "from calset.pruning.prune import prune\n"
         "import torch; torch.set_num_threads(1)\n"
-        "prune({model!r}, make_subset(make_samples([200 + 13 * (i % 9) for i in range(60)])), {out!r}, sparsity=0.5)\n"
+        "prune({model!r}, make_subset(make_samples([200 + 13 * (i % 9) for i in range(24)])), {out!r}, sparsity=0.5)\n"
     )
 
     def command(out: Path) -> list[str]:
@@ -322,14 +322,18 @@ def test_a_tensor_is_replaced_in_its_file_and_nothing_else(tmp_path):
 def test_memory_does_not_grow_with_the_number_of_blocks_and_stays_within_the_plan(tmp_path):
     code = (
         "import sys; sys.path.insert(0, {tests!r})\n"
-        "import resource, torch; torch.set_num_threads(1)\n"
+        "import torch; torch.set_num_threads(1)\n"
         "from small_models import make_samples, make_subset\n"
         "from calset.pruning.prune import prune\n"
+        "def kib(key):\n"
+        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
         "subset = make_subset(make_samples((100, 120) * 8))\n"
         "prune({small!r}, subset, {warm!r}, sparsity=0.5)\n"  # what the process holds anyway
-        "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "prune({model!r}, subset, {out!r}, sparsity=0.5, batch_tokens=1024)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024)\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # begin a new high-water mark
+        "base = kib('VmRSS')\n"
+        # One matrix a block: what is held is measured, not the solves' time.
+        "prune({model!r}, subset, {out!r}, sparsity=0.5, batch_tokens=1024, include=['v_proj'])\n"
+        "print((kib('VmHWM') - base) * 1024)\n"
     )
     small = save_model(tmp_path / "small")
     peaks, plans, sizes = {}, {}, {}
@@ -340,14 +344,18 @@ def test_memory_does_not_grow_with_the_number_of_blocks_and_stays_within_the_pla
             tests=str(Path(__file__).parent), small=str(small), warm=str(tmp_path / f"warm-{n}"), model=str(model),
             out=str(tmp_path / f"out-{n}"),
         )  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True)
+        # glibc keeps freed blocks of up to 32 MB for later; a real model's matrices are larger than this one's.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        command = [sys.executable, "-c", text]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         peaks[n] = int(done.stdout)
         samples = make_subset(make_samples((100, 120) * 8))
-        plans[n] = plan_pruning(model, samples, tmp_path / "no", sparsity=0.5, batch_tokens=1024).host_bytes
-    print(peaks, plans, sizes)
+        plans[n] = plan_pruning(
+            model, samples, tmp_path / "no", sparsity=0.5, batch_tokens=1024, include=["v_proj"]
+        ).host_bytes
     assert sizes[8] - sizes[2] > 150e6
-    # Mapped pages of the source's files may count as resident, once each is read; they are the kernel's to drop.
-    assert peaks[8] - peaks[2] < 0.25 * (sizes[8] - sizes[2])
+    print("bytes at the peak", peaks, "planned", plans, "in the files", sizes)
+    assert peaks[8] - peaks[2] < 0.1 * (sizes[8] - sizes[2])
     assert peaks[8] < plans[8] < 4 * peaks[8]
 
 

@@ -126,6 +126,8 @@ def estimate(
         hidden: where hidden states are to be; default: wherever they fit, the nearest first.
     """
     uses_data = needs != "nothing"
+    names = {m.weight.name for m in matrices}
+    chosen = [[w for w in block.weights.values() if w.name in names] for block in decoder.blocks]
     shapes = calibration.batch_shapes(batch_tokens) if uses_data else []
     positions = sum(n * length for n, length in shapes)
     width = model.get_input_embeddings().weight.shape[1]
@@ -133,8 +135,8 @@ def estimate(
     parts = {
         "a block's weights": max(sum(p.numel() for p in b.module.parameters()) for b in decoder.blocks)
         * dtype.itemsize,
-        "statistics": max(_statistics_bytes(b, needs) for b in decoder.blocks),
-        "a solve": max(_solve_bytes(b, needs) for b in decoder.blocks),
+        "statistics": max(_statistics_bytes(w, needs) for w in chosen),
+        "a solve": max(_solve_bytes(w, needs) for w in chosen),
     }
     if uses_data:
         parts["embeddings"] = _outside(model, decoder) * dtype.itemsize
@@ -157,8 +159,8 @@ def estimate(
         n_positions=positions,
         n_batches=len(shapes),
         forward_flops=(2 if propagate == "pruned" else 1) * sum(_forward(b, model.config) for b in blocks) * positions,
-        statistics_flops=sum(_statistics(b, needs, model.config) for b in blocks) * calibration.n_counted_tokens,
-        solve_flops=sum(map(float, (_solve(b, needs) for b in blocks))),
+        statistics_flops=sum(_statistics(w, needs, model.config) for w in chosen) * calibration.n_counted_tokens,
+        solve_flops=sum(_solve(w, needs) for w in chosen),
         device=device.type,
         hidden=where,
         device_parts=parts,
@@ -192,22 +194,18 @@ def _where(hidden: int, device: torch.device, others: int, device_free: int, hos
     return "disk"
 
 
-def _readers(block: Block) -> list[tuple[Weight, int]]:
-    """(weight, how many inputs of its own it reads): each expert its own, and for lack of better each linear."""
-    return [(w, w.n_experts or 1) for w in block.weights.values()]
-
-
-def _statistics_bytes(block: Block, needs: Needs) -> int:
+def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:
+    """Each expert reads inputs of its own, and for lack of better each linear."""
     if needs == "nothing":
         return 0
-    widths = [(w.shape[1], n) for w, n in _readers(block)]
+    widths = [(w.shape[1], w.n_experts or 1) for w in weights]
     return sum(n * FLOAT * (width * width if needs == "gram" else width) for width, n in widths)
 
 
-def _solve_bytes(block: Block, needs: Needs) -> int:
+def _solve_bytes(weights: Sequence[Weight], needs: Needs) -> int:
     """The matrices of one input at a time: as float32, updated, their errors and scores; the Gram, damped, factored."""
     together: dict[tuple[int, int], int] = {}
-    for weight in block.weights.values():
+    for weight in weights:
         # What one module holds may share an input; an attention's projections do.
         key = (id(weight.module) if weight.n_experts else hash(weight.name.rsplit(".", 2)[0]), weight.shape[1])
         together[key] = together.get(key, 0) + weight.shape[0]
@@ -237,19 +235,20 @@ def _forward(block: Block, config: Any) -> float:
     return sum(2.0 * w.shape[0] * w.shape[1] * _uses(w, config) for w in block.weights.values())
 
 
-def _statistics(block: Block, needs: Needs, config: Any) -> float:
+def _statistics(weights: Sequence[Weight], needs: Needs, config: Any) -> float:
     """Operations a counted token."""
     if needs == "nothing":
         return 0.0
     power = 2 if needs == "gram" else 1
-    return sum(2.0 * w.shape[1] ** power * _uses(w, config) for w in block.weights.values())
+    return sum(2.0 * w.shape[1] ** power * _uses(w, config) for w in weights)
 
 
-def _solve(block: Block, needs: Needs) -> float:
+def _solve(weights: Sequence[Weight], needs: Needs) -> float:
     if needs != "gram":
-        return float(sum(w.parameter.numel() for w in block.weights.values()))
-    # One Cholesky and one triangular inverse an input, and each weight moves all those after it.
-    return sum(n * (2 / 3 * w.shape[1] ** 3 + w.shape[0] * w.shape[1] ** 2) for w, n in _readers(block))
+        return float(sum(w.parameter.numel() for w in weights))
+    # One Cholesky and one triangular inverse an input, and each column moves all those after it.
+    solves = [(w.shape[0], w.shape[1], w.n_experts or 1) for w in weights]
+    return sum(n * (2 / 3 * width**3 + rows * width**2) for rows, width, n in solves)
 
 
 def _outside(model: Any, decoder: Decoder) -> int:

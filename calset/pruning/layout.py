@@ -118,8 +118,8 @@ class Layout:
         Raises:
             InputError: the files do not fit the model, or cannot be read.
         """
-        tensors = {name: self.files.slice(name) for name in names}
-        info = self._convert(tensors, dtype, device)
+        info = self._convert({name: self.files.slice(name) for name in names}, dtype, device)
+        self.files.release()
         _refuse(info, self.files, missing=())
 
     def check(self, dtype: torch.dtype) -> None:

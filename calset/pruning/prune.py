@@ -524,7 +524,12 @@ def _prune_blocks(plan: _Plan, work: WorkFolder, phases: dict[str, float], tell:
                 chosen = [m for m in layout.matrices(block.weights.values()) if m.key in plan.chosen]
                 if batches and (chosen or plan.propagate == "dense"):
                     with _timed(phases, "statistics"):
-                        found = walk.statistics(index, plan.method.needs, keep=plan.propagate == "dense")
+                        found = walk.statistics(
+                            index,
+                            plan.method.needs,
+                            keep=plan.propagate == "dense",
+                            only={m.reads for m in chosen},
+                        )
                 with _timed(phases, "pruning"):
                     reports = _prune_block(chosen, found, plan)
                 del found  # before the next block's

@@ -105,6 +105,10 @@ class TensorFiles:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Close the files, to be opened again when needed: pages of an open one that were read count as ours."""
         self._open.clear()
 
     def slice(self, name: str) -> Any:

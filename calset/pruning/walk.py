@@ -9,7 +9,7 @@ Shared inputs are found by identity. It must not know methods, masks or files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -89,11 +89,14 @@ class Walk:
             self._ready = index
         return block
 
-    def statistics(self, index: int, needs: Needs, *, keep: bool) -> dict[str, InputStatistics]:
+    def statistics(
+        self, index: int, needs: Needs, *, keep: bool, only: Collection[str] | None = None
+    ) -> dict[str, InputStatistics]:
         """Run block ``index`` over all batches and sum what its weights read.
 
         Args:
             keep: also keep the block's outputs, as the inputs of the next one (dense propagation).
+            only: the readers that are asked for, by what ``Weight.reads`` calls them; default: all.
 
         Returns:
             What ``Weight.reads`` calls them -> statistics; weights that read one tensor share one object. Experts that
@@ -103,14 +106,16 @@ class Walk:
             PruningError: activations that are not finite, or a linear whose inputs cannot be told apart by token.
         """
         block = self.ready(index)
-        collector = _Collector(needs, self.device)
-        handles = [linear.register_forward_pre_hook(collector.hook(name)) for name, linear in block.linears.items()]
+        readers = {r for w in block.weights.values() for r in w.readers()}
+        collector = _Collector(needs, self.device, readers if only is None else readers & set(only))
+        linears = {name: linear for name, linear in block.linears.items() if name in collector.readers}
+        handles = [linear.register_forward_pre_hook(collector.hook(name)) for name, linear in linears.items()]
         try:
             self._run(block, keep=keep, before=collector.start, tell=collector.tell)
         finally:
             for handle in handles:
                 handle.remove()
-        return collector.result(block)
+        return collector.result(linears)
 
     def advance(self, index: int) -> None:
         """Run block ``index`` as it now is over all batches; its outputs are the next block's inputs."""
@@ -200,7 +205,8 @@ class _Stop(Exception):
 class _Collector:
     """Sums the inputs of a block's weights, once per tensor: those that read the same one share statistics."""
 
-    def __init__(self, needs: Needs, device: torch.device) -> None:
+    def __init__(self, needs: Needs, device: torch.device, readers: Collection[str]) -> None:
+        self.readers = readers
         self.needs: Needs = needs
         self.device = device
         self.leaders: dict[str, str] = {}  # linear -> the first linear that read the same tensor
@@ -222,7 +228,8 @@ class _Collector:
         """For one module of fused experts: sums what each expert's matrices read, over the counted tokens it got."""
 
         def see(attribute: str, expert: int, inputs: Tensor, tokens: Tensor) -> None:
-            self._sum(f"{module_name}.{attribute}[{expert}]", inputs, self._counted[tokens])
+            if (name := f"{module_name}.{attribute}[{expert}]") in self.readers:
+                self._sum(name, inputs, self._counted[tokens])
 
         return see
 
@@ -253,9 +260,9 @@ class _Collector:
             self.sums[name] = InputStatistics.zeros(rows.shape[1], self.needs, self.device)
         self.sums[name].add(rows, counted)
 
-    def result(self, block: Block) -> dict[str, InputStatistics]:
+    def result(self, linears: Collection[str]) -> dict[str, InputStatistics]:
         self._seen = []
-        if unread := [name for name in block.linears if name not in self.leaders]:
+        if unread := [name for name in linears if name not in self.leaders]:
             raise PruningError(f"{unread[0]} was never used on the calibration data: there is nothing to prune it by")
         for name, statistics in self.sums.items():
             if not statistics.is_finite():

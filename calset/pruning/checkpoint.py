@@ -125,7 +125,9 @@ def _download(model: str, revision: str) -> Path:
         raise InputError(f"the Hub did not give {model}: {first_line(error)}") from error
 
 
-def write_companions(source: Path, folder: Path, record: Mapping[str, Any], section: str) -> None:
+def write_companions(
+    source: Path, folder: Path, record: Mapping[str, Any], section: str, switches: Mapping[str, Any]
+) -> None:
     """What stands beside the weights: the source's small files, the record and the card.
 
     The source's own config, generation config, tokenizer and templates: what loads the base loads this.
@@ -133,8 +135,13 @@ def write_companions(source: Path, folder: Path, record: Mapping[str, Any], sect
     Args:
         record: goes into ``pruning.json``; its ``matrices`` name the pruned ones.
         section: Markdown about the pruning, put before the base model's card.
+        switches: what config.json is to say differently; without any it stays, byte for byte.
     """
     _copy_small_files(source, folder)
+    if switches:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        text = json.dumps({**config, **switches}, indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(source, section), encoding="utf-8")
     text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ whatever a version of transformers merges it with.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -122,8 +122,11 @@ class Layout:
         self.files.release()
         _refuse(info, self.files, missing=())
 
-    def check(self, dtype: torch.dtype) -> None:
+    def check(self, dtype: torch.dtype, absent: Collection[str] = ()) -> None:
         """Try the whole load on the meta device: ``model`` must be there, and stays there.
+
+        Args:
+            absent: parameters that the checkpoint need not hold.
 
         Raises:
             InputError: tensors that the checkpoint lacks, or of other shapes than the model's.
@@ -135,7 +138,9 @@ class Layout:
         info = self._convert({n: tensors[n] for n in names}, dtype, "meta")
         self.model._adjust_missing_and_unexpected_keys(info)
         tied = getattr(self.model, "all_tied_weights_keys", {})
-        missing = [n for n in info.missing_keys if not (n in tied and tied[n] not in info.missing_keys)]
+        missing = [
+            n for n in info.missing_keys if n not in absent and not (n in tied and tied[n] not in info.missing_keys)
+        ]
         _refuse(info, self.files, missing=sorted(missing))
 
     def _convert(self, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> Any:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import CalsetError, InputError, PruningError, Stopped, first_line
 from calset.pruning import checkpoint
 from calset.pruning.layout import fsync_folder
-from calset.pruning.tensorfiles import INDEX, read_headers, weight_files, write_tensor
+from calset.pruning.tensorfiles import INDEX, Added, copy_files, read_headers, weight_files, write_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,26 +111,34 @@ class WorkFolder:
             _append(self.folder, record)
         self.blocks.append(record)
 
-    def complete(self, source: Path, record: Mapping[str, Any], section: str) -> None:
+    def complete(
+        self, source: Path, record: Mapping[str, Any], section: str, switches: Mapping[str, Any] | None = None
+    ) -> None:
         """Add what stands beside the weights and put everything in its place.
+
+        Args:
+            switches: what config.json is to say differently, for added tensors.
 
         Raises:
             PruningError: it could not be written.
         """
         with _writing(self.out):
             _clear(self.model, keep=[p.name for p in weight_files(self.model)] + [INDEX])
-            checkpoint.write_companions(source, self.model, record, section)
+            checkpoint.write_companions(source, self.model, record, section, switches or {})
             flush(self.model)
             self.model.rename(self.out)
             fsync_folder(self.out.absolute().parent)
 
 
 @contextmanager
-def opened(out: Path, source: Path, settings: Mapping[str, Any]) -> Iterator[WorkFolder]:
+def opened(
+    out: Path, source: Path, settings: Mapping[str, Any], added: Mapping[str, Added] | None = None
+) -> Iterator[WorkFolder]:
     """The work folder for ``out``, new or where an interrupted run left it; gone afterwards unless it can be continued.
 
     Args:
         settings: all that decides the result; JSON. An interrupted run is only continued with the same.
+        added: tensors that the source has not, by name.
 
     Raises:
         InputError: another process works on it, or an interrupted run had other settings.
@@ -144,7 +152,7 @@ def opened(out: Path, source: Path, settings: Mapping[str, Any]) -> Iterator[Wor
         work = WorkFolder(out, folder)
         keep = False
         try:
-            _begin(work, source, settings)
+            _begin(work, source, settings, added)
             yield work
         except BaseException as error:
             keep = bool(work.blocks) and not _is_final(error)
@@ -161,7 +169,7 @@ def _is_final(error: BaseException) -> bool:
     return isinstance(error, CalsetError) and not isinstance(error.__cause__, OSError)
 
 
-def _begin(work: WorkFolder, source: Path, settings: Mapping[str, Any]) -> None:
+def _begin(work: WorkFolder, source: Path, settings: Mapping[str, Any], added: Mapping[str, Added] | None) -> None:
     lines = _read_progress(work.folder)
     shutil.rmtree(work.folder / "scratch", ignore_errors=True)  # hidden states of a killed run
     if lines:
@@ -171,11 +179,7 @@ def _begin(work: WorkFolder, source: Path, settings: Mapping[str, Any]) -> None:
     with _writing(work.out):
         shutil.rmtree(work.model, ignore_errors=True)
         work.model.mkdir()
-        files = weight_files(source)
-        for path in files:
-            shutil.copyfile(path, work.model / path.name)
-        if files[0].name != "model.safetensors":
-            shutil.copyfile(source / INDEX, work.model / INDEX)
+        copy_files(source, work.model, added)
         flush(work.model)
         _append(work.folder, {"settings": settings})
 

@@ -696,6 +696,7 @@ def prune(
     Killed or stopped, the same command continues where it was.
     """
     from calset.catalog.export import resolve
+    from calset.pruning.distributed import is_first
     from calset.pruning.prune import plan_pruning
     from calset.pruning.prune import prune as run
 
@@ -708,8 +709,10 @@ def prune(
             terminal.table(["plan", "at most"], plan.rows())
         plan.check(options["force"])
         return
-    with terminal.progress(progress_mode, "pruned blocks") as bar:
+    with terminal.progress(progress_mode if is_first() else "none", "pruned blocks") as bar:
         report = run(model, subset, options.pop("out"), progress=_prune_progress(bar), **options)
+    if not is_first():
+        return
     if catalog.exists():
         _open(catalog).add_pruning(report.as_dict())
     if as_json:

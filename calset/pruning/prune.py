@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calset.errors import InputError, PruningError
-from calset.pruning import checkpoint, methods, workfolder
+from calset.pruning import checkpoint, distributed, methods, workfolder
 from calset.pruning.calibration import BATCH_TOKENS, Calibration, Tokens, read
 from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate, estimate
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
     from calset.catalog.records import Subset
     from calset.pruning.decoder import Block
+    from calset.pruning.distributed import Team
     from calset.pruning.stats import InputStatistics
+    from calset.pruning.walk import Walk
     from calset.pruning.workfolder import WorkFolder
 
 Propagate = Literal["pruned", "dense"]
@@ -188,12 +190,15 @@ def prune(
         tell = progress or (lambda event: None)
         phases: dict[str, float] = {"checking": time.monotonic() - began}
         tell({"done": 0, "total": None, "phase": "loading"})
-        opening = time.monotonic()
-        with workfolder.opened(plan.out, plan.source.folder, plan.settings) as work:
-            phases["copying"] = time.monotonic() - opening
-            matrices = _prune_blocks(plan, work, phases, tell)
-            report = _report(plan, work, matrices, phases, time.monotonic() - began)
-            work.complete(plan.source.folder, report.as_dict(), card_section(report))
+        with distributed.joined(plan.device) as team:
+            team.part([None] * plan.estimate.n_batches)
+            opening = time.monotonic()
+            opened = partial(workfolder.opened, plan.out, plan.source.folder, plan.settings)
+            with team.work(plan.out, opened) as work:
+                phases["copying"] = time.monotonic() - opening
+                matrices = _prune_blocks(plan, work, team, phases, tell)
+                report = _report(plan, work, matrices, phases, time.monotonic() - began)
+                work.complete(plan.source.folder, report.as_dict(), card_section(report))
     return report
 
 
@@ -396,6 +401,7 @@ def _settings(
         "model revision": source.revision,
         "calibration": subset.content_hash,
         "device": device.type,
+        "processes": distributed.n_processes(),  # sums come out in another order
         "versions": _versions(),
     }
 
@@ -485,63 +491,74 @@ def _timed(phases: dict[str, float], phase: str) -> Iterator[None]:
         phases[phase] = phases.get(phase, 0.0) + time.monotonic() - began
 
 
-def _prune_blocks(plan: _Plan, work: WorkFolder, phases: dict[str, float], tell: OnProgress) -> list[MatrixReport]:
+def _prune_blocks(
+    plan: _Plan, work: WorkFolder, team: Team, phases: dict[str, float], tell: OnProgress
+) -> list[MatrixReport]:
     from calset.pruning.walk import Walk
 
     model = plan.source.skeleton(plan.dtype)
     decoder = find_decoder(model, allow_partial=plan.allow_partial)
     total = len(decoder.blocks)
     # A method that needs no data does not run the model.
-    batches = plan.calibration.batches(plan.batch_tokens) if plan.uses_data else []
+    batches = team.part(plan.calibration.batches(plan.batch_tokens)) if plan.uses_data else []
     hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
     matrices: list[MatrixReport] = []
     with TensorFiles(plan.source.folder) as dense, TensorFiles(work.model) as pruned:
-        sources = {"dense": Layout.of(dense, model), "pruned": Layout.of(pruned, model)}
-        layout = sources["dense"]
+        layout, finished = Layout.of(dense, model), Layout.of(pruned, model)
         if batches:
             _load_surroundings(layout, decoder.blocks, plan)
 
         def load(block: Block) -> None:
-            index = decoder.blocks.index(block)
             # Blocks that an interrupted run finished are run as that run propagated them.
-            was_done = index < len(work.blocks) and plan.propagate == "pruned"
+            was_done = decoder.blocks.index(block) < len(work.blocks) and plan.propagate == "pruned"
+            source = finished if was_done else layout
             with _timed(phases, "loading"):
-                chosen = sources["pruned" if was_done else "dense"]
-                chosen.load(chosen.names(f"{block.name}."), plan.dtype, plan.device)
+                source.load(source.names(f"{block.name}."), plan.dtype, plan.device)
 
         with Walk(model, decoder, batches, plan.device, hidden=hidden, load=load) as walk:
-            for index, block in enumerate(decoder.blocks):
+            for index in range(total):
                 tell({"done": index, "total": total, "phase": "pruning"})
+                is_last = index + 1 == total
                 if index < len(work.blocks):
-                    matrices.extend(_recorded(work.blocks[index]))
-                    if batches and index + 1 < total:
+                    reports = _recorded(work.blocks[index])
+                    if not is_last:
                         with _timed(phases, "replaying"):
                             walk.advance(index)
-                    walk.finish(index)
-                    continue
-                walk.ready(index)
-                found: dict[str, InputStatistics] = {}
-                chosen = [m for m in layout.matrices(block.weights.values()) if m.key in plan.chosen]
-                if batches and (chosen or plan.propagate == "dense"):
-                    with _timed(phases, "statistics"):
-                        found = walk.statistics(
-                            index,
-                            plan.method.needs,
-                            keep=plan.propagate == "dense",
-                            only={m.reads for m in chosen},
-                        )
-                with _timed(phases, "pruning"):
-                    reports = _prune_block(chosen, found, plan)
-                del found  # before the next block's
-                with _timed(phases, "writing"):
-                    work.finish_block(_changed(layout, block, chosen), _block_record(block, reports, work))
-                matrices.extend(reports)
-                if batches and plan.propagate == "pruned" and index + 1 < total:
-                    with _timed(phases, "propagation"):
-                        walk.advance(index)
+                else:
+                    reports = _work_on(index, walk, layout, plan, work, team, phases)
+                    if plan.propagate == "pruned" and not is_last:
+                        with _timed(phases, "propagation"):
+                            walk.advance(index)
                 walk.finish(index)
+                matrices.extend(reports)
     tell({"done": total, "total": total, "phase": "saving"})
     return matrices
+
+
+def _work_on(
+    index: int,
+    walk: Walk,
+    layout: Layout,
+    plan: _Plan,
+    work: WorkFolder,
+    team: Team,
+    phases: dict[str, float],
+) -> list[MatrixReport]:
+    """Prune one block and write it."""
+    block = walk.ready(index)
+    chosen = [m for m in layout.matrices(block.weights.values()) if m.key in plan.chosen]
+    found: dict[str, InputStatistics] = {}
+    if walk.batches and (chosen or plan.propagate == "dense"):
+        with _timed(phases, "statistics"):
+            needs, only = plan.method.needs, {m.reads for m in chosen}
+            found = walk.statistics(index, needs, keep=plan.propagate == "dense", only=only)
+            found = team.add_up(found, {m.reads: m.shape[1] for m in chosen}, needs, plan.device)
+    with _timed(phases, "pruning"):
+        reports = _prune_block(chosen, found, plan, team)
+    with _timed(phases, "writing"):
+        record = {"block": block.name, "matrices": [asdict(r) for r in reports], "resumed_at": work.resumed_at}
+        work.finish_block(_changed(layout, block, chosen), record)
+    return reports
 
 
 def _load_surroundings(layout: Layout, blocks: Sequence[Block], plan: _Plan) -> None:
@@ -565,10 +582,6 @@ def _changed(layout: Layout, block: Block, chosen: Sequence[Matrix]) -> Iterator
             yield name, tensor
 
 
-def _block_record(block: Block, reports: Sequence[MatrixReport], work: WorkFolder) -> dict[str, Any]:
-    return {"block": block.name, "matrices": [asdict(r) for r in reports], "resumed_at": work.resumed_at}
-
-
 def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
     """The reports of a block that an interrupted run finished."""
 
@@ -579,30 +592,42 @@ def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
 
 
 def _prune_block(
-    matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], plan: _Plan
+    matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], plan: _Plan, team: Team
 ) -> list[MatrixReport]:
     """Prune a block's matrices in place, those with one input together; reports in the given order."""
     together: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         inputs = statistics.get(matrix.reads)
         together.setdefault(id(inputs) if inputs is not None else id(matrix), []).append(matrix)
-    reports: dict[tuple[Any, ...], MatrixReport] = {}
-    for members in together.values():
-        inputs = statistics.get(members[0].reads)
-        weights = [m.values().detach().float() for m in members]
-        if not all(bool(w.isfinite().all()) for w in weights):
-            raise PruningError(f"{members[0].label} holds values that are not finite: the checkpoint is broken")
-        method = plan.method
-        if plan.uses_data and (inputs is None or not inputs.n_tokens):
-            # An expert that no calibration token reached: nothing is known of its inputs, so weights are all there is.
-            method, inputs = methods.find("magnitude"), None
-        try:
-            results = methods.prune_shared(method, weights, inputs, plan.selection, plan.damping)
-        except PruningError as error:
-            raise PruningError(f"{members[0].label}: {error}") from error
-        for matrix, result in zip(members, results, strict=True):
-            reports[matrix.key] = _write(matrix, result, inputs, plan, method)
+    groups = list(together.values())
+    owners = team.owners([sum(m.shape[0] for m in g) * g[0].shape[1] ** 2.0 + g[0].shape[1] ** 3.0 for g in groups])
+    reports: dict[Any, MatrixReport] = {}
+    for members, owner in zip(groups, owners, strict=True):
+        if owner == team.rank:
+            reports.update(_prune_group(members, statistics.get(members[0].reads), plan))
+    for members, owner in zip(groups, owners, strict=True):
+        for matrix in members:
+            team.tell(matrix.values(), owner)
+    reports = team.gather(reports)
     return [reports[m.key] for m in matrices]
+
+
+def _prune_group(
+    members: Sequence[Matrix], inputs: InputStatistics | None, plan: _Plan
+) -> dict[tuple[Any, ...], MatrixReport]:
+    """Prune matrices that read one input, in place; reports by the matrices' keys."""
+    weights = [m.values().detach().float() for m in members]
+    if not all(bool(w.isfinite().all()) for w in weights):
+        raise PruningError(f"{members[0].label} holds values that are not finite: the checkpoint is broken")
+    method = plan.method
+    if plan.uses_data and (inputs is None or not inputs.n_tokens):
+        # An expert that no calibration token reached: nothing is known of its inputs, so weights are all there is.
+        method, inputs = methods.find("magnitude"), None
+    try:
+        results = methods.prune_shared(method, weights, inputs, plan.selection, plan.damping)
+    except PruningError as error:
+        raise PruningError(f"{members[0].label}: {error}") from error
+    return {m.key: _write(m, r, inputs, plan, method) for m, r in zip(members, results, strict=True)}
 
 
 def _write(

@@ -119,7 +119,8 @@ class Walk:
 
     def advance(self, index: int) -> None:
         """Run block ``index`` as it now is over all batches; its outputs are the next block's inputs."""
-        self._run(self.ready(index), keep=True)
+        if self.batches:
+            self._run(self.ready(index), keep=True)
 
     def finish(self, index: int) -> None:
         """Put a stand-in in the place of block ``index``, and take the block off the device."""

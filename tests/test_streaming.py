@@ -293,7 +293,7 @@ def test_hidden_states_come_back_as_they_were_and_a_block_may_write_on_them(tmp_
     assert states.get(0) is None
     for dtype in (torch.float32, torch.bfloat16):
         value = (torch.randn(2, 3).to(dtype), None)
-        states.put(1, value)
+        states.put(1, (value[0].clone(), None))
         got = states.get(1)
         assert torch.equal(got[0], value[0])
         assert got[0].dtype == dtype

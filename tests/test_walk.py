@@ -150,6 +150,21 @@ def test_linears_that_read_one_tensor_share_statistics_and_count_it_once():
     assert {s.n_tokens for s in got.values()} == {sum(len(s.input_ids) for s in samples)}
 
 
+def test_one_tensor_is_told_from_others_by_identity():
+    from calset.pruning.walk import _is_same
+
+    x = torch.randn(2, 3, 4)
+    version = x._version
+    assert _is_same(x, version, x)
+    assert _is_same(x, version, x.view(6, 4))
+    assert not _is_same(x, version, x.clone())
+    assert not _is_same(x, version, x.view(3, 8))
+    assert not _is_same(x, version, x[:1])
+    assert not _is_same(x, version, x.transpose(0, 1))
+    x.add_(1)
+    assert not _is_same(x, version, x)
+
+
 def test_statistics_leave_no_trace_on_the_model():
     model = make_model()
     ids = torch.tensor([[5, 6, 7]])

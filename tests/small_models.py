@@ -31,6 +31,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Phi3": {"pad_token_id": 0},
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2},
     "Olmo2": {"eos_token_id": 2},
+    "Falcon": {"alibi": False, "bos_token_id": 1, "eos_token_id": 2},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen3Moe": MOE,
     "DeepseekV3": {

@@ -196,6 +196,25 @@ def make_odd(kind: str = "Llama"):
     return model
 
 
+def test_a_linear_of_another_name_is_known_by_what_it_computes():
+    decoder = find_decoder(make_model("Falcon"))
+    assert {type(linear).__name__ for linear in decoder.linears().values()} == {"FalconLinear"}
+    assert len(decoder.linears()) == 2 * 4
+
+
+def test_a_matrix_in_a_format_that_is_no_plain_float_is_refused_by_name(tmp_path, models, monkeypatch):
+    folder = shutil.copytree(models("Llama"), tmp_path / "dense")
+    weights = weights_of(folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(Layout, "load", lambda *a: pytest.fail("weights were loaded"))
+    with pytest.raises(
+        InputError, match=r"down_proj\.weight of .* is stored as F8_E4M3: prune a checkpoint of F64, F32"
+    ):
+        prune(folder, make_subset(), tmp_path / "out", sparsity=0.5)
+
+
 def test_weights_that_are_not_understood_are_refused_by_name_and_left_alone_when_allowed():
     with pytest.raises(
         InputError, match=r"layers\.0\.extra \(3, 5\), model\.layers\.0\.self_attn\.o_proj.*--allow-par"

@@ -947,18 +947,46 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Positions run at a time."
 )
 @click.option("--max-length", type=click.IntRange(min=1), help="Cut longer samples to N tokens; the report says so.")
-@click.option("--force", is_flag=True, help="Accept a subset of another tokenizer.")
+@click.option(
+    "--include", multiple=True, metavar="REGEX", help="Prune only matrices with it in their name. Repeatable."
+)
+@click.option("--exclude", multiple=True, metavar="REGEX", help="Leave matrices with it in their name. Repeatable.")
+@click.option("--allow-partial", is_flag=True, help="Leave decoder weights that calset does not understand dense.")
+@click.option(
+    "--hidden",
+    type=click.Choice(["device", "host", "disk"]),
+    help="Where hidden states are kept between blocks. Default: the nearest place where they fit.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would be done and needed, without loading a weight.")
+@click.option("--force", is_flag=True, help="Accept a subset of another tokenizer, and an estimate that does not fit.")
 @catalog_option
 @progress_option
 @json_option
-def prune(model: str, calibration: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
-    """Prune MODEL against a calibration subset and save an ordinary checkpoint with pruning.json."""
+def prune(
+    model: str, calibration: str, catalog: Path, progress_mode: str, as_json: bool, dry_run: bool, **options: Any
+) -> None:
+    """Prune MODEL against a calibration subset and save an ordinary checkpoint with pruning.json.
+
+    Killed or stopped, the same command continues where it was.
+    """
     from calset.catalog.export import resolve
+    from calset.pruning.distributed import is_first
+    from calset.pruning.prune import plan_pruning
     from calset.pruning.prune import prune as run
 
     subset = resolve(calibration, catalog)
-    with terminal.progress(progress_mode, "pruned blocks") as bar:
+    if dry_run:
+        plan = plan_pruning(model, subset, options.pop("out"), **options)
+        if as_json:
+            terminal.emit_json(plan.as_dict())
+        else:
+            terminal.table(["plan", "at most"], plan.rows())
+        plan.check(options["force"])
+        return
+    with terminal.progress(progress_mode if is_first() else "none", "pruned blocks") as bar:
         report = run(model, subset, options.pop("out"), progress=_prune_progress(bar), **options)
+    if not is_first():
+        return
     if catalog.exists():
         _open(catalog).add_pruning(report.as_dict())
     if as_json:

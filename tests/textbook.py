@@ -84,3 +84,100 @@ def sparsegpt(
         w[:, j:] -= np.outer(error, inverse)
     w[mask] = 0
     return w, mask
+
+
+def prune_model(model, layers, sequences, sparsity: float, *, method: str, skip: str = "") -> None:
+    """Prune a whole causal language model in place, in float64: every block is found anew by running the whole model.
+
+    Each sequence runs alone, so nothing is padded. An expert is pruned with the tokens that its router sends it, which
+    are looked up token by token; its two first matrices, where the checkpoint keeps them apart, apart.
+
+    Args:
+        layers: the decoder blocks, in order.
+        skip: part of the names of linears that are routers.
+    """
+    import torch
+
+    model.double()
+    model.config._experts_implementation = "eager"  # the others take no float64
+    for layer in layers:
+        inputs, routed = {}, {}
+        handles = []
+        for name, module in layer.named_modules():
+            if type(module).__name__ in ("Linear", "Conv1D") and not (skip and skip in name):
+                handles.append(module.register_forward_pre_hook(_keep_inputs(inputs, name)))
+            if type(module).__name__.endswith("Experts"):
+                handles.append(module.register_forward_pre_hook(_keep_routing(routed, name)))
+        with torch.no_grad():
+            for sequence in sequences:
+                model(input_ids=torch.tensor([list(sequence)]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for name, rows in inputs.items():
+            module = layer.get_submodule(name)
+            transposed = type(module).__name__ == "Conv1D"
+            weight = module.weight.detach().numpy()
+            new = _prune(weight.T if transposed else weight, np.concatenate(rows), sparsity, method)
+            module.weight.data = torch.tensor(new.T.copy() if transposed else new)
+        for name, calls in routed.items():
+            _prune_experts(layer.get_submodule(name), calls, sparsity, method)
+
+
+def _keep_inputs(inputs: dict, name: str):
+    def hook(module, args):
+        inputs.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).numpy().copy())
+
+    return hook
+
+
+def _keep_routing(routed: dict, name: str):
+    def hook(module, args):
+        routed.setdefault(name, []).append((args[0].numpy().copy(), args[1].numpy().copy()))
+
+    return hook
+
+
+def _prune(weight: np.ndarray, inputs: np.ndarray, sparsity: float, method: str) -> np.ndarray:
+    if method == "sparsegpt":
+        return sparsegpt(weight, inputs, sparsity=sparsity)[0]
+    return np.where(wanda(weight, inputs, sparsity), 0, weight)
+
+
+def _prune_experts(experts, calls, sparsity: float, method: str) -> None:
+    import torch
+
+    first = experts.gate_up_proj.detach().numpy()
+    second = experts.down_proj.detach().numpy()
+    is_gpt_oss = type(experts).__name__ == "GptOssExperts"
+    for e in range(len(first)):
+        reads, passes = [], []
+        for hidden, chosen in calls:
+            for token in range(len(hidden)):
+                if e in chosen[token]:
+                    x = hidden[token]
+                    reads.append(x)
+                    passes.append(_gpt_oss_inner(experts, e, x) if is_gpt_oss else _swiglu(first[e], x))
+        x, y = np.array(reads), np.array(passes)
+        if is_gpt_oss:  # one matrix, kept as inputs x outputs, gate and up interleaved
+            new_first = _prune(first[e].T, x, sparsity, method).T
+            new_second = _prune(second[e].T, y, sparsity, method).T
+        else:
+            half = first.shape[1] // 2
+            new_first = np.concatenate(
+                [_prune(part, x, sparsity, method) for part in (first[e][:half], first[e][half:])]
+            )
+            new_second = _prune(second[e], y, sparsity, method)
+        experts.gate_up_proj.data[e] = torch.tensor(new_first.copy())
+        experts.down_proj.data[e] = torch.tensor(new_second.copy())
+
+
+def _swiglu(gate_up: np.ndarray, x: np.ndarray) -> np.ndarray:
+    gate, up = np.split(gate_up @ x, 2)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def _gpt_oss_inner(experts, e: int, x: np.ndarray) -> np.ndarray:
+    """gpt-oss's gated unit: alpha 1.702, limit 7, and one added to the linear half."""
+    both = x @ experts.gate_up_proj[e].detach().numpy() + experts.gate_up_proj_bias[e].detach().numpy()
+    gate, up = np.minimum(both[::2], 7.0), np.clip(both[1::2], -7.0, 7.0)
+    return (up + 1) * gate / (1 + np.exp(-1.702 * gate))

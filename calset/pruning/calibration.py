@@ -50,6 +50,11 @@ class Calibration:
     def n_tokens(self) -> int:
         return sum(map(len, self.sequences))
 
+    def batch_shapes(self, batch_tokens: int = BATCH_TOKENS) -> list[tuple[int, int]]:
+        """(samples, positions) of each of ``batches``, without making them."""
+        lengths = [len(s) for s in self.sequences]
+        return [(len(members), max(lengths[i] for i in members)) for members in _buckets(lengths, batch_tokens)]
+
     def batches(self, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
         """Right-padded length buckets: sorted by length, at most ``batch_tokens`` positions each (or one sample).
 

@@ -224,7 +224,8 @@ def save(model: Any, source: Source, out: Path, record: Mapping[str, Any], secti
 
     Args:
         model: holds the pruned matrices; every other tensor comes from the source's files as it is there.
-        record: goes into ``pruning.json``; its ``matrices`` name the pruned ones.
+        record: goes into ``pruning.json``; its ``matrices`` name the pruned ones, ``biases`` those that were changed or
+            added, and ``switches`` what config.json must say for the added ones.
         section: Markdown about the pruning, put before the base model's card.
 
     Raises:
@@ -232,9 +233,11 @@ def save(model: Any, source: Source, out: Path, record: Mapping[str, Any], secti
     """
     try:
         with _sibling(out) as folder:
-            _write_weights(model, source.folder, folder, {m["name"] for m in record["matrices"]})
+            matrices, biases = {m["name"] for m in record["matrices"]}, set(record.get("biases", ()))
+            _write_weights(model, source.folder, folder, matrices, biases)
             # The source's own config, generation config, tokenizer and templates: what loads the base loads this.
             _copy_small_files(source.folder, folder)
+            _turn_on(folder / "config.json", record.get("switches", {}))
             (folder / "README.md").write_text(_card(source.folder, section), encoding="utf-8")
             text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
             (folder / RECORD).write_text(text + "\n", encoding="utf-8")
@@ -252,9 +255,16 @@ def save(model: Any, source: Source, out: Path, record: Mapping[str, Any], secti
         raise PruningError(f"could not write {out}: {first_line(error)}; nothing was left there") from error
 
 
-def _write_weights(model: Any, source: Path, folder: Path, pruned: set[str]) -> None:
+def _turn_on(config: Path, switches: Mapping[str, bool]) -> None:
+    """Change the config only where added biases need it: what else it says stays, byte for byte where nothing is."""
+    if switches:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps({**content, **switches}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_weights(model: Any, source: Path, folder: Path, pruned: set[str], biases: set[str]) -> None:
     if pruned <= stored_dtypes(source).keys():
-        _stream_weights(model, source, folder, pruned)
+        _stream_weights(model, source, folder, pruned, biases)
         return
     # transformers renamed the tensors on loading: only it knows the way back.
     from transformers import GenerationConfig
@@ -269,25 +279,37 @@ def _write_weights(model: Any, source: Path, folder: Path, pruned: set[str]) -> 
             path.unlink()
 
 
-def _stream_weights(model: Any, source: Path, folder: Path, pruned: set[str]) -> None:
+def _stream_weights(model: Any, source: Path, folder: Path, pruned: set[str], biases: set[str]) -> None:
     """The source's files one by one, with the pruned matrices in the places and dtypes of the dense ones.
+
+    A bias that the dense model does not have goes beside its matrix, in its dtype.
 
     Why not ``save_pretrained``: it writes what transformers made of the files (the config's dtype, no spare tensors).
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    matrices = {name: parameter for name, parameter in model.named_parameters() if name in pruned}
-    files = weight_files(source)
+    changed = {name: parameter for name, parameter in model.named_parameters() if name in pruned | biases}
+    files, added = weight_files(source), {}
+    stored = stored_dtypes(source).keys()
     for path in files:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = {**(file.metadata() or {}), "format": "pt"}
-        for name in tensors.keys() & pruned:
-            tensors[name] = matrices[name].detach().to("cpu", tensors[name].dtype).contiguous()
+        for name in tensors.keys() & changed.keys():
+            tensors[name] = changed[name].detach().to("cpu", tensors[name].dtype).contiguous()
+        for name in sorted(biases - stored):
+            matrix = f"{name.removesuffix('.bias')}.weight"
+            if matrix in tensors:
+                tensors[name] = changed[name].detach().to("cpu", tensors[matrix].dtype).contiguous()
+                added[name] = path.name
         save_file(tensors, folder / path.name, metadata=metadata)
     if files[0].name != "model.safetensors":
         shutil.copyfile(source / INDEX, folder / INDEX)
+        if added:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            index["weight_map"].update(added)
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -384,6 +406,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} has schema {version}, newer than this calset's {SCHEMA_VERSION}: upgrade calset")
     if not isinstance(matrices, list) or not matrices or not all(map(_is_matrix, matrices)):
         raise InputError(f"{path} is corrupt: it does not list the pruned matrices")
+    if not all(isinstance(name, str) for name in record.get("biases") or ()):
+        raise InputError(f"{path} is corrupt: its biases are no list of names")
     for key in ("base", "calibration"):
         if not isinstance(record.get(key, {}), dict):
             raise InputError(f"{path} is corrupt: {key} is {json.dumps(record[key])[:40]}, not an object")

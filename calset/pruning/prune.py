@@ -5,22 +5,24 @@ Everything that can be known fails before a weight is loaded. Then block by bloc
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import reduce
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calset.errors import InputError, PruningError
-from calset.pruning import checkpoint, methods
+from calset.pruning import allocate, biases, checkpoint, methods, survey
 from calset.pruning.calibration import BATCH_TOKENS, Calibration, Tokens, read
 from calset.pruning.masks import BLOCK_SIZE, Group, Pattern, Selection
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from calset.catalog.records import Subset
     from calset.pruning.stats import InputStatistics
@@ -45,6 +47,9 @@ class MatrixReport:
     n_tokens: int
     damping: float | None = None
     error: float | None = None
+    asked: float | None = None  # its own sparsity, where an allocation shares them out
+    bias: bool = False  # its linear's bias was changed or added
+    instead: str | None = None  # "magnitude": it erred less than the method, and was kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,9 @@ class PruneReport:
     device: str
     versions: Mapping[str, str]
     warnings: Sequence[str] = ()
+    allocation: str = "uniform"
+    biases: Sequence[str] = ()  # tensors that were changed or added
+    switches: Mapping[str, bool] = field(default_factory=dict)  # of config.json, for added biases
     schema_version: int = checkpoint.SCHEMA_VERSION
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,6 +101,9 @@ class _Plan:
     max_length: int | None
     device: torch.device
     dtypes: Mapping[str, torch.dtype]  # of the matrices in the source's files, by tensor name
+    allocation: str
+    shares: Mapping[str, float] | None  # by linear, of an allocation that is known before weights load
+    carriers: biases.Carriers
     warnings: list[str] = field(default_factory=list)
 
 
@@ -107,6 +118,8 @@ def prune(
     tokens: Tokens = "all",
     propagate: Propagate = "pruned",
     group: Group | None = None,
+    allocation: str | Path = "uniform",
+    token_weights: Mapping[str, Sequence[float]] | None = None,
     damping: float = DAMPING,
     block_size: int = BLOCK_SIZE,
     device: str | None = None,
@@ -127,7 +140,9 @@ def prune(
         tokens: which tokens the statistics count.
         propagate: a block's inputs come from the blocks before it ``pruned`` or ``dense``.
         group: within what weights compete; default: the method's own.
-        damping: SparseGPT: the share of the mean diagonal added to the Hessian.
+        allocation: ``uniform`` (every matrix alike), ``owl``, ``search``, or a JSON file of ratios; see ``allocate``.
+        token_weights: how much each token counts, by sample id (a number a token); what is not named weighs 1.
+        damping: SparseGPT, ADMM, ALPS: the share of the mean diagonal added to the Hessian.
         block_size: columns of a block, for group ``block`` and SparseGPT's updates.
         device: default: CUDA when there is one, else the CPU.
         batch_tokens: positions a micro-batch.
@@ -147,7 +162,19 @@ def prune(
     _check_options(propagate, damping, batch_tokens)
     with _enough_memory(batch_tokens):
         plan = _plan(
-            model, calibration, Path(out), chosen, selection, tokens, propagate, damping, max_length, device, force
+            model,
+            calibration,
+            Path(out),
+            chosen,
+            selection,
+            tokens,
+            propagate,
+            damping,
+            max_length,
+            device,
+            force,
+            str(allocation),
+            token_weights,
         )
         plan.warnings.extend(_without_effect(chosen, parsed, group, damping))
         tell = progress or (lambda event: None)
@@ -216,22 +243,32 @@ def _plan(
     max_length: int | None,
     device: str | None,
     force: bool,
+    allocation: str,
+    token_weights: Mapping[str, Sequence[float]] | None,
 ) -> _Plan:
     source = checkpoint.open_source(model)
-    warnings = _check_subset(subset, source, method, force)
+    uses_data = _uses_data(method, allocation)
+    warnings = _check_subset(subset, source, uses_data, force)
     calibration = read(
         subset,
         tokens,
         max_positions=source.max_positions,
         max_length=max_length,
         vocabulary_size=getattr(source.config.get_text_config(), "vocab_size", None),
+        token_weights=token_weights,
     )
-    if method.needs != "nothing":
+    if uses_data:
         warnings.extend(calibration.warnings)
-    linears = _decoder(source.skeleton()).linears()
+    decoder = _decoder(source.skeleton())
+    linears = decoder.linears()
+    shares = _known_shares(allocation, decoder, selection)
     for name, linear in linears.items():
-        selection.check_shape(linear.out_features, linear.in_features, name)
-    warnings.extend(_rounded(selection, linears))
+        at = selection if shares is None else replace(selection, sparsity=shares[name])
+        at.check_shape(linear.out_features, linear.in_features, name)
+    if allocation == "uniform":
+        warnings.extend(_rounded(selection, linears))
+    carriers = biases.find_carriers(source.config) if method.biased else biases.Carriers(frozenset(), {})
+    warnings.extend(_bias_warnings(method, carriers, linears))
     warnings.extend(_too_few_tokens(method, linears, calibration.n_counted_tokens))
     checkpoint.check_out(out, source)
     return _Plan(
@@ -247,6 +284,9 @@ def _plan(
         max_length=max_length,
         device=_device(device),
         dtypes=source.matrix_dtypes({f"{name}.weight" for name in linears}),
+        allocation=allocation,
+        shares=shares,
+        carriers=carriers,
         warnings=warnings,
     )
 
@@ -257,7 +297,64 @@ def _decoder(model: nn.Module) -> Decoder:
     return find_decoder(model)
 
 
-def _check_subset(subset: Subset, source: checkpoint.Source, method: methods.Method, force: bool) -> list[str]:
+def _matrices(decoder: Decoder) -> list[allocate.Matrix]:
+    return [
+        allocate.Matrix(name, block.name, linear.out_features, linear.in_features)
+        for block in decoder.blocks
+        for name, linear in block.linears.items()
+    ]
+
+
+def _known_shares(allocation: str, decoder: Decoder, selection: Selection) -> dict[str, float] | None:
+    """The sparsities of a file; None for those that are uniform or measured later.
+
+    Raises:
+        InputError: no such file or rule, or an allocation of a pattern.
+    """
+    if allocation != "uniform" and selection.sparsity is None:
+        raise InputError(
+            f"a pattern is one share of zeros everywhere: --allocation {allocation} takes --sparsity instead"
+        )
+    if allocation in allocate.RULES:
+        return None
+    assert selection.sparsity is not None
+    return allocate.read_ratios(Path(allocation), _matrices(decoder), selection.sparsity)
+
+
+def _uses_data(method: methods.Method, allocation: str) -> bool:
+    return method.needs != "nothing" or allocation in ("owl", "search")
+
+
+def _bias_warnings(method: methods.Method, carriers: biases.Carriers, linears: Mapping[str, nn.Linear]) -> list[str]:
+    """What a method that corrects biases can do on this model.
+
+    Raises:
+        InputError: nothing.
+    """
+    if not method.biased:
+        return []
+    without = [name for name in linears if name not in carriers.linears]
+    if len(without) == len(linears):
+        raise InputError(
+            f"{method.name} corrects biases, and this model has none and cannot be given any that would be loaded "
+            f"again: use wanda"
+        )
+    warnings = []
+    if without:
+        warnings.append(
+            f"{len(without)} of {len(linears)} linears, such as {without[0]}, can have no bias that would be loaded "
+            f"again: they are pruned by {method.name}'s score without one, which is wanda's"
+        )
+    added = [name for name in carriers.linears if linears[name].bias is None]
+    if added:
+        warnings.append(
+            f"{len(added)} linears get a bias that they did not have, through {', '.join(carriers.switches)} in "
+            f"config.json: transformers loads it; see whether your runtime does"
+        )
+    return warnings
+
+
+def _check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, force: bool) -> list[str]:
     """Warnings about where the subset comes from.
 
     Raises:
@@ -275,7 +372,7 @@ def _check_subset(subset: Subset, source: checkpoint.Source, method: methods.Met
                 f"{problem}: its token ids would mean other text; select from this model's own traces, or --force"
             )
         warnings.append(f"{problem} (forced)")
-    if method.needs == "nothing":
+    if not uses_data:
         return warnings
     # A Hub model given as its snapshot folder goes by the commit in the folder's name.
     if subset.model_revision and subset.model_revision not in (source.revision, source.folder.name):
@@ -351,9 +448,12 @@ def _prune_blocks(
     from calset.pruning.walk import Walk
 
     decoder = _decoder(model)
+    _give_biases(decoder, plan)
     # A method that needs no data does not run the model.
     needs = plan.method.needs
     batches = [] if needs == "nothing" else plan.calibration.batches(batch_tokens)
+    with _timed(phases, "allocation"):
+        selections = _selections(model, decoder, plan, batch_tokens)
     matrices: list[MatrixReport] = []
     total = len(decoder.blocks)
     with Walk(model, decoder, batches, plan.device) as walk:
@@ -364,7 +464,7 @@ def _prune_blocks(
                 with _timed(phases, "statistics"):
                     shared.update(walk.statistics(index, needs, keep=plan.propagate == "dense"))
             with _timed(phases, "pruning"):
-                matrices.extend(_prune_block(block.linears, shared, plan))
+                matrices.extend(_prune_block(block.linears, shared, plan, selections))
             if batches and plan.propagate == "pruned" and index + 1 < total:
                 with _timed(phases, "propagation"):
                     walk.advance(index)
@@ -373,28 +473,73 @@ def _prune_blocks(
     return matrices
 
 
+def _selections(model: nn.Module, decoder: Decoder, plan: _Plan, batch_tokens: int) -> dict[str, Selection]:
+    """How much of each linear goes, after a survey of the dense model where the allocation asks for one."""
+    selection, matrices = plan.selection, _matrices(decoder)
+    shares = plan.shares
+    if plan.allocation in ("owl", "search"):
+        assert selection.sparsity is not None
+        shares = _measured_shares(model, decoder, matrices, plan, batch_tokens)
+    if shares is None:
+        return {matrix.name: selection for matrix in matrices}
+    found = {name: replace(selection, sparsity=share) for name, share in shares.items()}
+    for matrix in matrices:
+        found[matrix.name].check_shape(matrix.rows, matrix.width, matrix.name)
+    return found
+
+
+def _measured_shares(
+    model: nn.Module, decoder: Decoder, matrices: Sequence[allocate.Matrix], plan: _Plan, batch_tokens: int
+) -> dict[str, float]:
+    selection, batches = plan.selection, plan.calibration.batches(batch_tokens)
+    assert selection.sparsity is not None
+    sizes = [sum(m.size for m in matrices if m.block == block.name) for block in decoder.blocks]
+    if plan.allocation == "owl":
+        found = survey.survey(model, decoder, batches, plan.device, "diagonal", survey.outliers)
+        per_block = allocate.owl(found, sizes, selection.sparsity)
+    else:
+        measure = partial(survey.errors, method=plan.method, selection=selection, damping=plan.damping)
+        curves = survey.survey(model, decoder, batches, plan.device, "gram", measure)
+        per_block = allocate.search(curves, allocate.grid(selection.sparsity), sizes, selection.sparsity)
+    names = [block.name for block in decoder.blocks]
+    return allocate.share_out(matrices, dict(zip(names, per_block, strict=True)), selection.sparsity, selection.group)
+
+
 def _prune_block(
-    linears: Mapping[str, nn.Linear], shared: Mapping[str, InputStatistics | None], plan: _Plan
+    linears: Mapping[str, nn.Linear],
+    shared: Mapping[str, InputStatistics | None],
+    plan: _Plan,
+    selections: Mapping[str, Selection],
 ) -> list[MatrixReport]:
     """Prune a block's matrices in place, those with one input together; reports in the model's order."""
-    together: dict[int, list[str]] = {}
-    for name, statistics in shared.items():
-        together.setdefault(id(statistics) if statistics is not None else len(together), []).append(name)
     reports: dict[str, MatrixReport] = {}
-    for names in together.values():
+    for names in survey.grouped(shared):
         statistics = shared[names[0]]
         weights = [linears[name].weight.detach().to(plan.device).float() for name in names]
         try:
-            results = methods.prune_shared(plan.method, weights, statistics, plan.selection, plan.damping)
+            results = methods.prune_shared(
+                plan.method,
+                weights,
+                statistics,
+                [selections[name] for name in names],
+                plan.damping,
+                can_have_bias=[name in plan.carriers.linears for name in names],
+            )
         except PruningError as error:
             raise PruningError(f"{names[0]}: {error}") from error
         for name, result in zip(names, results, strict=True):
-            reports[name] = _write(name, linears[name], result, statistics, plan.dtypes[f"{name}.weight"])
+            asked = selections[name].sparsity if plan.allocation != "uniform" else None
+            reports[name] = _write(name, linears[name], result, statistics, plan.dtypes[f"{name}.weight"], asked)
     return [reports[name] for name in linears]
 
 
 def _write(
-    name: str, linear: nn.Linear, result: methods.Pruned, statistics: InputStatistics | None, dtype: torch.dtype
+    name: str,
+    linear: nn.Linear,
+    result: methods.Pruned,
+    statistics: InputStatistics | None,
+    dtype: torch.dtype,
+    asked: float | None,
 ) -> MatrixReport:
     """Cast once, to the dtype in the source's file, mask again, and count what will be saved."""
     import torch
@@ -406,6 +551,8 @@ def _write(
         )
     with torch.no_grad():
         linear.weight.copy_(weight)  # as wide or wider: see _load_dtype
+    if result.bias_shift is not None:
+        _shift_bias(name, linear, result.bias_shift, dtype)
     rows, width = linear.weight.shape
     n_zeros = int((linear.weight == 0).sum())
     n_tokens = statistics.n_tokens if statistics is not None else 0
@@ -418,7 +565,31 @@ def _write(
         n_tokens=n_tokens,
         damping=result.damping,
         error=result.error,
+        asked=asked,
+        bias=result.bias_shift is not None,
+        instead=result.instead,
     )
+
+
+def _shift_bias(name: str, linear: nn.Linear, shift: Tensor, dtype: torch.dtype) -> None:
+    """Add to the linear's bias, rounded to what the file will hold, so that later blocks see that."""
+    import torch
+
+    bias = (linear.bias.detach().to(shift) + shift).to(dtype)
+    if not bool(bias.isfinite().all()):
+        raise PruningError(f"the corrected bias of {name} is not finite: its inputs are too large; use wanda")
+    with torch.no_grad():
+        linear.bias.copy_(bias)
+
+
+def _give_biases(decoder: Decoder, plan: _Plan) -> None:
+    """Zeros where the config's switches make transformers expect a bias that the dense model does not have."""
+    import torch
+    from torch import nn
+
+    for name, linear in decoder.linears().items():
+        if name in plan.carriers.linears and linear.bias is None:
+            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]), requires_grad=False)
 
 
 # --- the report -------------------------------------------------------------------------------------------------
@@ -426,12 +597,17 @@ def _write(
 
 def _report(plan: _Plan, matrices: Sequence[MatrixReport], phases: Mapping[str, float], seconds: float) -> PruneReport:
     selection, subset, source = plan.selection, plan.subset, plan.source
-    uses_data = plan.method.needs != "nothing"
+    uses_data = _uses_data(plan.method, plan.allocation)
     raised = [m for m in matrices if m.damping is not None and m.damping > plan.damping]
     warnings = list(plan.warnings)
     if raised:
         warnings.append(
             f"damping was raised for {len(raised)} matrices, such as {raised[0].name} ({raised[0].damping:g})"
+        )
+    if instead := [m for m in matrices if m.instead]:
+        warnings.append(
+            f"{len(instead)} matrices, such as {instead[0].name}, were pruned by {instead[0].instead}, which erred "
+            f"less there than {plan.method.name}"
         )
     size = sum(m.shape[0] * m.shape[1] for m in matrices)
     return PruneReport(
@@ -466,6 +642,7 @@ def _report(plan: _Plan, matrices: Sequence[MatrixReport], phases: Mapping[str, 
             "tokenizer_hash": subset.tokenizer_hash,
             "n_samples": subset.n_samples,
             "n_tokens": subset.n_tokens,
+            "token_weights": _hash_of(plan.calibration.weights) if uses_data else None,
         },
         matrices=tuple(matrices),
         seconds=seconds,
@@ -473,7 +650,15 @@ def _report(plan: _Plan, matrices: Sequence[MatrixReport], phases: Mapping[str, 
         device=_device_name(plan.device),
         versions=_versions(),
         warnings=tuple(warnings),
+        allocation=plan.allocation,
+        biases=tuple(sorted(f"{name}.bias" for name in plan.carriers.linears)),
+        switches=plan.carriers.switches,
     )
+
+
+def _hash_of(weights: Sequence[Sequence[float]] | None) -> str | None:
+    """What tells one set of token weights from another: they are no part of the subset's content hash."""
+    return None if weights is None else hashlib.sha256(json.dumps([list(w) for w in weights]).encode()).hexdigest()
 
 
 def _device_name(device: torch.device) -> str:
@@ -497,6 +682,7 @@ def card_section(report: PruneReport) -> str:
     calibration = report.calibration
     counted = f"{report.n_counted_tokens:,} ({report.tokens})"
     data = {"calibration": f"none: {report.method} uses no data"}
+    allocated = "" if report.allocation == "uniform" else f", shared out by {Path(report.allocation).name}"
     if calibration["used"]:
         data = {
             "calibration": f"{calibration['subset']}, content hash `{calibration['content_hash']}`",
@@ -505,7 +691,7 @@ def card_section(report: PruneReport) -> str:
     rows = {
         "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",
         "method": f"{report.method}, {asked}" + (f", mask group {report.group}" if report.group else ""),
-        "zeros": f"{report.realised_sparsity:.4f} of {len(report.matrices)} matrices in the decoder blocks",
+        "zeros": f"{report.realised_sparsity:.4f} of {len(report.matrices)} matrices in the decoder blocks{allocated}",
         **data,
         "damping": "-" if report.damping is None else f"{report.damping:g} of the mean diagonal",
         "took": f"{report.seconds:.0f} s on {report.device}",
@@ -514,7 +700,16 @@ def card_section(report: PruneReport) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         f"# {report.base['model']}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
-        f"Embeddings, norms and lm_head are the dense model's, bit for bit. Zeros are stored as ordinary weights: the "
+        f"{_biases_section(report)}Embeddings, norms and lm_head are the dense model's, bit for bit. "
+        f"Zeros are stored as ordinary weights: the "
         f"checkpoint is as large and as fast as the dense one where the runtime does not use sparsity. "
         f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
     )
+
+
+def _biases_section(report: PruneReport) -> str:
+    """What a reader must know before loading a model with corrected biases."""
+    if not report.biases:
+        return ""
+    turned_on = f", of which config.json turned some on ({', '.join(report.switches)})" if report.switches else ""
+    return f"{len(report.biases)} biases take over the mean of the pruned weights{turned_on}. "

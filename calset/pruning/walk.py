@@ -232,10 +232,12 @@ class _Collector:
         self.leaders: dict[str, str] = {}  # linear -> the first linear that read the same tensor
         self.sums: dict[str, InputStatistics] = {}
         self._counted: Any = None
+        self._weights: Any = None
         self._seen: list[tuple[Tensor, str]] = []  # held, so that no id is reused within a batch
 
     def start(self, batch: Batch) -> None:
         self._counted = batch.counted.reshape(-1).to(self.device)
+        self._weights = None if batch.weights is None else batch.weights.reshape(-1).to(self.device)
         self._seen = []
 
     def hook(self, name: str) -> Callable[[Any, tuple[Any, ...]], None]:
@@ -261,7 +263,7 @@ class _Collector:
             )
         if name not in self.sums:
             self.sums[name] = InputStatistics.zeros(rows.shape[1], self.needs, self.device)
-        self.sums[name].add(rows, self._counted)
+        self.sums[name].add(rows, self._counted, self._weights)
 
     def result(self, block: Block) -> dict[str, InputStatistics]:
         self._seen = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import textbook
@@ -331,9 +333,14 @@ def test_what_costs_more_errs_less_on_its_calibration_data(how):
     assert errors["alps"] < errors["admm"] < errors["sparsegpt"] < min(errors["wanda"], errors["magnitude"])
 
 
-def test_the_relative_error_is_that_of_the_outputs():
-    weight, inputs = make_weight(32, 64), make_inputs(300, 64)
-    got = run("sparsegpt", weight, inputs, sparsity=0.5)
+@pytest.mark.parametrize("name", ["wanda+dsnot", "sparsegpt", "sparsegpt+dsnot", "alps"])
+@pytest.mark.parametrize("kind", ["correlated", "dead", "duplicated"])
+@pytest.mark.parametrize("n_tokens", [40, 300])
+def test_the_relative_error_is_that_of_the_outputs(name, kind, n_tokens):
+    weight, inputs = make_weight(32, 64), make_inputs(n_tokens, 64, kind)
+    method = find(name)
+    got = prune_shared(method, [weight], statistics_of(inputs), Selection(sparsity=0.5, group=method.group))[0]
+    inputs, weight, got = inputs.double(), weight.double(), replace(got, weight=got.weight.double())
     want = ((inputs @ (weight - got.weight).T).square().sum() / (inputs @ weight.T).square().sum()).item()
     assert got.error == pytest.approx(want, rel=1e-3)
 

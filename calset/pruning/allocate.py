@@ -46,7 +46,7 @@ def bounds(sparsity: float) -> tuple[float, float]:
 
 
 def outlier_share(scores: Sequence[Tensor], times: float = OWL_OUTLIER) -> float:
-    """The share of a block's weights whose score exceeds ``times`` the block's mean (Yin et al. 2024, equation 1).
+    """The share of a block's weights whose score exceeds ``times`` the block's mean (Yin et al. 2024).
 
     Args:
         scores: |W| x input norm of each matrix (OWL's choice).
@@ -57,7 +57,7 @@ def outlier_share(scores: Sequence[Tensor], times: float = OWL_OUTLIER) -> float
 
 
 def owl(shares: Sequence[float], sizes: Sequence[int], sparsity: float, limit: float = OWL_LIMIT) -> list[float]:
-    """A sparsity a block: blocks with more outliers keep more (OWL, Yin et al. 2024, arXiv 2310.05175, section 3.2).
+    """A sparsity a block: blocks with more outliers keep more (OWL, Yin et al. 2024, arXiv 2310.05175, section 3).
 
     Shares are stretched to a range of 2 x ``limit``; here the mean by parameters is then exactly the asked sparsity,
     where the reference code takes the mean over blocks. Equal shares give equal sparsities.

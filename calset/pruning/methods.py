@@ -160,15 +160,17 @@ def _by_update(
     stack = updates.Stack.of(weights, selections)
     done = update(stack, statistics, damping)
     results = []
-    for weight, new, mask, selection in zip(
-        weights, stack.split(done.weight), stack.split(done.mask), selections, strict=True
+    for i, (weight, new, mask) in enumerate(
+        zip(weights, stack.split(done.weight), stack.split(done.mask), strict=True)
     ):
-        whole = updates.squared_error(weight, statistics)
-        candidates: list[Candidate] = [(updates.squared_error(weight - new, statistics), new, mask, None)]
+        error = done.errors[i] if done.errors else updates.squared_error(weight - new, statistics)
+        best: Candidate = (error, new, mask, None)
         if method.refined:
-            candidates.append(_refined(weight, mask, statistics, selection, done.damping))
-        candidates.append(_by_magnitude(weight, statistics, selection))
-        error, new, mask, instead = min(candidates, key=lambda c: c[0])
+            refined = _refined(weight, mask, statistics, selections[i], done.damping)
+            best = min(best, refined, key=lambda c: c[0])
+        best = _or_magnitude(best, weight, statistics, selections[i])
+        whole = updates.squared_error(weight, statistics)
+        error, new, mask, instead = best
         results.append(Pruned(new, mask, done.damping, error / whole if whole > 0 else None, instead=instead))
     return results
 
@@ -182,8 +184,10 @@ def _refined(
     return updates.squared_error(weight - new, statistics), new, mask, None
 
 
-def _by_magnitude(weight: Tensor, statistics: InputStatistics, selection: Selection) -> Candidate:
-    """No update is sure to err less than this on few tokens or odd statistics; keeping the better of both is."""
+def _or_magnitude(best: Candidate, weight: Tensor, statistics: InputStatistics, selection: Selection) -> Candidate:
+    """No update is sure to err less than magnitude on few tokens or odd statistics; keeping the better of both is."""
     mask = prune_mask(weight.abs(), selection)
-    new = weight.masked_fill(mask, 0.0)
-    return updates.squared_error(weight - new, statistics), new, mask, "magnitude"
+    error = updates.errs_at_most(weight.masked_fill(~mask, 0.0), statistics, best[0])
+    if error is None or error >= best[0]:
+        return best
+    return error, weight.masked_fill(mask, 0.0), mask, "magnitude"

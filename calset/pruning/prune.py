@@ -498,7 +498,13 @@ def _measured_shares(
         found = survey.survey(model, decoder, batches, plan.device, "diagonal", survey.outliers)
         per_block = allocate.owl(found, sizes, selection.sparsity)
     else:
-        measure = partial(survey.errors, method=plan.method, selection=selection, damping=plan.damping)
+        measure = partial(
+            survey.errors,
+            method=plan.method,
+            selection=selection,
+            damping=plan.damping,
+            can_have_bias=plan.carriers.linears,
+        )
         curves = survey.survey(model, decoder, batches, plan.device, "gram", measure)
         per_block = allocate.search(curves, allocate.grid(selection.sparsity), sizes, selection.sparsity)
     names = [block.name for block in decoder.blocks]

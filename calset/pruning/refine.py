@@ -21,12 +21,12 @@ TINY = 1e-12  # of the mean square: what a constant input varies by
 
 
 def dsnot(weight: Tensor, mask: Tensor, statistics: InputStatistics, pattern: Pattern | None = None) -> Tensor:
-    """Dynamic sparse no training (Zhang et al. 2024, arXiv 2310.08915, section 3.3).
+    """Dynamic sparse no training (Zhang et al. 2024, arXiv 2310.08915, section 3).
 
     The error of an output is the mean of what its pruned weights would have added, sum W_ij E[X_j]. A swap grows the
-    pruned weight that takes most of it away for its variance (equation 4), then prunes the kept weight of the lowest
-    Wanda score that takes away more (equation 5; for N:M the lowest of the same M, as in the reference code). A row
-    stops at a small error, or when the next swap would turn its sign or, for N:M, make it larger.
+    pruned weight that takes most of it away for its variance, then prunes the kept weight of the lowest Wanda score
+    that takes away more (for N:M the lowest of the same M, as in the reference code). A row stops at a small error, or
+    when the next swap would turn its sign or, for N:M, make it larger.
 
     Args:
         weight: outputs x inputs, dense, float32.

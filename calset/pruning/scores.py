@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from calset.pruning.stats import InputStatistics
 
-RIA_POWER = 0.5  # of the activation norm: a in equation 5, the authors' choice
+RIA_POWER = 0.5  # of the activation norm: a, the authors' choice
 
 
 def magnitude(weight: Tensor, statistics: InputStatistics | None) -> Tensor:

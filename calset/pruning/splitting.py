@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from calset.pruning.stats import InputStatistics
 
-# Boža: rho = 1 (3.1), 20 steps, masks for the first 15 (3.4); the reference code's numbers too.
+# Of Boža's reference code: 20 steps, the mask moving for the first 15.
 ADMM_RHO, ADMM_STEPS, ADMM_MASK_STEPS = 1.0, 20, 15
-# Meng et al.: rho from 0.1 up by 1.3, 1.2 or 1.1 every 3 steps as the mask moves by 10 %, 0.5 % or at all.
+# Of Meng et al.: rho from 0.1 up by 1.3, 1.2 or 1.1 every 3 steps as the mask moves by 10 %, 0.5 % or at all.
 ALPS_RHO, ALPS_STEPS, ALPS_EVERY, ALPS_MAX_RHO = 0.1, 300, 3, 1e6
 ALPS_MOVING = 0.005  # of the kept weights
 ALPS_RAISES = ((0.1, 1.3), (ALPS_MOVING, 1.2), (0.0, 1.1))
@@ -62,10 +62,11 @@ def pose(weight: Tensor, statistics: InputStatistics, damping: float) -> Problem
 
 
 def admm(stack: Stack, statistics: InputStatistics, damping: float = 0.01) -> Updated:
-    """ADMM with gradual masks (Boža 2024, arXiv 2401.02938, algorithms 1 and 2).
+    """ADMM with gradual masks (Boža 2024, arXiv 2401.02938, section 3 and the reference code).
 
-    W = (H + rho I)^-1 (H W0 + rho (Z - U)), Z = mask of W + U, U = U + W - Z. The share of zeros grows as
-    1 - (1 - t / 15)^3 of the asked one (equation 8); then the mask stays and the weights settle.
+    W = (H + rho I)^-1 (H W0 + rho (Z - U)), Z = W + U under the mask, U = U + W - Z. The share of zeros grows as
+    1 - (1 - t / 15)^3 of the asked one, for every mask group and pattern; then the mask stays and the weights settle.
+    The damping is that of the other methods, before scaling; the reference code adds 0.1 after it.
 
     Raises:
         PruningError: scores that are not a number, or a Gram that no damping cures.

@@ -6,7 +6,7 @@ become sparsities (``allocate``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -63,7 +63,12 @@ def outliers(linears: Linears, shared: Shared) -> float:
 
 
 def errors(
-    linears: Linears, shared: Shared, method: methods.Method, selection: Selection, damping: float
+    linears: Linears,
+    shared: Shared,
+    method: methods.Method,
+    selection: Selection,
+    damping: float,
+    can_have_bias: Set[str] = frozenset(),
 ) -> list[float]:
     """What a block errs at each sparsity of ``allocate.grid``: its matrices' relative errors, summed."""
     assert selection.sparsity is not None
@@ -76,7 +81,9 @@ def errors(
             assert statistics is not None
             weights = [linears[name].weight.detach().float().to(statistics.diagonal.device) for name in names]
             at = replace(selection, sparsity=sparsity)
-            total += sum(p.error or 0.0 for p in methods.prune_shared(method, weights, statistics, at, damping))
+            carriers = [name in can_have_bias for name in names]
+            results = methods.prune_shared(method, weights, statistics, at, damping, can_have_bias=carriers)
+            total += sum(result.error or 0.0 for result in results)
         found.append(total)
     return found
 

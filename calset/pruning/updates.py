@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from calset.pruning.stats import InputStatistics
 
+CANCELLED = 1e-2  # of a sum of float32 errors: a smaller difference is computed anew
 MAX_RAISES = 4  # of the damping, by 10 each
 STEP = 16  # columns updated one by one before their errors go to the rest of the block at once
 
@@ -57,11 +58,15 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """What an update made of a stack: new weights and mask, stacked, and the damping that held."""
+    """What an update made of a stack: new weights and mask, stacked, and the damping that held.
+
+    ``errors``: each matrix's ``squared_error``, when the update knows it without a product with the Gram.
+    """
 
     weight: Tensor
     mask: Tensor
     damping: float
+    errors: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +83,13 @@ class Factor:
     """What one Gram gives to every matrix that shares it.
 
     ``upper`` (inputs x inputs): U with H^-1 = U^T U. ``dead`` (inputs, bool): inputs that were always zero.
-    ``damping``: the share of the mean diagonal that was added in the end.
+    ``damping``: the share of the mean diagonal that was added in the end, ``ridge`` what that came to.
     """
 
     upper: Tensor
     dead: Tensor
     damping: float
+    ridge: float
 
 
 def hessian(statistics: InputStatistics) -> Hessian:
@@ -142,7 +148,7 @@ def factorise(statistics: InputStatistics, damping: float = 0.01) -> Factor:
     _, lower, used = damp(found.matrix, found.mean, damping)
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return Factor(upper.contiguous(), found.dead, used)
+    return Factor(upper.contiguous(), found.dead, used, used * found.mean)
 
 
 def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) -> Updated:
@@ -166,6 +172,7 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
     by_block = stack.pattern is None and stack.selections[0].group == "block"
     if stack.pattern is None and not by_block:
         mask = stack.mask((columns.square() / saliency).T).T.contiguous()
+    damped = torch.zeros(columns.shape[1], dtype=statistics.total.dtype, device=columns.device)
     for start, stop, counts in _column_blocks(stack, len(columns)):
         part = slice(start, stop)
         if by_block:
@@ -173,9 +180,26 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
         upper = factor.upper[part, part]
         errors = _block_errors(columns[part], upper, mask[part], stack.pattern)
         columns[stop:].addmm_(factor.upper[part, stop:].T, errors, alpha=-1)
+        damped += errors.square().sum(0)
     columns[mask] = 0
     columns[factor.dead] = 0
-    return Updated(columns.T.contiguous(), mask.T.contiguous(), factor.damping)
+    new = columns.T.contiguous()
+    return Updated(new, mask.T.contiguous(), factor.damping, _errors(stack, new, factor, damped, statistics))
+
+
+def _errors(
+    stack: Stack, new: Tensor, factor: Factor, damped: Tensor, statistics: InputStatistics
+) -> list[float] | None:
+    """Each matrix's squared error from the errors of its columns, whose squares sum to that under the damped Hessian.
+
+    None where the damping is nearly all of it, and the difference of two such numbers would say little.
+    """
+    change = (stack.weight - new).masked_fill(factor.dead, 0.0)
+    ridge = factor.ridge * change.square().sum(1, dtype=damped.dtype)
+    sums = [(float(a.sum()), float(b.sum())) for a, b in zip(stack.split(damped), stack.split(ridge), strict=True)]
+    if any(whole - part < CANCELLED * whole for whole, part in sums):
+        return None
+    return [(whole - part) * statistics.weight for whole, part in sums]
 
 
 def _column_blocks(stack: Stack, width: int) -> list[tuple[int, int, list[int]]]:
@@ -261,6 +285,16 @@ def squared_error(change: Tensor, statistics: InputStatistics) -> float:
     """||X change^T||^2 over the calibration inputs, each by its weight."""
     assert statistics.gram is not None
     return max(0.0, float(((change @ statistics.gram) * change).sum(dtype=statistics.total.dtype)))
+
+
+def errs_at_most(change: Tensor, statistics: InputStatistics, limit: float) -> float | None:
+    """The squared error of a change, or None as soon as some of its outputs err more than ``limit`` already."""
+    error = 0.0
+    for part in change.split(max(1, len(change) // 8)):
+        error += squared_error(part, statistics)
+        if error > limit:
+            return None
+    return error
 
 
 def relative_error(

@@ -115,7 +115,7 @@ def stade(weight: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 
 
 def dsnot(
-    weight: np.ndarray, inputs: np.ndarray, mask: np.ndarray, pattern: tuple[int, int] | None = None
+    weight: np.ndarray, inputs: np.ndarray, mask: np.ndarray, pattern: tuple[int, int] | None = None, swaps: int = 50
 ) -> np.ndarray:
     """Zhang et al. 2024 (DSnoT), section 3.3, row by row with lists of candidates."""
     mask = mask.copy()
@@ -126,7 +126,7 @@ def dsnot(
         sign = np.sign(error)
         to_grow = sorted(np.flatnonzero(mask[i]), key=lambda j: -sign * effect[j] / variance[j])
         to_prune = sorted(np.flatnonzero(~mask[i]), key=lambda j: abs(row[j]) * norm[j])
-        for grown in to_grow[:50]:
+        for grown in to_grow[:swaps]:
             if abs(error) <= 0.1 / 2048:
                 break
             if pattern is None:

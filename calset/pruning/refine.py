@@ -6,6 +6,7 @@ not know which method made the mask.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,13 +15,21 @@ if TYPE_CHECKING:
     from calset.pruning.masks import Pattern
     from calset.pruning.stats import InputStatistics
 
-MAX_CYCLES = 50  # swaps a row, the authors' choice
+# Swaps a row at most. The authors' 50 are of rows of 4096 and more; on the bundled model's of 192, 50 swaps raised
+# Wanda's held-out loss at 60 % from 0.064 to 0.099, where 3 left it at 0.070 and took magnitude's from 0.115 to 0.104.
+MAX_SWAPS, MAX_SHARE = 50, 50 / 4096
 # Rows whose mean output is off by less stay as they are. The authors' 0.1 is of sums over sequences of 2048 tokens.
 THRESHOLD = 0.1 / 2048
 TINY = 1e-12  # of the mean square: what a constant input varies by
 
 
-def dsnot(weight: Tensor, mask: Tensor, statistics: InputStatistics, pattern: Pattern | None = None) -> Tensor:
+def dsnot(
+    weight: Tensor,
+    mask: Tensor,
+    statistics: InputStatistics,
+    pattern: Pattern | None = None,
+    max_swaps: int | None = None,
+) -> Tensor:
     """Dynamic sparse no training (Zhang et al. 2024, arXiv 2310.08915, section 3).
 
     The error of an output is the mean of what its pruned weights would have added, sum W_ij E[X_j]. A swap grows the
@@ -31,6 +40,7 @@ def dsnot(weight: Tensor, mask: Tensor, statistics: InputStatistics, pattern: Pa
     Args:
         weight: outputs x inputs, dense, float32.
         mask: True where a weight goes; left as it is.
+        max_swaps: a row; default: 50, and no more than 1.2 % of its weights.
 
     Returns:
         a mask with as many True in each row (and in each M columns).
@@ -49,7 +59,8 @@ def dsnot(weight: Tensor, mask: Tensor, statistics: InputStatistics, pattern: Pa
     free = mask.clone()
     active = error.abs() > THRESHOLD
     rows = torch.arange(len(weight), device=weight.device)
-    for _ in range(MAX_CYCLES):
+    swaps = min(MAX_SWAPS, math.ceil(MAX_SHARE * weight.shape[1])) if max_swaps is None else max_swaps
+    for _ in range(swaps):
         if not bool(active.any()):
             break
         grown = (grow * sign[:, None]).masked_fill(~free, -torch.inf).argmax(1)

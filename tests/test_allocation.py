@@ -177,6 +177,7 @@ def test_a_file_of_ratios_names_blocks_and_matrices_and_the_longest_name_wins(tm
     assert found["model.layers.0.mlp.up_proj"] == 0.5
     assert found["model.layers.0.mlp.down_proj"] == 0.75
     assert found["model.layers.2.mlp.up_proj"] == 0.625
+    assert report.allocation == "file:ratios.json"
     assert verify(tmp_path / "out").n_matrices == 21
 
 

@@ -20,7 +20,8 @@ from calset.pruning.masks import Group, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-RULES = ("uniform", "owl", "search")
+MEASURED = ("owl", "search")
+RULES = ("uniform", *MEASURED)
 OWL_OUTLIER = 5.0  # times the mean score: M, of 3 to 10 in the paper
 OWL_LIMIT = 0.08  # either side of the asked sparsity: lambda
 SEARCH_STEPS = (-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15)  # around the asked sparsity, tried in every block
@@ -130,6 +131,23 @@ def _hull(curve: Sequence[float], tried: Sequence[float]) -> list[tuple[float, f
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def shares(
+    rule: str, measured: Mapping[str, Sequence[float]], matrices: Sequence[Matrix], sparsity: float, group: Group
+) -> dict[str, float]:
+    """Every matrix's own sparsity by a measured rule.
+
+    Args:
+        measured: by block: for ``owl`` its outlier share, for ``search`` its errors at each sparsity of ``grid``.
+    """
+    blocks = list(measured)
+    sizes = [sum(matrix.size for matrix in matrices if matrix.block == block) for block in blocks]
+    if rule == "owl":
+        per_block = owl([measured[block][0] for block in blocks], sizes, sparsity)
+    else:
+        per_block = search([measured[block] for block in blocks], grid(sparsity), sizes, sparsity)
+    return share_out(matrices, dict(zip(blocks, per_block, strict=True)), sparsity, group)
 
 
 def share_out(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -76,7 +76,7 @@ class PruneReport:
     device: str
     versions: Mapping[str, str]
     warnings: Sequence[str] = ()
-    allocation: str = "uniform"
+    allocation: str = "uniform"  # or owl, search, file:NAME
     biases: Sequence[str] = ()  # tensors that were changed or added
     switches: Mapping[str, bool] = field(default_factory=dict)  # of config.json, for added biases
     schema_version: int = checkpoint.SCHEMA_VERSION
@@ -322,7 +322,7 @@ def _known_shares(allocation: str, decoder: Decoder, selection: Selection) -> di
 
 
 def _uses_data(method: methods.Method, allocation: str) -> bool:
-    return method.needs != "nothing" or allocation in ("owl", "search")
+    return method.needs != "nothing" or allocation in allocate.MEASURED
 
 
 def _bias_warnings(method: methods.Method, carriers: biases.Carriers, linears: Mapping[str, nn.Linear]) -> list[str]:
@@ -349,7 +349,8 @@ def _bias_warnings(method: methods.Method, carriers: biases.Carriers, linears: M
     if added:
         warnings.append(
             f"{len(added)} linears get a bias that they did not have, through {', '.join(carriers.switches)} in "
-            f"config.json: transformers loads it; see whether your runtime does"
+            f"config.json: transformers loads it; other runtimes may drop it without a word, as vLLM's Qwen3 that of "
+            f"o_proj"
         )
     return warnings
 
@@ -477,7 +478,7 @@ def _selections(model: nn.Module, decoder: Decoder, plan: _Plan, batch_tokens: i
     """How much of each linear goes, after a survey of the dense model where the allocation asks for one."""
     selection, matrices = plan.selection, _matrices(decoder)
     shares = plan.shares
-    if plan.allocation in ("owl", "search"):
+    if plan.allocation in allocate.MEASURED:
         assert selection.sparsity is not None
         shares = _measured_shares(model, decoder, matrices, plan, batch_tokens)
     if shares is None:
@@ -493,22 +494,10 @@ def _measured_shares(
 ) -> dict[str, float]:
     selection, batches = plan.selection, plan.calibration.batches(batch_tokens)
     assert selection.sparsity is not None
-    sizes = [sum(m.size for m in matrices if m.block == block.name) for block in decoder.blocks]
-    if plan.allocation == "owl":
-        found = survey.survey(model, decoder, batches, plan.device, "diagonal", survey.outliers)
-        per_block = allocate.owl(found, sizes, selection.sparsity)
-    else:
-        measure = partial(
-            survey.errors,
-            method=plan.method,
-            selection=selection,
-            damping=plan.damping,
-            can_have_bias=plan.carriers.linears,
-        )
-        curves = survey.survey(model, decoder, batches, plan.device, "gram", measure)
-        per_block = allocate.search(curves, allocate.grid(selection.sparsity), sizes, selection.sparsity)
-    names = [block.name for block in decoder.blocks]
-    return allocate.share_out(matrices, dict(zip(names, per_block, strict=True)), selection.sparsity, selection.group)
+    measure, needs = survey.measure_of(plan.allocation, plan.method, selection, plan.damping, plan.carriers.linears)
+    found = survey.survey(model, decoder, batches, plan.device, needs, measure)
+    measured = {block.name: values for block, values in zip(decoder.blocks, found, strict=True)}
+    return allocate.shares(plan.allocation, measured, matrices, selection.sparsity, selection.group)
 
 
 def _prune_block(
@@ -656,7 +645,8 @@ def _report(plan: _Plan, matrices: Sequence[MatrixReport], phases: Mapping[str, 
         device=_device_name(plan.device),
         versions=_versions(),
         warnings=tuple(warnings),
-        allocation=plan.allocation,
+        # Where the file lay is nobody else's business.
+        allocation=plan.allocation if plan.allocation in allocate.RULES else f"file:{Path(plan.allocation).name}",
         biases=tuple(sorted(f"{name}.bias" for name in plan.carriers.linears)),
         switches=plan.carriers.switches,
     )
@@ -688,7 +678,7 @@ def card_section(report: PruneReport) -> str:
     calibration = report.calibration
     counted = f"{report.n_counted_tokens:,} ({report.tokens})"
     data = {"calibration": f"none: {report.method} uses no data"}
-    allocated = "" if report.allocation == "uniform" else f", shared out by {Path(report.allocation).name}"
+    allocated = "" if report.allocation == "uniform" else f", shared out by {report.allocation}"
     if calibration["used"]:
         data = {
             "calibration": f"{calibration['subset']}, content hash `{calibration['content_hash']}`",

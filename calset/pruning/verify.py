@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, VerificationError
+from calset.pruning.allocate import MEASURED
 from calset.pruning.checkpoint import RECORD, load_model, read_record, weight_files
 from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection, nearest
 
@@ -156,7 +157,7 @@ def _own(selection: Selection, entry: Mapping[str, Any], record: Mapping[str, An
 
 def _check_total(record: Mapping[str, Any], selection: Selection) -> None:
     """Measured allocations share out the asked total, to a weight, or a weight of every row of a matrix."""
-    if record.get("allocation", "uniform") not in ("owl", "search") or selection.sparsity is None:
+    if record.get("allocation", "uniform") not in MEASURED or selection.sparsity is None:
         return
     size = sum(entry["shape"][0] * entry["shape"][1] for entry in record["matrices"])
     want, got = nearest(selection.sparsity * size), sum(entry["n_pruned"] for entry in record["matrices"])

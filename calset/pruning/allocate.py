@@ -53,7 +53,7 @@ def outlier_share(scores: Sequence[Tensor], times: float = OWL_OUTLIER) -> float
         scores: |W| x input norm of each matrix (OWL's choice).
     """
     n = sum(part.numel() for part in scores)
-    mean = sum(float(part.double().sum()) for part in scores) / n
+    mean = sum(float(part.mean()) * part.numel() for part in scores) / n
     return sum(int((part > times * mean).sum()) for part in scores) / n
 
 

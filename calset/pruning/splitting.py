@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from calset.errors import PruningError
 from calset.pruning.masks import gradual_mask, prune_mask
 from calset.pruning.updates import Stack, Updated, damp, hessian
 
@@ -189,9 +190,16 @@ def refit(weight: Tensor, mask: Tensor, statistics: InputStatistics, damping: fl
 
 
 def _inverse(matrix: Tensor, rho: float) -> Tensor:
-    """(H + rho I)^-1; H is positive definite already, see ``pose``."""
+    """(H + rho I)^-1.
+
+    Raises:
+        PruningError: it is not positive definite, which ``pose`` made sure of but for rounding.
+    """
     import torch
 
     shifted = matrix.clone()
     shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    lower, info = torch.linalg.cholesky_ex(shifted)
+    if int(info):
+        raise PruningError("the input statistics are too close to singular: use more calibration tokens or --damping")
+    return torch.cholesky_inverse(lower)

@@ -22,7 +22,8 @@ class InputStatistics:
     """Sums over counted tokens x (each of ``width`` inputs) with weights w (1 unless the calibration says otherwise).
 
     ``n_tokens``: how many; ``weight``: the sum of w. ``diagonal`` (width, float32): the sum of w x_i^2. ``total``
-    (width, float64): the sum of w x. ``gram`` (width x width, float32): the sum of w x x^T, or None when not needed.
+    (width, float64 where the device has it): the sum of w x. ``gram`` (width x width, float32): the sum of w x x^T, or
+    None when not needed.
     """
 
     n_tokens: int
@@ -37,8 +38,9 @@ class InputStatistics:
 
         gram = torch.zeros(width, width, dtype=torch.float32, device=device) if needs == "gram" else None
         diagonal = torch.zeros(width, dtype=torch.float32, device=device)
-        # Means are differences of large sums for the variance: double costs nothing at this size.
-        return cls(0, diagonal, torch.zeros(width, dtype=torch.float64, device=device), gram)
+        # The variance is a difference of large sums; double costs nothing at this size. Apple's GPUs have none.
+        wide = torch.float32 if diagonal.device.type == "mps" else torch.float64
+        return cls(0, diagonal, torch.zeros(width, dtype=wide, device=device), gram)
 
     def add(self, inputs: Tensor, counted: Tensor, weights: Tensor | None = None) -> None:
         """Add the counted rows of ``inputs`` (tokens x width, any float dtype).
@@ -58,7 +60,7 @@ class InputStatistics:
                 self._add_squares(rows)
             else:
                 w = chosen_weights[start : start + CHUNK]
-                self.weight += float(w.double().sum())
+                self.weight += float(w.sum(dtype=self.total.dtype))
                 x = rows.float()
                 self.total += w @ x
                 self._add_squares(x * w.sqrt()[:, None])
@@ -87,7 +89,7 @@ class InputStatistics:
     def variance(self) -> Tensor:
         """E[x^2] - E[x]^2, float32, never negative."""
         share = max(self.weight, 1e-30)
-        return (self.diagonal.double() / share - (self.total / share).square()).clamp(min=0).float()
+        return (self.diagonal.to(self.total.dtype) / share - (self.total / share).square()).clamp(min=0).float()
 
     def is_finite(self) -> bool:
         """False when an activation was infinite, NaN or too large to square."""

@@ -310,5 +310,5 @@ def relative_error(
     whole = squared_error(weight, statistics)
     error = squared_error(weight - pruned, statistics)
     if bias_shift is not None:
-        error = max(0.0, error - statistics.weight * float(bias_shift.double().square().sum()))
+        error = max(0.0, error - statistics.weight * float(bias_shift.square().sum(dtype=statistics.total.dtype)))
     return error / whole if whole > 0 else None

@@ -148,9 +148,9 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported(tmp_path, 
     weights["model.layers.1.mlp.gate.e_score_correction_bias"][7] = -1e4  # never chosen
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     report = prune(folder, make_subset(SAMPLES), tmp_path / "out", method=method, sparsity=0.5)
-    alone = [m for m in report.matrices if m.method is not None]
+    alone = [m for m in report.matrices if m.instead is not None]
     assert {m.name for m in alone} == {n for n in weights if ".experts.7." in n}
-    assert {(m.method, m.n_tokens, m.sparsity) for m in alone} == {("magnitude", 0, 0.5)}
+    assert {(m.instead, m.n_tokens, m.sparsity) for m in alone} == {("magnitude", 0, 0.5)}
     assert any("3 expert matrices got no calibration token and were pruned by magnitude" in w for w in report.warnings)
     after = weights_of(tmp_path / "out")
     for m in alone:

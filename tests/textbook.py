@@ -181,3 +181,146 @@ def _gpt_oss_inner(experts, e: int, x: np.ndarray) -> np.ndarray:
     both = x @ experts.gate_up_proj[e].detach().numpy() + experts.gate_up_proj_bias[e].detach().numpy()
     gate, up = np.minimum(both[::2], 7.0), np.clip(both[1::2], -7.0, 7.0)
     return (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+
+
+def choose(scores: np.ndarray, how: dict, share: float = 1.0) -> np.ndarray:
+    """The mask of ``how``: {"sparsity", "group": row or matrix} or {"pattern"}; a ``share`` of it on the way there."""
+    width = scores.shape[1]
+    if "pattern" in how:
+        final = n_of_m(scores, *how["pattern"])
+        return lowest(np.where(final, scores, np.inf), half_up(share * final.sum()))
+    sparsity = share * how["sparsity"]
+    if how["group"] == "matrix":
+        return lowest(scores, half_up(sparsity * scores.size))
+    return np.stack([lowest(row, half_up(sparsity * width)) for row in scores])
+
+
+def ria(weight: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Zhang et al. 2024: relative importance times the root of the input norm, weight by weight."""
+    size = np.abs(weight)
+    scores = np.zeros(weight.shape)
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            share = size[i, j] / size[:, j].sum() + size[i, j] / size[i].sum()
+            scores[i, j] = share * np.sqrt(np.linalg.norm(inputs[:, j]))
+    return scores
+
+
+def stade(weight: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Coello de Portugal Mecke et al. 2025: size times the input's standard deviation."""
+    return np.abs(weight) * inputs.std(axis=0)
+
+
+def dsnot(
+    weight: np.ndarray, inputs: np.ndarray, mask: np.ndarray, pattern: tuple[int, int] | None = None, swaps: int = 50
+) -> np.ndarray:
+    """Zhang et al. 2024 (DSnoT), section 3.3, row by row with lists of candidates."""
+    mask = mask.copy()
+    mean, variance, norm = inputs.mean(axis=0), inputs.var(axis=0), np.linalg.norm(inputs, axis=0)
+    for i, row in enumerate(weight):
+        effect = row * mean
+        error = effect[mask[i]].sum()
+        sign = np.sign(error)
+        to_grow = sorted(np.flatnonzero(mask[i]), key=lambda j: -sign * effect[j] / variance[j])
+        to_prune = sorted(np.flatnonzero(~mask[i]), key=lambda j: abs(row[j]) * norm[j])
+        for grown in to_grow[:swaps]:
+            if abs(error) <= 0.1 / 2048:
+                break
+            if pattern is None:
+                candidates = [j for j in to_prune if sign * effect[j] < 0]
+            else:
+                candidates = [j for j in to_prune if j // pattern[1] == grown // pattern[1]]
+            if not candidates:
+                break
+            after = error - effect[grown] + effect[candidates[0]]
+            if np.sign(after) != sign or abs(after) >= abs(error):
+                break
+            mask[i, grown], mask[i, candidates[0]] = False, True
+            to_prune.remove(candidates[0])
+            error = after
+    return mask
+
+
+def scaled_problem(weight: np.ndarray, inputs: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(damped H with unit diagonal, what inputs were scaled by, scaled weights) of a problem without dead inputs."""
+    x = inputs.astype(np.float64)
+    hessian = x.T @ x / len(x)
+    hessian += damping * np.diag(hessian).mean() * np.eye(len(hessian))
+    scale = np.sqrt(np.diag(hessian))
+    return hessian / np.outer(scale, scale), scale, weight * scale
+
+
+def admm(weight: np.ndarray, inputs: np.ndarray, how: dict, damping: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
+    """Boža 2024, algorithms 1 and 2 with gradual masks: columns are outputs, as there."""
+    hessian, scale, target = scaled_problem(weight, inputs, damping)
+    dense = w = target.T
+    u = np.zeros_like(w)
+    for t in range(20):
+        if t < 15:
+            mask = choose(np.abs((w + u).T), how, 1 - (1 - (t + 1) / 15) ** 3).T
+        z = np.where(mask, 0, w + u)
+        u = u + w - z
+        w = np.linalg.solve(hessian + np.eye(len(hessian)), hessian @ dense + (z - u))
+    return np.where(mask, 0, w + u).T / scale, mask.T
+
+
+def cg(matrix: np.ndarray, right: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
+    """Plain conjugate gradients for one right-hand side (Hestenes & Stiefel 1952)."""
+    x = start.copy()
+    r = right - matrix @ x
+    p = r.copy()
+    for _ in range(steps):
+        if r @ r < 1e-28:
+            break
+        a = (r @ r) / (p @ matrix @ p)
+        x, new = x + a * p, r - a * (matrix @ p)
+        p, r = new + (new @ new) / (r @ r) * p, new
+    return x
+
+
+def alps(weight: np.ndarray, inputs: np.ndarray, how: dict, damping: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
+    """Meng et al. 2024, algorithms 1 and 2: inverses from an eigendecomposition, each output's support on its own."""
+    hessian, scale, target = scaled_problem(weight, inputs, damping)
+    values, vectors = np.linalg.eigh(hessian)
+    rho, begun = 0.1, False
+    dense, v = target.T, np.zeros(target.T.shape)
+
+    def project(b: np.ndarray) -> np.ndarray:
+        return choose(np.abs(b.T), how).T
+
+    last = project(dense)
+    begin = d = np.where(last, 0, dense)
+    k = d.size - last.sum()
+    for t in range(1, 301):
+        w = vectors @ ((vectors.T @ (hessian @ dense - v + rho * d)) / (values + rho)[:, None])
+        mask = project(w + v / rho)
+        d = np.where(mask, 0, w + v / rho)
+        v = v + rho * (w - d)
+        if t % 3 == 0:
+            s, last = (mask != last).sum(), mask
+            begun = begun or s > 0.005 * k
+            if begun and s == 0:
+                break
+            if begun:
+                rho = min(1e6, rho * (1.3 if s > 0.1 * k else 1.2 if s > 0.005 * k else 1.1))
+            else:
+                rho /= 5
+                if s:
+                    d, v = begin, np.zeros(v.shape)
+            if t >= 30 and s < 0.0003 * k:
+                break
+    mask = project(w).T
+    out = np.zeros(weight.shape)
+    for i in range(len(weight)):
+        kept = ~mask[i]
+        right = (hessian @ dense[:, i])[kept]
+        out[i, kept] = cg(hessian[np.ix_(kept, kept)], right, w[kept, i], 10)
+    return out / scale, mask
+
+
+def owl(shares: list[float], sizes: list[int], sparsity: float, limit: float = 0.08) -> list[float]:
+    """Yin et al. 2024: blocks with more outliers keep more, within 2 x limit, the mean by parameters as asked."""
+    spread = max(shares) - min(shares)
+    moved = [(s - min(shares)) / spread * 2 * limit for s in shares]
+    mean = sum(m * n for m, n in zip(moved, sizes, strict=True)) / sum(sizes)
+    return [sparsity - (m - mean) for m in moved]

@@ -115,6 +115,16 @@ class Team:
         if owner != self.rank:
             values.copy_(sent)
 
+    def agree(self, value: T) -> T:
+        """The first process's value, for all."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        told: list[Any] = [value]
+        dist.broadcast_object_list(told, 0)
+        return told[0]
+
     def gather(self, found: Mapping[Any, T]) -> dict[Any, T]:
         """What all processes found, together."""
         if self.size == 1:
@@ -134,10 +144,10 @@ class Team:
             return
         import torch.distributed as dist
 
-        shared: list[Any] = [None, None]
+        shared: list[Any] = [None, None, None]
         if self.rank == 0:
             with opened() as work:
-                shared = [work.blocks, work.resumed_at]
+                shared = [work.blocks, work.resumed_at, work.shares]
                 dist.broadcast_object_list(shared, 0)
                 yield work
                 dist.barrier()
@@ -158,6 +168,9 @@ class _Follower(WorkFolder):
 
     def finish_block(self, tensors: Iterable[tuple[str, Tensor]], record: Mapping[str, Any]) -> None:
         self.blocks.append(record)
+
+    def remember(self, shares: Mapping[str, float]) -> None:
+        self.shares = dict(shares)
 
     def complete(self, source: Path, record: Mapping[str, Any], section: str, switches: Any = None) -> None:
         pass

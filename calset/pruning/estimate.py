@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from calset.errors import CalsetError
+from calset.pruning.allocate import SEARCH_STEPS
 from calset.pruning.hidden import Where
-from calset.pruning.stats import CHUNK
+from calset.pruning.stats import CHUNK, Needs
+from calset.pruning.survey import needs_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from calset.pruning.calibration import Calibration
     from calset.pruning.decoder import Block, Decoder, Weight
     from calset.pruning.layout import Matrix
-    from calset.pruning.stats import Needs
+    from calset.pruning.methods import Method
     from calset.pruning.tensorfiles import TensorFiles
 
 SHARE = 0.5  # of the free memory that hidden states may take before they move on
@@ -102,7 +104,7 @@ class Estimate:
         if self.device != "cpu":
             rows.append(("host memory", f"{_gb(self.host_bytes)} of {_gb(self.host_free)} free"))
         rows.append(("disk", f"{_gb(self.disk_bytes)} of {_gb(self.disk_free)} free"))
-        rows.append(("hidden states", f"on {self.hidden}" if self.n_batches else "none: the method uses no data"))
+        rows.append(("hidden states", f"on {self.hidden}" if self.n_batches else "none: no data is used"))
         return rows
 
 
@@ -112,7 +114,8 @@ def estimate(
     files: TensorFiles,
     matrices: Sequence[Matrix],
     calibration: Calibration,
-    needs: Needs,
+    method: Method,
+    allocation: str,
     propagate: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -123,8 +126,11 @@ def estimate(
     """The estimate for a model whose parameters may be on the meta device.
 
     Args:
+        allocation: a rule of ``allocate``; measured ones run the dense model once more.
         hidden: where hidden states are to be; default: wherever they fit, the nearest first.
     """
+    surveyed = needs_of(allocation)
+    needs: Needs = max((method.needs, surveyed), key=get_args(Needs).index)
     uses_data = needs != "nothing"
     names = {m.weight.name for m in matrices}
     chosen = [[w for w in block.weights.values() if w.name in names] for block in decoder.blocks]
@@ -136,7 +142,7 @@ def estimate(
         "a block's weights": max(sum(p.numel() for p in b.module.parameters()) for b in decoder.blocks)
         * dtype.itemsize,
         "statistics": max(_statistics_bytes(w, needs) for w in chosen),
-        "a solve": max(_solve_bytes(w, needs) for w in chosen),
+        "a solve": max(_solve_bytes(w, needs, method) for w in chosen),
     }
     if uses_data:
         parts["embeddings"] = _outside(model, decoder) * dtype.itemsize
@@ -158,9 +164,12 @@ def estimate(
         n_counted_tokens=calibration.n_counted_tokens if uses_data else 0,
         n_positions=positions,
         n_batches=len(shapes),
-        forward_flops=(2 if propagate == "pruned" else 1) * sum(_forward(b, model.config) for b in blocks) * positions,
-        statistics_flops=sum(_statistics(w, needs, model.config) for w in chosen) * calibration.n_counted_tokens,
-        solve_flops=sum(_solve(w, needs) for w in chosen),
+        forward_flops=_n_forwards(method, surveyed, propagate)
+        * sum(_forward(b, model.config) for b in blocks)
+        * positions,
+        statistics_flops=sum(_statistics(w, n, model.config) for w in chosen for n in (method.needs, surveyed))
+        * calibration.n_counted_tokens,
+        solve_flops=(1 + (len(SEARCH_STEPS) if allocation == "search" else 0)) * sum(_solve(w, method) for w in chosen),
         device=device.type,
         hidden=where,
         device_parts=parts,
@@ -171,6 +180,12 @@ def estimate(
         disk_bytes=weights_bytes + (hidden_bytes if where == "disk" else 0),
         disk_free=shutil.disk_usage(_existing(out)).free,
     )
+
+
+def _n_forwards(method: Method, surveyed: Needs, propagate: str) -> int:
+    """How often the blocks run: for the survey, for the statistics, and again as pruned."""
+    pruning = 0 if method.needs == "nothing" else 2 if propagate == "pruned" else 1
+    return pruning + (surveyed != "nothing")
 
 
 def free_memory(device: torch.device | None) -> int:
@@ -202,15 +217,19 @@ def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:
     return sum(n * FLOAT * (width * width if needs == "gram" else width) for width, n in widths)
 
 
-def _solve_bytes(weights: Sequence[Weight], needs: Needs) -> int:
-    """The matrices of one input at a time: as float32, updated, their errors and scores; the Gram, damped, factored."""
+def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int:
+    """The matrices of one input at a time: as float32, updated, their errors and scores; the Gram, damped, factored.
+
+    Splitting methods also hold the scaled weights, their product with the Gram, and two iterates with their sums.
+    """
     together: dict[tuple[int, int], int] = {}
     for weight in weights:
         # What one module holds may share an input; an attention's projections do.
         key = (id(weight.module) if weight.n_experts else hash(weight.name.rsplit(".", 2)[0]), weight.shape[1])
         together[key] = together.get(key, 0) + weight.shape[0]
     grams = 5 if needs == "gram" else 0
-    return max(((4 * rows + grams * width) * width * FLOAT for (_, width), rows in together.items()), default=0)
+    copies = 10 if method.products > 1 else 4
+    return max(((copies * rows + grams * width) * width * FLOAT for (_, width), rows in together.items()), default=0)
 
 
 def _activation_bytes(block: Block, shapes: Sequence[tuple[int, int]], hidden: int, itemsize: int, config: Any) -> int:
@@ -243,12 +262,13 @@ def _statistics(weights: Sequence[Weight], needs: Needs, config: Any) -> float:
     return sum(2.0 * w.shape[1] ** power * _uses(w, config) for w in weights)
 
 
-def _solve(weights: Sequence[Weight], needs: Needs) -> float:
-    if needs != "gram":
+def _solve(weights: Sequence[Weight], method: Method) -> float:
+    if method.needs != "gram":
         return float(sum(w.parameter.numel() for w in weights))
-    # One Cholesky and one triangular inverse an input, and each column moves all those after it.
+    # One Cholesky and one triangular inverse an input; with SparseGPT each column moves all those after it.
     solves = [(w.shape[0], w.shape[1], w.n_experts or 1) for w in weights]
-    return sum(n * (2 / 3 * width**3 + rows * width**2) for rows, width, n in solves)
+    cubes, products = 2 / 3 + method.inverses, 2 * method.products
+    return sum(n * (cubes * width**3 + products * rows * width**2) for rows, width, n in solves)
 
 
 def _outside(model: Any, decoder: Decoder) -> int:

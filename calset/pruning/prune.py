@@ -6,31 +6,35 @@ prune, written, next (``walk``, ``layout``, ``workfolder``).
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calset.errors import InputError, PruningError
-from calset.pruning import checkpoint, distributed, methods, workfolder
+from calset.pruning import allocate, biases, checkpoint, distributed, methods, workfolder
+from calset.pruning import survey as surveys
 from calset.pruning.calibration import BATCH_TOKENS, Calibration, Tokens, read
 from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate, estimate
 from calset.pruning.hidden import HiddenStates, Where
-from calset.pruning.layout import Layout, Matrix
+from calset.pruning.layout import Layout, Matrix, place
 from calset.pruning.masks import BLOCK_SIZE, Group, Pattern, Selection
-from calset.pruning.tensorfiles import TensorFiles
+from calset.pruning.tensorfiles import Added, TensorFiles
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from calset.catalog.records import Subset
-    from calset.pruning.decoder import Block
+    from calset.pruning.decoder import Block, Decoder
     from calset.pruning.distributed import Team
     from calset.pruning.stats import InputStatistics
     from calset.pruning.walk import Walk
@@ -47,8 +51,8 @@ OnProgress = Callable[[Mapping[str, Any]], None]
 class MatrixReport:
     """One pruned matrix. ``error``: ||X(W-W')^T||^2 / ||X W^T||^2 on the calibration inputs, where a Gram was kept.
 
-    ``name`` is the stored tensor; see ``layout.Matrix`` for its place there. ``method``: where it is not the asked one,
-    because no calibration token reached the matrix.
+    ``name`` is the stored tensor; see ``layout.Matrix`` for its place there. ``instead``: the method that pruned it
+    where it was not the asked one: magnitude, because no calibration token reached the matrix or it erred less.
     """
 
     name: str
@@ -62,7 +66,9 @@ class MatrixReport:
     expert: int | None = None
     rows: tuple[int, int] | None = None
     transposed: bool = False
-    method: str | None = None
+    asked: float | None = None  # its own sparsity, where an allocation shares them out
+    bias: bool = False  # its linear's bias was changed or added
+    instead: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,9 @@ class PruneReport:
     device: str
     versions: Mapping[str, str]
     warnings: Sequence[str] = ()
+    allocation: str = "uniform"  # or owl, search, file:NAME
+    biases: Sequence[str] = ()  # stored tensors that were changed or added
+    switches: Mapping[str, bool] = field(default_factory=dict)  # of config.json, for added biases
     schema_version: int = checkpoint.SCHEMA_VERSION
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,13 +127,18 @@ class _Plan:
     chosen: frozenset[tuple[Any, ...]]  # the keys of the matrices to prune
     left_dense: Sequence[str]
     allow_partial: bool
+    allocation: str
+    shares: Mapping[str, float] | None  # by label, of an allocation that is known before weights load
+    carriers: biases.Carriers
+    bias_names: Mapping[str, str]  # linear -> the stored tensor of its bias, of those that change or are new
+    added: Mapping[str, Added]
     estimate: Estimate
     settings: Mapping[str, Any]  # all that decides the result, for a run that continues this one
     warnings: list[str] = field(default_factory=list)
 
     @property
     def uses_data(self) -> bool:
-        return self.method.needs != "nothing"
+        return _uses_data(self.method, self.allocation)
 
 
 def prune(
@@ -138,6 +152,8 @@ def prune(
     tokens: Tokens = "all",
     propagate: Propagate = "pruned",
     group: Group | None = None,
+    allocation: str | Path = "uniform",
+    token_weights: Mapping[str, Sequence[float]] | None = None,
     damping: float = DAMPING,
     block_size: int = BLOCK_SIZE,
     device: str | None = None,
@@ -163,7 +179,9 @@ def prune(
         tokens: which tokens the statistics count.
         propagate: a block's inputs come from the blocks before it ``pruned`` or ``dense``.
         group: within what weights compete; default: the method's own.
-        damping: SparseGPT: the share of the mean diagonal added to the Hessian.
+        allocation: ``uniform`` (every matrix alike), ``owl``, ``search``, or a JSON file of ratios; see ``allocate``.
+        token_weights: how much each token counts, by sample id (a number a token); what is not named weighs 1.
+        damping: SparseGPT, ADMM, ALPS: the share of the mean diagonal added to the Hessian.
         block_size: columns of a block, for group ``block`` and SparseGPT's updates.
         device: default: CUDA when there is one, else the CPU.
         batch_tokens: positions a micro-batch.
@@ -193,12 +211,13 @@ def prune(
         with distributed.joined(plan.device) as team:
             team.part([None] * plan.estimate.n_batches)
             opening = time.monotonic()
-            opened = partial(workfolder.opened, plan.out, plan.source.folder, plan.settings)
+            opened = partial(workfolder.opened, plan.out, plan.source.folder, plan.settings, plan.added)
             with team.work(plan.out, opened) as work:
                 phases["copying"] = time.monotonic() - opening
                 matrices = _prune_blocks(plan, work, team, phases, tell)
                 report = _report(plan, work, matrices, phases, time.monotonic() - began)
-                work.complete(plan.source.folder, report.as_dict(), card_section(report))
+                section, switches = card_section(report), plan.carriers.switches
+                work.complete(plan.source.folder, report.as_dict(), section, switches)
     return report
 
 
@@ -267,6 +286,8 @@ def _plan(
     tokens: Tokens,
     propagate: Propagate,
     group: Group | None,
+    allocation: str | Path,
+    token_weights: Mapping[str, Sequence[float]] | None,
     damping: float,
     block_size: int,
     device: str | None,
@@ -287,15 +308,18 @@ def _plan(
     _check_options(propagate, damping, batch_tokens, hidden)
     patterns = _Patterns.of(include, exclude)
     source = checkpoint.open_source(model)
-    warnings = _check_subset(calibration, source, chosen, force)
+    allocation = str(allocation)
+    uses_data = _uses_data(chosen, allocation)
+    warnings = _check_subset(calibration, source, uses_data, force)
     samples = read(
         calibration,
         tokens,
         max_positions=source.max_positions,
         max_length=max_length,
         vocabulary_size=getattr(source.config.get_text_config(), "vocab_size", None),
+        token_weights=token_weights,
     )
-    if chosen.needs != "nothing":
+    if uses_data:
         warnings.extend(samples.warnings)
     on_device = _device(device)
     with TensorFiles(source.folder) as files:
@@ -306,22 +330,32 @@ def _plan(
         blocks = [layout.matrices(block.weights.values()) for block in decoder.blocks]
         every = [matrix for matrices in blocks for matrix in matrices]
         matrices = patterns.choose(every)
-        for matrix in matrices:
-            selection.check_shape(*matrix.shape, matrix.label.removesuffix(".weight"))
-        dtypes = {m.name: files.stored[m.name].torch_dtype for m in matrices}
+        shares = _known_shares(allocation, decoder, matrices, selection)
+        _check_shapes(matrices, selection, shares)
+        carriers, bias_names, added = _biases(chosen, source, layout, matrices)
+        dtypes = {name: files.stored[name].torch_dtype for name in {m.name for m in matrices}}
+        dtypes.update({n: files.stored[n].torch_dtype for n in bias_names.values() if n in files.stored})
+        dtypes.update({name: files.stored[new.beside].torch_dtype for name, new in added.items()})
         # The narrowest that holds every matrix exactly: the config's may round them.
         dtype = reduce(torch.promote_types, set(dtypes.values()))
         needed = estimate(
-            skeleton, decoder, files, matrices, samples, chosen.needs, propagate, dtype, on_device, batch_tokens,
+            skeleton, decoder, files, matrices, samples, chosen, allocation, propagate, dtype, on_device, batch_tokens,
             hidden, Path(out),
         )  # fmt: skip
-    warnings.extend(_rounded(selection, matrices))
+    warnings.extend(_bias_warnings(chosen, carriers, matrices, added))
+    if allocation == "uniform":
+        warnings.extend(_rounded(selection, matrices))
     warnings.extend(_too_few_tokens(chosen, matrices, samples.n_counted_tokens))
     warnings.extend(_without_effect(chosen, parsed, group, damping))
     if unknown := decoder.unknown():
         warnings.append(f"{len(unknown)} decoder weights are not understood and stay dense, such as {unknown[0]}")
     keys = frozenset(m.key for m in matrices)
-    settings = _settings(asked, source, calibration, on_device)
+    settings = _settings(
+        {**asked, "allocation": _told_apart(allocation, shares), "token_weights": _hash_of(samples.weights)},
+        source,
+        calibration,
+        on_device,
+    )
     workfolder.check_out(Path(out), needed.disk_bytes)
     workfolder.check_settings(Path(out), settings)
     return _Plan(
@@ -342,6 +376,11 @@ def _plan(
         chosen=keys,
         left_dense=[*(m.label for m in every if m.key not in keys), *unknown],
         allow_partial=allow_partial,
+        allocation=allocation,
+        shares=shares,
+        carriers=carriers,
+        bias_names=bias_names,
+        added=added,
         estimate=needed,
         settings=settings,
         warnings=warnings,
@@ -406,7 +445,113 @@ def _settings(
     }
 
 
-def _check_subset(subset: Subset, source: checkpoint.Source, method: methods.Method, force: bool) -> list[str]:
+def _uses_data(method: methods.Method, allocation: str) -> bool:
+    return method.needs != "nothing" or allocation in allocate.MEASURED
+
+
+def _allocated(decoder: Decoder, matrices: Sequence[Matrix]) -> list[allocate.Matrix]:
+    blocks = {name: block.name for block in decoder.blocks for name in block.weights}
+    return [allocate.Matrix(m.label, blocks[m.weight.name], *m.shape, m.reads) for m in matrices]
+
+
+def _known_shares(
+    allocation: str, decoder: Decoder, matrices: Sequence[Matrix], selection: Selection
+) -> dict[str, float] | None:
+    """The sparsities of a file; None for those that are uniform or measured later.
+
+    Raises:
+        InputError: no such file or rule, or an allocation of a pattern.
+    """
+    if allocation != "uniform" and selection.sparsity is None:
+        raise InputError(
+            f"a pattern is one share of zeros everywhere: --allocation {allocation} takes --sparsity instead"
+        )
+    if allocation in allocate.RULES:
+        return None
+    assert selection.sparsity is not None
+    return allocate.read_ratios(Path(allocation), _allocated(decoder, matrices), selection.sparsity)
+
+
+def _told_apart(allocation: str, shares: Mapping[str, float] | None) -> str:
+    """What tells one allocation from another: of a file what it says, not where it lies."""
+    if shares is None:
+        return allocation
+    return f"ratios {hashlib.sha256(json.dumps(shares).encode()).hexdigest()[:16]}"
+
+
+def _hash_of(weights: Sequence[Sequence[float]] | None) -> str | None:
+    """What tells one set of token weights from another: they are no part of the subset's content hash."""
+    return None if weights is None else hashlib.sha256(json.dumps([list(w) for w in weights]).encode()).hexdigest()
+
+
+def _own(selection: Selection, matrix: Matrix, shares: Mapping[str, float] | None) -> Selection:
+    """How much of one matrix goes."""
+    return selection if shares is None else replace(selection, sparsity=shares[matrix.label])
+
+
+def _check_shapes(matrices: Sequence[Matrix], selection: Selection, shares: Mapping[str, float] | None) -> None:
+    for matrix in matrices:
+        _own(selection, matrix, shares).check_shape(*matrix.shape, matrix.label.removesuffix(".weight"))
+
+
+def _biases(
+    method: methods.Method, source: checkpoint.Source, layout: Layout, matrices: Sequence[Matrix]
+) -> tuple[biases.Carriers, dict[str, str], dict[str, Added]]:
+    """Which linears can have a bias, the stored names of those that change or are new, and the new ones.
+
+    A new one goes beside its matrix, so that its matrix must be a tensor of the checkpoint's own.
+    """
+    if not method.biased:
+        return biases.Carriers(frozenset(), {}), {}, {}
+    pruned = {m.reads for m in matrices if m.in_expert is None}
+    carriers = biases.find_carriers(source.config, pruned, lambda name: f"{name}.weight" in layout.plain)
+    own = dict(layout.model.named_parameters())
+    names, added = {}, {}
+    for linear in sorted(carriers.linears):
+        parameter = own.get(f"{linear}.bias")
+        if parameter is None:
+            beside = layout.plain[f"{linear}.weight"]
+            names[linear] = f"{beside.removesuffix('.weight')}.bias"
+            # As many as the linear has outputs; a Conv1D has a bias already.
+            added[names[linear]] = Added(beside, (own[f"{linear}.weight"].shape[0],))
+        elif linear in pruned and (stored := layout.plain.get(f"{linear}.bias")):
+            names[linear] = stored
+    return replace(carriers, linears=frozenset(names)), names, added
+
+
+def _bias_warnings(
+    method: methods.Method, carriers: biases.Carriers, matrices: Sequence[Matrix], added: Mapping[str, Added]
+) -> list[str]:
+    """What a method that corrects biases can do on this model.
+
+    Raises:
+        InputError: nothing.
+    """
+    if not method.biased:
+        return []
+    readers = list(dict.fromkeys(m.reads for m in matrices))
+    without = [name for name in readers if name not in carriers.linears]
+    if len(without) == len(readers):
+        raise InputError(
+            f"{method.name} corrects biases, and what is pruned of this model has none and cannot be given any that "
+            f"would be loaded again: use wanda"
+        )
+    warnings = []
+    if without:
+        warnings.append(
+            f"{len(without)} of {len(readers)} linears and experts, such as {without[0]}, can have no bias that would "
+            f"be loaded again: they are pruned by {method.name}'s score without one, which is wanda's"
+        )
+    if added:
+        warnings.append(
+            f"{len(added)} linears get a bias that they did not have, through {', '.join(carriers.switches)} in "
+            f"config.json: transformers loads it; other runtimes may drop it without a word, as vLLM's Qwen3 that of "
+            f"o_proj"
+        )
+    return warnings
+
+
+def _check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, force: bool) -> list[str]:
     """Warnings about where the subset comes from.
 
     Raises:
@@ -424,7 +569,7 @@ def _check_subset(subset: Subset, source: checkpoint.Source, method: methods.Met
                 f"{problem}: its token ids would mean other text; select from this model's own traces, or --force"
             )
         warnings.append(f"{problem} (forced)")
-    if method.needs == "nothing":
+    if not uses_data:
         return warnings
     # A Hub model given as its snapshot folder goes by the commit in the folder's name.
     if subset.model_revision and subset.model_revision not in (source.revision, source.folder.name):
@@ -496,26 +641,42 @@ def _prune_blocks(
 ) -> list[MatrixReport]:
     from calset.pruning.walk import Walk
 
-    model = plan.source.skeleton(plan.dtype)
+    model = plan.source.skeleton(plan.dtype, plan.carriers.switches)
     decoder = find_decoder(model, allow_partial=plan.allow_partial)
     total = len(decoder.blocks)
-    # A method that needs no data does not run the model.
     batches = team.part(plan.calibration.batches(plan.batch_tokens)) if plan.uses_data else []
-    hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
     matrices: list[MatrixReport] = []
     with TensorFiles(plan.source.folder) as dense, TensorFiles(work.model) as pruned:
         layout, finished = Layout.of(dense, model), Layout.of(pruned, model)
         if batches:
             _load_surroundings(layout, decoder.blocks, plan)
 
-        def load(block: Block) -> None:
-            # Blocks that an interrupted run finished are run as that run propagated them.
-            was_done = decoder.blocks.index(block) < len(work.blocks) and plan.propagate == "pruned"
-            source = finished if was_done else layout
+        def load(block: Block, source: Layout = layout) -> None:
             with _timed(phases, "loading"):
                 source.load(source.names(f"{block.name}."), plan.dtype, plan.device)
+                _give_biases(block, plan)
 
-        with Walk(model, decoder, batches, plan.device, hidden=hidden, load=load) as walk:
+        def load_as_propagated(block: Block) -> None:
+            # Blocks that an interrupted run finished are run as that run propagated them.
+            was_done = decoder.blocks.index(block) < len(work.blocks) and plan.propagate == "pruned"
+            load(block, finished if was_done else layout)
+
+        if plan.allocation in allocate.MEASURED and work.shares is None:
+            tell({"done": 0, "total": total, "phase": "surveying"})
+            hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
+            with (
+                _timed(phases, "allocation"),
+                Walk(model, decoder, batches, plan.device, hidden=hidden, load=load) as w,
+            ):
+                work.remember(_measured_shares(w, layout, plan, team))
+            place(model, plan.device)  # what surrounds the blocks; a walk leaves it on the CPU
+        shares = plan.shares if work.shares is None else work.shares
+        _check_shapes([m for b in decoder.blocks for m in _chosen(layout, b, plan)], plan.selection, shares)
+        if plan.method.needs == "nothing":
+            batches = []  # such a method does not run the model
+        hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
+        run = _Run(plan, layout, finished, work, team, shares, phases)
+        with Walk(model, decoder, batches, plan.device, hidden=hidden, load=load_as_propagated) as walk:
             for index in range(total):
                 tell({"done": index, "total": total, "phase": "pruning"})
                 is_last = index + 1 == total
@@ -525,7 +686,7 @@ def _prune_blocks(
                         with _timed(phases, "replaying"):
                             walk.advance(index)
                 else:
-                    reports = _work_on(index, walk, layout, plan, work, team, phases)
+                    reports = _work_on(index, walk, run)
                     if plan.propagate == "pruned" and not is_last:
                         with _timed(phases, "propagation"):
                             walk.advance(index)
@@ -535,18 +696,55 @@ def _prune_blocks(
     return matrices
 
 
-def _work_on(
-    index: int,
-    walk: Walk,
-    layout: Layout,
-    plan: _Plan,
-    work: WorkFolder,
-    team: Team,
-    phases: dict[str, float],
-) -> list[MatrixReport]:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What the work on every block needs. ``layout``: of the dense checkpoint; ``finished``: of the one in the making.
+
+    ``shares``: each matrix's own sparsity by label; None where all have the asked one.
+    """
+
+    plan: _Plan
+    layout: Layout
+    finished: Layout
+    work: WorkFolder
+    team: Team
+    shares: Mapping[str, float] | None
+    phases: dict[str, float]
+
+
+def _chosen(layout: Layout, block: Block, plan: _Plan) -> list[Matrix]:
+    return [m for m in layout.matrices(block.weights.values()) if m.key in plan.chosen]
+
+
+def _measured_shares(walk: Walk, layout: Layout, plan: _Plan, team: Team) -> dict[str, float]:
+    """How much of each matrix goes, after a survey of the dense model."""
+    assert plan.selection.sparsity is not None
+    matrices = [_chosen(layout, block, plan) for block in walk.decoder.blocks]
+    listed = [m for chosen in matrices for m in chosen]
+    biased = {m.label for m in listed if m.reads in plan.carriers.linears}
+    measure = surveys.measure_of(plan.allocation, plan.method, plan.selection, plan.damping, biased)
+    measured = surveys.survey(walk, matrices, measure, team)
+    allocated = _allocated(walk.decoder, listed)
+    return allocate.shares(plan.allocation, measured, allocated, plan.selection.sparsity, plan.selection.group)
+
+
+def _give_biases(block: Block, plan: _Plan) -> None:
+    """Zeros where the config's switches make transformers expect a bias that the dense model does not have."""
+    import torch
+    from torch import nn
+
+    for name, linear in block.linears.items():
+        bias: Any = linear.bias
+        if plan.bias_names.get(name) in plan.added and bias.device.type == "meta":
+            zeros = torch.zeros(bias.shape, dtype=plan.dtype, device=plan.device)
+            linear.bias = nn.Parameter(zeros, requires_grad=False)
+
+
+def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
     """Prune one block and write it."""
+    plan, work, team, phases = run.plan, run.work, run.team, run.phases
     block = walk.ready(index)
-    chosen = [m for m in layout.matrices(block.weights.values()) if m.key in plan.chosen]
+    chosen = _chosen(run.layout, block, plan)
     found: dict[str, InputStatistics] = {}
     if walk.batches and (chosen or plan.propagate == "dense"):
         with _timed(phases, "statistics"):
@@ -554,10 +752,10 @@ def _work_on(
             found = walk.statistics(index, needs, keep=plan.propagate == "dense", only=only)
             found = team.add_up(found, {m.reads: m.shape[1] for m in chosen}, needs, plan.device)
     with _timed(phases, "pruning"):
-        reports = _prune_block(chosen, found, plan, team)
+        reports = _prune_block(chosen, found, run)
     with _timed(phases, "writing"):
         record = {"block": block.name, "matrices": [asdict(r) for r in reports], "resumed_at": work.resumed_at}
-        work.finish_block(_changed(layout, block, chosen), record)
+        work.finish_block(_changed(run, block, chosen), record)
     return reports
 
 
@@ -574,12 +772,15 @@ def _load_surroundings(layout: Layout, blocks: Sequence[Block], plan: _Plan) -> 
     layout.load(wanted, plan.dtype, plan.device)
 
 
-def _changed(layout: Layout, block: Block, chosen: Sequence[Matrix]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stored tensors that hold the chosen matrices, as they now are."""
+def _changed(run: _Run, block: Block, chosen: Sequence[Matrix]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stored tensors that hold the chosen matrices and their biases, as they now are."""
     names = {m.name for m in chosen}
-    for name, tensor in layout.to_stored({w.name: w.parameter.data for w in block.weights.values()}):
+    for name, tensor in run.layout.to_stored({w.name: w.parameter.data for w in block.weights.values()}):
         if name in names:
             yield name, tensor
+    for reads in sorted({m.reads for m in chosen} & run.plan.carriers.linears):
+        linear: Any = block.linears[reads]
+        yield run.plan.bias_names[reads], linear.bias.data
 
 
 def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
@@ -592,9 +793,10 @@ def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
 
 
 def _prune_block(
-    matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], plan: _Plan, team: Team
+    matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], run: _Run
 ) -> list[MatrixReport]:
     """Prune a block's matrices in place, those with one input together; reports in the given order."""
+    team = run.team
     together: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         inputs = statistics.get(matrix.reads)
@@ -604,50 +806,63 @@ def _prune_block(
     reports: dict[Any, MatrixReport] = {}
     for members, owner in zip(groups, owners, strict=True):
         if owner == team.rank:
-            reports.update(_prune_group(members, statistics.get(members[0].reads), plan))
+            reports.update(_prune_group(members, statistics.get(members[0].reads), run))
     for members, owner in zip(groups, owners, strict=True):
         for matrix in members:
             team.tell(matrix.values(), owner)
+            if matrix.reads in run.plan.carriers.linears:
+                team.tell(_bias(matrix), owner)
     reports = team.gather(reports)
     return [reports[m.key] for m in matrices]
 
 
+def _bias(matrix: Matrix) -> Tensor:
+    """A view of what its linear's bias adds to the matrix's outputs."""
+    module: Any = matrix.weight.module
+    return module.bias.data[slice(*matrix.in_rows)]
+
+
 def _prune_group(
-    members: Sequence[Matrix], inputs: InputStatistics | None, plan: _Plan
+    members: Sequence[Matrix], inputs: InputStatistics | None, run: _Run
 ) -> dict[tuple[Any, ...], MatrixReport]:
     """Prune matrices that read one input, in place; reports by the matrices' keys."""
     weights = [m.values().detach().float() for m in members]
     if not all(bool(w.isfinite().all()) for w in weights):
         raise PruningError(f"{members[0].label} holds values that are not finite: the checkpoint is broken")
-    method = plan.method
-    if plan.uses_data and (inputs is None or not inputs.n_tokens):
+    plan, method = run.plan, run.plan.method
+    if method.needs != "nothing" and (inputs is None or not inputs.weight):
         # An expert that no calibration token reached: nothing is known of its inputs, so weights are all there is.
         method, inputs = methods.find("magnitude"), None
+    selections = [_own(plan.selection, m, run.shares) for m in members]
+    biased = [m.reads in plan.carriers.linears for m in members]
     try:
-        results = methods.prune_shared(method, weights, inputs, plan.selection, plan.damping)
+        results = methods.prune_shared(method, weights, inputs, selections, plan.damping, can_have_bias=biased)
     except PruningError as error:
         raise PruningError(f"{members[0].label}: {error}") from error
-    return {m.key: _write(m, r, inputs, plan, method) for m, r in zip(members, results, strict=True)}
+    if method is not plan.method:
+        results = [replace(r, instead=method.name) for r in results]
+    return {m.key: _write(m, r, inputs, run) for m, r in zip(members, results, strict=True)}
 
 
 def _write(
     matrix: Matrix,
     result: methods.Pruned,
     statistics: InputStatistics | None,
-    plan: _Plan,
-    method: methods.Method,
+    run: _Run,
 ) -> MatrixReport:
     """Cast once, to the dtype in the source's file, mask again, and count what will be saved."""
     import torch
 
-    weight = result.weight.to(plan.dtypes[matrix.name]).masked_fill_(result.mask, 0.0)
+    weight = result.weight.to(run.plan.dtypes[matrix.name]).masked_fill_(result.mask, 0.0)
     if not bool(weight.isfinite().all()):
         raise PruningError(
             f"the pruned weights of {matrix.label} are not finite: use more calibration tokens or raise --damping"
         )
     place = matrix.values()
     with torch.no_grad():
-        place.copy_(weight)  # as wide or wider: see _load_dtype
+        place.copy_(weight)  # as wide or wider: see _plan
+    if result.bias_shift is not None:
+        _shift_bias(matrix, result.bias_shift, run.plan)
     rows, width = matrix.shape
     n_zeros = int((place == 0).sum())
     return MatrixReport(
@@ -662,8 +877,22 @@ def _write(
         expert=matrix.expert,
         rows=matrix.rows,
         transposed=matrix.transposed,
-        method=method.name if method is not plan.method else None,
+        asked=None if run.shares is None else run.shares[matrix.label],
+        bias=result.bias_shift is not None,
+        instead=result.instead,
     )
+
+
+def _shift_bias(matrix: Matrix, shift: Tensor, plan: _Plan) -> None:
+    """Add to the linear's bias, rounded to what the file will hold, so that later blocks see that."""
+    import torch
+
+    place = _bias(matrix)
+    bias = (place.to(shift) + shift).to(plan.dtypes[plan.bias_names[matrix.reads]])
+    if not bool(bias.isfinite().all()):
+        raise PruningError(f"the corrected bias of {matrix.reads} is not finite: its inputs are too large; use wanda")
+    with torch.no_grad():
+        place.copy_(bias)
 
 
 # --- the report -------------------------------------------------------------------------------------------------
@@ -683,6 +912,11 @@ def _report(
     if raised:
         warnings.append(
             f"damping was raised for {len(raised)} matrices, such as {raised[0].name} ({raised[0].damping:g})"
+        )
+    if instead := [m for m in matrices if m.instead and m.n_tokens]:
+        warnings.append(
+            f"{len(instead)} matrices, such as {instead[0].name}, were pruned by {instead[0].instead}, which erred "
+            f"less there than {plan.method.name}"
         )
     warnings.extend(_about_experts(plan, matrices))
     size = sum(m.shape[0] * m.shape[1] for m in matrices)
@@ -718,6 +952,7 @@ def _report(
             "tokenizer_hash": subset.tokenizer_hash,
             "n_samples": subset.n_samples,
             "n_tokens": subset.n_tokens,
+            "token_weights": _hash_of(plan.calibration.weights) if uses_data else None,
             # The runs and sources behind it; of a subset from the Hub also repo, commit and tag.
             "origin": dict(subset.origin) if subset.origin else None,
         },
@@ -729,18 +964,22 @@ def _report(
         device=_device_name(plan.device),
         versions=_versions(),
         warnings=tuple(warnings),
+        # Where the file lay is nobody else's business.
+        allocation=plan.allocation if plan.allocation in allocate.RULES else f"file:{Path(plan.allocation).name}",
+        biases=tuple(sorted(plan.bias_names.values())),
+        switches=plan.carriers.switches,
     )
 
 
 def _about_experts(plan: _Plan, matrices: Sequence[MatrixReport]) -> list[str]:
     """Warnings about experts that the router sent few or no calibration tokens."""
     warnings = []
-    if without := [m for m in matrices if m.method is not None]:
+    if without := [m for m in matrices if m.instead and not m.n_tokens]:
         warnings.append(
-            f"{len(without)} expert matrices got no calibration token and were pruned by {without[0].method}, such as "
+            f"{len(without)} expert matrices got no calibration token and were pruned by {without[0].instead}, such as "
             f"{_place(without[0])}; use more tokens"
         )
-    few = [m for m in matrices if m.method is None and 0 < m.n_tokens < m.shape[1] <= plan.calibration.n_counted_tokens]
+    few = [m for m in matrices if 0 < m.n_tokens < m.shape[1] <= plan.calibration.n_counted_tokens]
     if few and plan.method.needs == "gram":
         fewest = min(few, key=lambda m: m.n_tokens)
         warnings.append(
@@ -775,6 +1014,7 @@ def card_section(report: PruneReport) -> str:
     calibration = report.calibration
     counted = f"{report.n_counted_tokens:,} ({report.tokens})"
     data = {"calibration": f"none: {report.method} uses no data"}
+    allocated = "" if report.allocation == "uniform" else f", shared out by {report.allocation}"
     if calibration["used"]:
         hub = (calibration["origin"] or {}).get("hub")
         place = f" of the dataset {hub['repo']} (commit `{hub['commit']}`)" if hub else ""
@@ -785,7 +1025,7 @@ def card_section(report: PruneReport) -> str:
     rows = {
         "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",
         "method": f"{report.method}, {asked}" + (f", mask group {report.group}" if report.group else ""),
-        "zeros": f"{report.realised_sparsity:.4f} of {len(report.matrices)} matrices in the decoder blocks",
+        "zeros": f"{report.realised_sparsity:.4f} of {len(report.matrices)} matrices in the decoder blocks{allocated}",
         **data,
         "damping": "-" if report.damping is None else f"{report.damping:g} of the mean diagonal",
         "took": f"{report.seconds:.0f} s on {report.device}",
@@ -794,7 +1034,16 @@ def card_section(report: PruneReport) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         f"# {report.base['model']}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
-        f"Embeddings, norms and lm_head are the dense model's, bit for bit. Zeros are stored as ordinary weights: the "
+        f"{_biases_section(report)}Embeddings, norms and lm_head are the dense model's, bit for bit. "
+        f"Zeros are stored as ordinary weights: the "
         f"checkpoint is as large and as fast as the dense one where the runtime does not use sparsity. "
         f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
     )
+
+
+def _biases_section(report: PruneReport) -> str:
+    """What a reader must know before loading a model with corrected biases."""
+    if not report.biases:
+        return ""
+    turned_on = f", of which config.json turned some on ({', '.join(report.switches)})" if report.switches else ""
+    return f"{len(report.biases)} biases take over the mean of the pruned weights{turned_on}. "

@@ -6,14 +6,15 @@ Reads the files, not the pruner's memory of them. It must not know how pruning w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, VerificationError
+from calset.pruning.allocate import MEASURED
 from calset.pruning.checkpoint import RECORD, load_model, read_record
 from calset.pruning.layout import Layout, cut
-from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection
+from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection, nearest
 from calset.pruning.tensorfiles import TensorFiles
 
 if TYPE_CHECKING:
@@ -73,22 +74,25 @@ def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyRe
     with _files(folder) as tensors:
         n_zeros, size = 0, 0
         for entry in record["matrices"]:
-            n_zeros += _check_matrix(entry, tensors, selection)
+            n_zeros += _check_matrix(entry, tensors, _own(selection, entry, record, folder))
             size += entry["shape"][0] * entry["shape"][1]
+        _check_total(record, selection)
         pruned = {entry["name"] for entry in record["matrices"]}
+        biases = set(record.get("biases", ()))
+        _check_biases(biases, tensors)
         _check_model(folder, tensors, record)
         dense, notes = _find_base(record, base)
         n_untouched = None
         if dense:
             with _files(dense) as others:
-                n_untouched = _check_untouched(tensors, others, pruned)
+                n_untouched = _check_untouched(tensors, others, pruned, biases)
     return VerifyReport(
         directory=str(directory),
         n_matrices=len(record["matrices"]),
         pattern=record.get("pattern"),
         sparsity=record.get("sparsity"),
         realised_sparsity=n_zeros / size,
-        n_other_tensors=len(tensors.stored.keys() - pruned),
+        n_other_tensors=len(tensors.stored.keys() - pruned - biases),
         base=str(dense) if dense else None,
         n_untouched=n_untouched,
         notes=notes,
@@ -118,6 +122,37 @@ def _selection(record: Mapping[str, Any], folder: Path) -> Selection:
         )
     except (InputError, TypeError) as error:
         raise InputError(f"{folder / RECORD} is corrupt: {error}") from error
+
+
+def _own(selection: Selection, entry: Mapping[str, Any], record: Mapping[str, Any], folder: Path) -> Selection:
+    """What was asked of one matrix: the same of all, unless an allocation shared it out."""
+    if record.get("allocation", "uniform") == "uniform":
+        return selection
+    try:
+        return replace(selection, sparsity=entry.get("asked"))
+    except (InputError, TypeError) as error:
+        raise InputError(f"{folder / RECORD} is corrupt: {error}") from error
+
+
+def _check_total(record: Mapping[str, Any], selection: Selection) -> None:
+    """Measured allocations share out the asked total, to a weight, or a weight of every row of a matrix."""
+    if record.get("allocation", "uniform") not in MEASURED or selection.sparsity is None:
+        return
+    size = sum(entry["shape"][0] * entry["shape"][1] for entry in record["matrices"])
+    want, got = nearest(selection.sparsity * size), sum(entry["n_pruned"] for entry in record["matrices"])
+    step = max(entry["shape"][0] for entry in record["matrices"]) if selection.group == "row" else 0
+    if abs(want - got) > step:
+        raise VerificationError(
+            f"{got} weights were pruned in all, but sparsity {selection.sparsity:g} of {size} is {want}"
+        )
+
+
+def _check_biases(biases: set[str], tensors: TensorFiles) -> None:
+    for name in sorted(biases):
+        if name not in tensors.stored:
+            raise VerificationError(f"{name} is listed as changed but not in the checkpoint")
+        if not bool(tensors.read(name).isfinite().all()):
+            raise VerificationError(f"{name} holds values that are not finite")
 
 
 def _label(entry: Mapping[str, Any]) -> str:
@@ -219,12 +254,14 @@ def _find_base(record: Mapping[str, Any], base: str | Path | None) -> tuple[Path
     return folder, []
 
 
-def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str]) -> int:
-    """How many tensors are the dense model's, bit for bit."""
+def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], biases: set[str]) -> int:
+    """How many tensors are the dense model's, bit for bit; ``biases`` may differ, and need not be there."""
     import torch
 
     n_equal = 0
     for name in tensors.stored:
+        if name not in dense.stored and name in biases:
+            continue
         if name not in dense.stored:
             raise VerificationError(f"{name} is not in the dense model at {dense.folder}")
         tensor, other = tensors.read(name), dense.read(name)
@@ -232,7 +269,7 @@ def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str])
             raise VerificationError(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, in the dense model {tuple(other.shape)} {other.dtype}"
             )
-        if name in pruned:
+        if name in pruned | biases:
             continue
         # Bytes, so that -0.0 and NaN compare too.
         if not torch.equal(tensor.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):

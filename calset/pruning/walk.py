@@ -213,10 +213,12 @@ class _Collector:
         self.leaders: dict[str, str] = {}  # linear -> the first linear that read the same tensor
         self.sums: dict[str, InputStatistics] = {}
         self._counted: Any = None
+        self._weights: Any = None
         self._seen: list[tuple[Tensor, int, str]] = []  # held, so that no memory is reused within a batch
 
     def start(self, batch: Batch) -> None:
         self._counted = batch.counted.reshape(-1).to(self.device)
+        self._weights = None if batch.weights is None else batch.weights.reshape(-1).to(self.device)
         self._seen = []
 
     def hook(self, name: str) -> Callable[[Any, tuple[Any, ...]], None]:
@@ -230,7 +232,8 @@ class _Collector:
 
         def see(attribute: str, expert: int, inputs: Tensor, tokens: Tensor) -> None:
             if (name := f"{module_name}.{attribute}[{expert}]") in self.readers:
-                self._sum(name, inputs, self._counted[tokens])
+                weights = None if self._weights is None else self._weights[tokens]
+                self._sum(name, inputs, self._counted[tokens], weights)
 
         return see
 
@@ -245,21 +248,21 @@ class _Collector:
 
     def _add(self, name: str, inputs: Tensor) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        counted = self._counted
+        counted, weights = self._counted, self._weights
         if len(rows) != len(counted):
-            # A linear in an expert of its own reads some tokens; which ones matters unless all count.
-            if not bool(counted.all()):
+            # A linear in an expert of its own reads some tokens; which ones matters unless all count alike.
+            if weights is not None or not bool(counted.all()):
                 raise PruningError(
                     f"{name} reads {len(rows)} vectors for {len(counted)} tokens: calset cannot tell which count, but "
-                    f"need not with --tokens all --batch-tokens 1"
+                    f"need not with --tokens all --batch-tokens 1 and no token weights"
                 )
             counted = counted.new_ones(len(rows))
-        self._sum(name, rows, counted)
+        self._sum(name, rows, counted, weights)
 
-    def _sum(self, name: str, rows: Tensor, counted: Tensor) -> None:
+    def _sum(self, name: str, rows: Tensor, counted: Tensor, weights: Tensor | None) -> None:
         if name not in self.sums:
             self.sums[name] = InputStatistics.zeros(rows.shape[1], self.needs, self.device)
-        self.sums[name].add(rows, counted)
+        self.sums[name].add(rows, counted, weights)
 
     def result(self, linears: Collection[str]) -> dict[str, InputStatistics]:
         self._seen = []

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MARGIN = 64 << 20  # bytes of free disk beyond what is planned
 PROGRESS = "progress.jsonl"
+SHARES = "shares.json"  # of a measured allocation
 
 
 def folder_of(out: Path) -> Path:
@@ -79,12 +80,16 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
 
 @dataclass(slots=True)
 class WorkFolder:
-    """Opened with ``opened``. ``blocks``: the records of the blocks that are finished, in order."""
+    """Opened with ``opened``. ``blocks``: the records of the blocks that are finished, in order.
+
+    ``shares``: each matrix's sparsity, where they were measured before the first block.
+    """
 
     out: Path
     folder: Path
     blocks: list[Mapping[str, Any]] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
+    shares: dict[str, float] | None = None
 
     @property
     def model(self) -> Path:
@@ -97,6 +102,16 @@ class WorkFolder:
         path = self.folder / "scratch"
         path.mkdir(exist_ok=True)
         return path
+
+    def remember(self, shares: Mapping[str, float]) -> None:
+        """Keep what was measured: a run that continues this one prunes by the same, to the bit.
+
+        Raises:
+            PruningError: it could not be written.
+        """
+        with _writing(self.out):
+            _write_whole(self.folder / SHARES, json.dumps(shares))
+        self.shares = dict(shares)
 
     def finish_block(self, tensors: Iterable[tuple[str, Tensor]], record: Mapping[str, Any]) -> None:
         """Write a block's pruned tensors, by their stored names, and then that it is done.
@@ -155,7 +170,7 @@ def opened(
             _begin(work, source, settings, added)
             yield work
         except BaseException as error:
-            keep = bool(work.blocks) and not _is_final(error)
+            keep = bool(work.blocks or work.shares) and not _is_final(error)
             if keep and isinstance(error, KeyboardInterrupt):
                 raise Stopped(f"stopped with {len(work.blocks)} blocks pruned; the same command continues") from error
             raise
@@ -174,10 +189,12 @@ def _begin(work: WorkFolder, source: Path, settings: Mapping[str, Any], added: M
     shutil.rmtree(work.folder / "scratch", ignore_errors=True)  # hidden states of a killed run
     if lines:
         work.blocks = list(lines[1:])
+        work.shares = _read_shares(work.folder)
         work.resumed_at = [*(work.blocks[-1].get("resumed_at", []) if work.blocks else []), len(work.blocks)]
         return
     with _writing(work.out):
         shutil.rmtree(work.model, ignore_errors=True)
+        (work.folder / SHARES).unlink(missing_ok=True)
         work.model.mkdir()
         copy_files(source, work.model, added)
         flush(work.model)
@@ -213,14 +230,24 @@ def _read_progress(folder: Path) -> list[dict[str, Any]]:
 def _append(folder: Path, record: Mapping[str, Any]) -> None:
     kept = _read_progress(folder)
     text = "".join(json.dumps(line, default=str) + "\n" for line in [*kept, record])
-    # Rewritten whole and renamed: an appended line could follow half of a killed run's.
-    part = folder / f"{PROGRESS}.part"
+    # Rewritten whole: an appended line could follow half of a killed run's.
+    _write_whole(folder / PROGRESS, text)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Put a file in its place whole, or not at all."""
+    part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    part.rename(folder / PROGRESS)
-    fsync_folder(folder)
+    part.rename(path)
+    fsync_folder(path.parent)
+
+
+def _read_shares(folder: Path) -> dict[str, float] | None:
+    path = folder / SHARES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 @contextmanager

@@ -50,8 +50,18 @@ def of_each_kind():
     return [*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
 
 
-@pytest.mark.parametrize("kind", of_each_kind())
-@pytest.mark.parametrize("method", [pytest.param("sparsegpt", marks=pytest.mark.slow), "wanda"])
+def of_each_method():
+    """Wanda on every kind; the others where experts are fused, stored apart, or there are none."""
+    for kind in of_each_kind():
+        name, marks = (kind, ()) if isinstance(kind, str) else (kind.values[0], kind.marks)
+        yield pytest.param(name, "wanda", marks=marks)
+        yield pytest.param(name, "sparsegpt", marks=pytest.mark.slow)
+    for kind in ("Mixtral", "GptOss", "Qwen2"):
+        yield pytest.param(kind, "ria", marks=() if kind == "Mixtral" else pytest.mark.slow)
+        yield pytest.param(kind, "admm", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "method"), of_each_method())
 def test_a_model_is_pruned_as_by_the_textbook_and_keeps_its_names(tmp_path, models, kind, method):
     dense = models(kind)
     report = prune(dense, make_subset(SAMPLES), tmp_path / "out", method=method, sparsity=0.5, batch_tokens=100)

@@ -140,6 +140,11 @@ def _keep_routing(routed: dict, name: str):
 def _prune(weight: np.ndarray, inputs: np.ndarray, sparsity: float, method: str) -> np.ndarray:
     if method == "sparsegpt":
         return sparsegpt(weight, inputs, sparsity=sparsity)[0]
+    how = {"sparsity": sparsity, "group": "matrix"}
+    if method == "ria":
+        return np.where(choose(ria(weight, inputs), how), 0, weight)
+    if method in ("admm", "alps"):
+        return {"admm": admm, "alps": alps}[method](weight, inputs, how)[0]
     return np.where(wanda(weight, inputs, sparsity), 0, weight)
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Propagate = Literal["pruned", "dense"]
 DAMPING = 0.01  # of the mean diagonal
 MAX_DEVIATION = 0.005  # of a matrix's share of zeros from the asked one, before it is worth a warning
-# Events: {"done": blocks, "total": blocks, "phase": "loading" | "pruning" | "saving"}
+# Events: {"done": blocks, "total": blocks, "phase": "loading" | "surveying" | "pruning" | "saving"}
 OnProgress = Callable[[Mapping[str, Any]], None]
 
 
@@ -662,13 +662,12 @@ def _prune_blocks(
             load(block, finished if was_done else layout)
 
         if plan.allocation in allocate.MEASURED and work.shares is None:
-            tell({"done": 0, "total": total, "phase": "surveying"})
             hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
             with (
                 _timed(phases, "allocation"),
                 Walk(model, decoder, batches, plan.device, hidden=hidden, load=load) as w,
             ):
-                work.remember(_measured_shares(w, layout, plan, team))
+                work.remember(_measured_shares(w, layout, plan, team, tell))
             place(model, plan.device)  # what surrounds the blocks; a walk leaves it on the CPU
         shares = plan.shares if work.shares is None else work.shares
         _check_shapes([m for b in decoder.blocks for m in _chosen(layout, b, plan)], plan.selection, shares)
@@ -716,14 +715,17 @@ def _chosen(layout: Layout, block: Block, plan: _Plan) -> list[Matrix]:
     return [m for m in layout.matrices(block.weights.values()) if m.key in plan.chosen]
 
 
-def _measured_shares(walk: Walk, layout: Layout, plan: _Plan, team: Team) -> dict[str, float]:
+def _measured_shares(walk: Walk, layout: Layout, plan: _Plan, team: Team, tell: OnProgress) -> dict[str, float]:
     """How much of each matrix goes, after a survey of the dense model."""
     assert plan.selection.sparsity is not None
     matrices = [_chosen(layout, block, plan) for block in walk.decoder.blocks]
     listed = [m for chosen in matrices for m in chosen]
     biased = {m.label for m in listed if m.reads in plan.carriers.linears}
     measure = surveys.measure_of(plan.allocation, plan.method, plan.selection, plan.damping, biased)
-    measured = surveys.survey(walk, matrices, measure, team)
+    total = len(matrices)
+    measured = surveys.survey(
+        walk, matrices, measure, team, lambda index: tell({"done": index, "total": total, "phase": "surveying"})
+    )
     allocated = _allocated(walk.decoder, listed)
     return allocate.shares(plan.allocation, measured, allocated, plan.selection.sparsity, plan.selection.group)
 

@@ -56,7 +56,11 @@ def measure_of(
 
 
 def survey(
-    walk: Walk, matrices: Sequence[Sequence[Matrix]], measure: Measure, team: Team
+    walk: Walk,
+    matrices: Sequence[Sequence[Matrix]],
+    measure: Measure,
+    team: Team,
+    tell: Callable[[int], None] = lambda index: None,
 ) -> dict[str, Sequence[float]]:
     """``measure`` of each block that has matrices to prune, by the block's name; the model is left as it was.
 
@@ -64,12 +68,14 @@ def survey(
 
     Args:
         matrices: of each block, those to prune.
+        tell: called with each block's number before it is run.
 
     Raises:
         PruningError: see ``Walk.statistics``.
     """
     measured = {}
     for index, (block, chosen) in enumerate(zip(walk.decoder.blocks, matrices, strict=True)):
+        tell(index)
         is_last = index + 1 == len(matrices)
         if not chosen and is_last:
             break

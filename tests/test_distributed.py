@@ -24,7 +24,7 @@ from small_models import make_subset
 from calset.pruning.prune import prune
 from calset.pruning.workfolder import WorkFolder
 {before}
-options = dict(method={method!r}, sparsity=0.5, hidden={hidden!r}, batch_tokens=64, device="cpu")
+options = dict(method={method!r}, sparsity=0.5, hidden={hidden!r}, batch_tokens=64, device="cpu", allocation={allocation!r})
 prune({model!r}, make_subset(), {out!r}, **options)
 """
 DIE = """
@@ -37,10 +37,13 @@ WorkFolder.finish_block = finish
 """
 
 
-def torchrun(model: Path, out: Path, method: str, *, before: str = "", hidden: str | None = None) -> int:
+def torchrun(
+    model: Path, out: Path, method: str, *, before: str = "", hidden: str | None = None, allocation: str = "uniform"
+) -> int:
     text = CODE.format(
-        tests=str(Path(__file__).parent), model=str(model), out=str(out), before=before, hidden=hidden, method=method
-    )
+        tests=str(Path(__file__).parent), model=str(model), out=str(out), before=before, hidden=hidden, method=method,
+        allocation=allocation,
+    )  # fmt: skip
     script = out.parent / "run.py"
     script.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -54,18 +57,25 @@ def torchrun(model: Path, out: Path, method: str, *, before: str = "", hidden: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "method", "hidden"),
-    [("Qwen3Moe", "sparsegpt", "disk"), ("Llama", "sparsegpt", None), ("GptOss", "wanda", None)],
+    ("kind", "method", "hidden", "allocation"),
+    [
+        ("Llama", "sparsegpt", None, "uniform"),
+        ("GptOss", "wanda", None, "owl"),
+        ("Qwen3Moe", "sparsegpt", "disk", "search"),
+        ("Llama", "stade", None, "search"),
+    ],
 )
-def test_two_processes_give_what_one_gives(tmp_path, kind, method, hidden):
+def test_two_processes_give_what_one_gives(tmp_path, kind, method, hidden, allocation):
     model = save_model(tmp_path / "dense", kind)
-    one = prune(model, make_subset(), tmp_path / "one", method=method, sparsity=0.5, batch_tokens=64, device="cpu")
-    torchrun(model, tmp_path / "two", method, hidden=hidden)
+    options = {"method": method, "sparsity": 0.5, "batch_tokens": 64, "device": "cpu", "allocation": allocation}
+    one = prune(model, make_subset(), tmp_path / "one", **options)
+    torchrun(model, tmp_path / "two", method, hidden=hidden, allocation=allocation)
     ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).abs().max() <= 1e-5, name
     record = json.loads((tmp_path / "two/pruning.json").read_text())
     assert [m["n_tokens"] for m in record["matrices"]] == [m.n_tokens for m in one.matrices]
+    assert [m["asked"] for m in record["matrices"]] == [m.asked for m in one.matrices]
     assert verify(tmp_path / "two").n_matrices == len(one.matrices)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "one", "run.py", "two"]
 
@@ -73,10 +83,10 @@ def test_two_processes_give_what_one_gives(tmp_path, kind, method, hidden):
 @pytest.mark.slow
 def test_two_processes_that_are_killed_continue_to_the_same_bytes(tmp_path):
     model = save_model(tmp_path / "dense", "Qwen3Moe", num_hidden_layers=3)
-    torchrun(model, tmp_path / "whole", "sparsegpt")
-    assert torchrun(model, tmp_path / "out", "sparsegpt", before=DIE) != 0
+    torchrun(model, tmp_path / "whole", "sparsegpt", allocation="search")
+    assert torchrun(model, tmp_path / "out", "sparsegpt", before=DIE, allocation="search") != 0
     assert not (tmp_path / "out").exists()
-    torchrun(model, tmp_path / "out", "sparsegpt")
+    torchrun(model, tmp_path / "out", "sparsegpt", allocation="search")
     whole, out = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "out"))
     assert whole == out
     assert json.loads((tmp_path / "out/pruning.json").read_text())["resumed_at"] == [1]

@@ -54,7 +54,7 @@ def measure(folder: Path, arms: list[str], asked: dict, recipe: str, seed: int, 
             method, _, allocation = arm.partition("/")
             out = folder / arm.replace("/", "-")
             report = prune(MODEL, subset, out, method=method, allocation=allocation or "uniform", **asked)
-            seconds = report.phases["pruning"] + report.phases["allocation"]
+            seconds = report.phases["pruning"] + report.phases.get("allocation", 0.0)
             # Methods that keep no Gram do not measure their error.
             error = sum(float("nan") if m.error is None else m.error for m in report.matrices)
             # Added biases are other shapes than the running engine's, and vLLM's Qwen3 would drop o_proj's.

@@ -143,8 +143,8 @@ def _prune(weight: np.ndarray, inputs: np.ndarray, sparsity: float, method: str)
     how = {"sparsity": sparsity, "group": "matrix"}
     if method == "ria":
         return np.where(choose(ria(weight, inputs), how), 0, weight)
-    if method in ("admm", "alps"):
-        return {"admm": admm, "alps": alps}[method](weight, inputs, how)[0]
+    if method == "admm":
+        return admm(weight, inputs, how)[0]
     return np.where(wanda(weight, inputs, sparsity), 0, weight)
 
 

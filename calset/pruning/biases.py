@@ -13,6 +13,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from calset.pruning.decoder import find_decoder
+from calset.pruning.layout import parameters_on_meta, quiet
+
 SWITCHES = ("attention_bias", "mlp_bias")
 
 
@@ -57,12 +60,9 @@ def find_carriers(
 
 def _parameters(config: Any) -> dict[str, set[str]]:
     """Names of all parameters, and of the decoder's linears with a bias."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    from calset.pruning.walk import find_decoder
-
-    with torch.device("meta"):
+    with parameters_on_meta(), quiet():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     linears = find_decoder(model, allow_partial=True).linears()
     return {

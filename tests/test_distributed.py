@@ -24,8 +24,8 @@ from small_models import make_subset
 from calset.pruning.prune import prune
 from calset.pruning.workfolder import WorkFolder
 {before}
-options = dict(method={method!r}, sparsity=0.5, hidden={hidden!r}, batch_tokens=64, device="cpu", allocation={allocation!r})
-prune({model!r}, make_subset(), {out!r}, **options)
+options = dict(method={method!r}, sparsity=0.5, hidden={hidden!r}, batch_tokens=64, device="cpu")
+prune({model!r}, make_subset(), {out!r}, allocation={allocation!r}, **options)
 """
 DIE = """
 import os, signal

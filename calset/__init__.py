@@ -40,6 +40,7 @@ _HOMES = {
     "load_problems": "calset.builder.problems",
     "merge": "calset.catalog.merge",
     "open_problems": "calset.builder.problems",
+    "plan_pruning": "calset.pruning.prune",
     "prune": "calset.pruning.prune",
     "publish": "calset.catalog.hub",
     "pull": "calset.catalog.hub",
@@ -72,6 +73,7 @@ __all__ = [
     "load_problems",
     "merge",
     "open_problems",
+    "plan_pruning",
     "prune",
     "publish",
     "pull",
@@ -116,5 +118,5 @@ if TYPE_CHECKING:
     from calset.diagnosis import doctor
     from calset.errors import CalsetError, InputError
     from calset.pruning.evaluate import evaluate
-    from calset.pruning.prune import prune
+    from calset.pruning.prune import plan_pruning, prune
     from calset.pruning.verify import verify

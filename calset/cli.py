@@ -934,31 +934,85 @@ def compact(catalog: Path, as_json: bool) -> None:
 @click.option(
     "--calibration", required=True, help="NAME, NAME@VERSION, hub:ORG/REPO/NAME@VERSION, or an exported folder."
 )
-@click.option("--method", default="sparsegpt", show_default=True, help="sparsegpt, wanda or magnitude.")
+@click.option(
+    "--method",
+    default="sparsegpt",
+    show_default=True,
+    help="magnitude, wanda, ria, stade, sparsegpt, admm or alps; with +dsnot after it, the mask is refined.",
+)
 @click.option("--sparsity", type=float, help="The share of zeros in every matrix, e.g. 0.5.")
 @click.option("--pattern", help="N:M with N kept of every M, e.g. 2:4.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--tokens", type=click.Choice(["all", "completion", "prompt"]), default="all", show_default=True)
 @click.option("--propagate", type=click.Choice(["pruned", "dense"]), default="pruned", show_default=True)
 @click.option("--group", type=click.Choice(["row", "block", "matrix"]), help="Default: the method's own.")
-@click.option("--damping", type=float, default=0.01, show_default=True, help="SparseGPT: share of the mean diagonal.")
+@click.option(
+    "--allocation",
+    default="uniform",
+    show_default=True,
+    help="How zeros are shared out: uniform, owl (blocks with outliers keep more), search (where it errs least), or a "
+    "JSON file of ratios.",
+)
+@click.option(
+    "--token-weights",
+    "weights_file",
+    type=click.Path(path_type=Path),
+    help="Parquet with sample_id and token_weights. Default: that column of the calibration folder, if it has one.",
+)
+@click.option(
+    "--damping",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="SparseGPT, ADMM, ALPS: share of the mean diagonal.",
+)
 @click.option("--device", help="Default: a CUDA device when there is one, else the CPU.")
 @click.option(
     "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Positions run at a time."
 )
 @click.option("--max-length", type=click.IntRange(min=1), help="Cut longer samples to N tokens; the report says so.")
-@click.option("--force", is_flag=True, help="Accept a subset of another tokenizer.")
+@click.option(
+    "--include", multiple=True, metavar="REGEX", help="Prune only matrices with it in their name. Repeatable."
+)
+@click.option("--exclude", multiple=True, metavar="REGEX", help="Leave matrices with it in their name. Repeatable.")
+@click.option("--allow-partial", is_flag=True, help="Leave decoder weights that calset does not understand dense.")
+@click.option(
+    "--hidden",
+    type=click.Choice(["device", "host", "disk"]),
+    help="Where hidden states are kept between blocks. Default: the nearest place where they fit.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would be done and needed, without loading a weight.")
+@click.option("--force", is_flag=True, help="Accept a subset of another tokenizer, and an estimate that does not fit.")
 @catalog_option
 @progress_option
 @json_option
-def prune(model: str, calibration: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
-    """Prune MODEL against a calibration subset and save an ordinary checkpoint with pruning.json."""
+def prune(
+    model: str, calibration: str, catalog: Path, progress_mode: str, as_json: bool, dry_run: bool, **options: Any
+) -> None:
+    """Prune MODEL against a calibration subset and save an ordinary checkpoint with pruning.json.
+
+    Killed or stopped, the same command continues where it was.
+    """
     from calset.catalog.export import resolve
+    from calset.pruning.calibration import find_token_weights
+    from calset.pruning.distributed import is_first
+    from calset.pruning.prune import plan_pruning
     from calset.pruning.prune import prune as run
 
     subset = resolve(calibration, catalog)
-    with terminal.progress(progress_mode, "pruned blocks") as bar:
+    options["token_weights"] = find_token_weights(calibration, options.pop("weights_file"))
+    if dry_run:
+        plan = plan_pruning(model, subset, options.pop("out"), **options)
+        if as_json:
+            terminal.emit_json(plan.as_dict())
+        else:
+            terminal.table(["plan", "at most"], plan.rows())
+        plan.check(options["force"])
+        return
+    with terminal.progress(progress_mode if is_first() else "none", "pruned blocks") as bar:
         report = run(model, subset, options.pop("out"), progress=_prune_progress(bar), **options)
+    if not is_first():
+        return
     if catalog.exists():
         _open(catalog).add_pruning(report.as_dict())
     if as_json:

@@ -130,6 +130,18 @@ def test_prune_says_what_it_calibrated_on_or_that_it_used_nothing(built: Path, t
     assert "calibrated on" not in done.stdout
 
 
+def test_a_dry_run_of_a_pruning_plans_and_writes_nothing(built: Path, tmp_path: Path) -> None:
+    asked = ("prune", demo.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out", "--dry-run")
+    done = calset(*asked, "--include", "mlp", "--exclude", "layers.0", "--json", cwd=built)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["n_blocks"], plan["n_matrices"], plan["problems"]) == (6, 15, [])
+    assert plan["device_bytes"] == sum(plan["device_parts"].values())
+    assert "cpu memory" in calset(*asked, cwd=built).stdout
+    refused(calset(*asked, "--include", "mlpp", cwd=built), 2, "'mlpp'")
+    assert not list(tmp_path.iterdir())
+
+
 def test_engine_options_are_named_values(tmp_path: Path) -> None:
     ask = ("build", "--model", demo.MODEL, "--problems", "demo", "--engine", "transformers", "--engine-option")
     refused(calset(*ask, "tensor_parallel_size", cwd=tmp_path), 2, "NAME=VALUE")

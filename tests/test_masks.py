@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calset.errors import InputError, PruningError
-from calset.pruning.masks import Pattern, Selection, blocks, nearest, prune_mask
+from calset.pruning.masks import Pattern, Selection, blocks, lowest_of_rows, nearest, prune_mask
 
 SPARSITIES = st.floats(0.01, 0.99)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -95,6 +95,19 @@ def test_counts_round_to_the_nearest_halves_up_and_ignore_floating_point_dust():
 def test_infinities_are_ranked():
     scores = torch.tensor([[1.0, float("inf"), -float("inf"), 2.0]])
     assert prune_mask(scores, Selection(sparsity=0.5)).tolist() == [[True, False, True, False]]
+    wide = scores.repeat(1, 50)
+    assert torch.equal(prune_mask(wide, Selection(sparsity=0.5))[0], wide[0] <= 1)
+    assert int((prune_mask(wide, Selection(sparsity=0.1))[0] & (wide[0] == -float("inf"))).sum()) == 20
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(33, 200), st.integers(0, 99), st.sampled_from([1, 2, 5, 1000]), DTYPES, st.data())
+def test_long_rows_get_the_mask_of_a_stable_sort(rows, width, seed, n_levels, dtype, data):
+    scores = make_scores(rows, width, seed, n_levels, dtype)
+    k = data.draw(st.integers(0, width))
+    order = torch.sort(scores, dim=-1, stable=True).indices[:, :k]
+    want = torch.zeros(rows, width, dtype=torch.bool).scatter_(1, order, True)
+    assert torch.equal(lowest_of_rows(scores, k), want)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import textbook
@@ -10,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calset.errors import InputError, PruningError
-from calset.pruning import updates
+from calset.pruning import refine, splitting, updates
 from calset.pruning.masks import Pattern, Selection, prune_mask
 from calset.pruning.methods import METHODS, find, prune_shared
 from calset.pruning.stats import InputStatistics
+
+EVERY = [*METHODS, *(f"{name}+dsnot" for name in METHODS)]
 
 
 def make_inputs(n_tokens: int, width: int, kind: str = "correlated", seed: int = 0) -> torch.Tensor:
@@ -40,10 +44,22 @@ def statistics_of(inputs: torch.Tensor, needs: str = "gram") -> InputStatistics:
 
 
 def run(name: str, weight: torch.Tensor, inputs: torch.Tensor, **selection):
-    method = METHODS[name]
+    method = find(name)
     selection.setdefault("group", method.group)
     needed = None if method.needs == "nothing" else statistics_of(inputs, method.needs)
     return prune_shared(method, [weight], needed, Selection(**selection))[0]
+
+
+def sparsegpt_alone(weight: torch.Tensor, inputs: torch.Tensor, **selection) -> updates.Updated:
+    """As published, without the comparison with magnitude."""
+    selection.setdefault("group", "block")
+    return updates.sparsegpt(updates.Stack.of([weight], [Selection(**selection)]), statistics_of(inputs))
+
+
+def exact_statistics(inputs: torch.Tensor) -> InputStatistics:
+    """In float64, so that long iterations choose the textbook's masks."""
+    x = inputs.double()
+    return InputStatistics(len(x), x.square().sum(0), x.sum(0), x.T @ x, float(len(x)))
 
 
 # --- equal to the textbook --------------------------------------------------------------------------------------
@@ -56,7 +72,7 @@ def test_sparsegpt_is_the_textbooks(kind, width, how):
     weight, inputs = make_weight(24, width), make_inputs(400, width, kind)
     want, want_mask = textbook.sparsegpt(weight.numpy(), inputs.numpy(), **how)
     ours = {"pattern": Pattern(*how["pattern"])} if "pattern" in how else how
-    got = run("sparsegpt", weight, inputs, **ours)
+    got = sparsegpt_alone(weight, inputs, **ours)
     assert np.array_equal(got.mask.numpy(), want_mask)
     assert np.abs(got.weight.numpy() - want).max() < 1e-4
 
@@ -64,7 +80,7 @@ def test_sparsegpt_is_the_textbooks(kind, width, how):
 def test_sparsegpt_is_the_textbooks_with_fewer_tokens_than_inputs():
     weight, inputs = make_weight(24, 64), make_inputs(40, 64)
     want, want_mask = textbook.sparsegpt(weight.numpy(), inputs.numpy(), sparsity=0.5)
-    got = run("sparsegpt", weight, inputs, sparsity=0.5)
+    got = sparsegpt_alone(weight, inputs, sparsity=0.5)
     assert np.array_equal(got.mask.numpy(), want_mask)
     assert np.abs(got.weight.numpy() - want).max() < 1e-4
 
@@ -73,16 +89,16 @@ def test_sparsegpt_is_the_textbooks_with_fewer_tokens_than_inputs():
 def test_sparsegpt_takes_other_block_sizes(block_size):
     weight, inputs = make_weight(16, 96), make_inputs(300, 96)
     want, want_mask = textbook.sparsegpt(weight.numpy(), inputs.numpy(), sparsity=0.5, block=block_size)
-    got = run("sparsegpt", weight, inputs, sparsity=0.5, block_size=block_size)
+    got = sparsegpt_alone(weight, inputs, sparsity=0.5, block_size=block_size)
     assert np.array_equal(got.mask.numpy(), want_mask)
     assert np.abs(got.weight.numpy() - want).max() < 1e-4
 
 
 def test_sparsegpt_n_m_does_not_depend_on_blocks_that_m_does_not_divide():
     weight, inputs = make_weight(16, 96), make_inputs(300, 96)
-    want = run("sparsegpt", weight, inputs, pattern=Pattern(2, 8), block_size=96)
+    want = sparsegpt_alone(weight, inputs, pattern=Pattern(2, 8), block_size=96)
     for block_size in (5, 12, 20):
-        got = run("sparsegpt", weight, inputs, pattern=Pattern(2, 8), block_size=block_size)
+        got = sparsegpt_alone(weight, inputs, pattern=Pattern(2, 8), block_size=block_size)
         assert torch.equal(got.mask, want.mask)
         assert torch.allclose(got.weight, want.weight, atol=1e-5)
 
@@ -116,17 +132,117 @@ def test_wanda_and_magnitude_n_m_are_exactly_the_textbooks(pattern):
     assert np.array_equal(wanda.mask.numpy(), textbook.n_of_m(scores * norms, *pattern))
 
 
+def as_ours(how: dict) -> dict:
+    return {"pattern": Pattern(*how["pattern"])} if "pattern" in how else how
+
+
+HOWS = [
+    {"sparsity": 0.5, "group": "row"},
+    {"sparsity": 0.6, "group": "matrix"},
+    {"pattern": (2, 4)},
+    {"pattern": (3, 8)},
+]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_ria_is_the_textbooks(how):
+    weight, inputs = make_weight(20, 64), make_inputs(200, 64)
+    want = textbook.choose(textbook.ria(weight.double().numpy(), inputs.double().numpy()), how)
+    got = run("ria", weight, inputs, **as_ours(how))
+    assert np.array_equal(got.mask.numpy(), want)
+    assert torch.equal(got.weight, weight.masked_fill(got.mask, 0))
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_stade_is_the_textbooks_and_its_bias_takes_over_the_mean_of_what_goes(how):
+    weight, inputs = make_weight(20, 64), make_inputs(400, 64) + 2 * make_weight(1, 64, seed=5)
+    want = textbook.choose(textbook.stade(weight.double().numpy(), inputs.double().numpy()), how)
+    statistics = statistics_of(inputs)
+    options = {"can_have_bias": [True]}
+    got = prune_shared(METHODS["stade"], [weight], statistics, Selection(**as_ours(how)), **options)[0]
+    assert np.array_equal(got.mask.numpy(), want)
+    outputs = inputs @ got.weight.T + got.bias_shift
+    dense = inputs @ weight.T
+    assert torch.allclose(outputs.mean(0), dense.mean(0), atol=1e-4)
+    assert got.error == pytest.approx(float((outputs - dense).square().sum() / dense.square().sum()), rel=1e-3)
+    wanda = prune_shared(METHODS["wanda"], [weight], statistics, Selection(**as_ours(how)))[0]
+    assert got.error < wanda.error
+
+
+def test_stade_is_wanda_where_a_linear_can_have_no_bias():
+    weight, inputs = make_weight(20, 64), make_inputs(400, 64) + 2
+    stade, wanda = run("stade", weight, inputs, sparsity=0.5), run("wanda", weight, inputs, sparsity=0.5)
+    assert torch.equal(stade.weight, wanda.weight)
+    assert stade.bias_shift is None
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("base", ["magnitude", "wanda"])
+def test_dsnot_is_the_textbooks(base, how):
+    weight, inputs = make_weight(24, 64), make_inputs(300, 64) + make_weight(1, 64, seed=7)
+    statistics = statistics_of(inputs)
+    first = textbook.choose(METHODS[base].score(weight, statistics).double().numpy(), how)
+    found = []
+    for swaps in (50, 1):
+        want = textbook.dsnot(weight.double().numpy(), inputs.double().numpy(), first, how.get("pattern"), swaps)
+        got = refine.dsnot(weight, torch.from_numpy(first), statistics, as_ours(how).get("pattern"), swaps)
+        assert np.array_equal(got.numpy(), want)
+        found.append(want)
+    many, one = found
+    assert not np.array_equal(first, one)
+    assert "pattern" in how or not np.array_equal(many, one)
+    # The default allows 1.2 % of a row: one swap of 64.
+    assert np.array_equal(run(f"{base}+dsnot", weight, inputs, **as_ours(how)).mask.numpy(), one)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("name", ["admm", "alps"])
+@pytest.mark.parametrize("n_tokens", [40, 300])
+def test_admm_and_alps_are_the_textbooks(name, how, n_tokens):
+    weight, inputs = make_weight(24, 64).double(), make_inputs(n_tokens, 64)
+    want, want_mask = getattr(textbook, name)(weight.numpy(), inputs.numpy(), how)
+    stack = updates.Stack.of([weight], [Selection(**as_ours(how))])
+    got = METHODS[name].update(stack, exact_statistics(inputs), 0.01)
+    assert np.array_equal(got.mask.numpy(), want_mask)
+    assert np.abs(got.weight.numpy() - want).max() < 1e-6
+
+
+def test_conjugate_gradients_end_at_the_best_weights_of_a_mask():
+    weight, inputs = make_weight(16, 48).double(), make_inputs(200, 48)
+    problem = splitting.pose(weight, exact_statistics(inputs), 0.01)
+    mask = prune_mask(problem.target.abs(), Selection(sparsity=0.6))
+    got = splitting.conjugate_gradient(problem, problem.target.masked_fill(mask, 0), mask, steps=200)
+    for row, pruned, target in zip(got, mask, problem.target, strict=True):
+        kept = ~pruned
+        best = torch.linalg.solve(problem.matrix[kept][:, kept], (problem.matrix @ target)[kept])
+        assert torch.allclose(row[kept], best, atol=1e-8)
+        assert (row[pruned] == 0).all()
+
+
+def test_conjugate_gradients_err_less_with_every_step():
+    weight, inputs = make_weight(16, 48), make_inputs(60, 48)
+    statistics = statistics_of(inputs)
+    mask = prune_mask(weight.abs(), Selection(sparsity=0.6))
+    problem = splitting.pose(weight, statistics, 1e-4)
+    start = problem.target.masked_fill(mask, 0)
+    steps = [problem.weights(splitting.conjugate_gradient(problem, start, mask, n)) for n in (0, 1, 3, 10, 40)]
+    errors = [updates.squared_error(weight - new, statistics) for new in steps]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 2 * errors[-1]
+
+
 # --- laws of every method ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("name", EVERY)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_every_method_prunes_exactly_what_was_asked(name, data):
     rows, groups = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 20))
     width = groups * 4
     kind = data.draw(st.sampled_from(["independent", "correlated", "dead"] + ["duplicated"] * (width > 2)))
     inputs = make_inputs(data.draw(st.integers(2, 60)), width, kind, data.draw(st.integers(0, 99)))
+    inputs = inputs.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
     if data.draw(st.booleans()):
         selection = Selection(pattern=Pattern(data.draw(st.integers(1, 3)), 4))
     else:
@@ -136,43 +252,102 @@ def test_every_method_prunes_exactly_what_was_asked(name, data):
         )
     weight = make_weight(rows, width)
     before = weight.clone()
-    needs = METHODS[name].needs
-    got = prune_shared(
-        METHODS[name], [weight], statistics_of(inputs, needs) if needs != "nothing" else None, selection
-    )[0]
+    method = find(name)
+    statistics = statistics_of(inputs, method.needs) if method.needs != "nothing" else None
+    bias = [data.draw(st.booleans())]
+    got = prune_shared(method, [weight], statistics, selection, can_have_bias=bias)[0]
+    assert got.bias_shift is None or got.bias_shift.isfinite().all()
     assert int(got.mask.sum()) == selection.n_pruned(rows, width)
     assert (got.weight[got.mask] == 0).all()
     assert got.weight.isfinite().all()
     assert torch.equal(weight, before)
-    if selection.pattern is None and selection.group == "row":
+    if selection.pattern is not None:
+        groups_of = (~got.mask).reshape(rows, -1, selection.pattern.m).sum(-1)
+        assert (groups_of == selection.pattern.n).all()
+    elif selection.group == "row":
         assert (got.mask.sum(1) == got.mask.sum(1)[0]).all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [n for n in EVERY if find(n).update])
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_no_update_errs_more_than_magnitude_on_its_calibration_data(name, data):
+    width = 4 * data.draw(st.integers(1, 16))
+    kind = data.draw(st.sampled_from(["independent", "correlated", "dead"] + ["duplicated"] * (width > 4)))
+    inputs = make_inputs(data.draw(st.integers(2, 80)), width, kind, data.draw(st.integers(0, 99)))
+    how = data.draw(
+        st.sampled_from(
+            [{"pattern": Pattern(1, 4)}, *({"sparsity": 0.5, "group": g} for g in ("row", "block", "matrix"))]
+        )
+    )
+    weight = make_weight(data.draw(st.integers(1, 10)), width)
+    got = run(name, weight, inputs, **how)
+    magnitude = run("magnitude", weight, inputs, **how)
+    x = inputs.double()
+    errors = [(x @ (weight - p.weight).double().T).square().sum() for p in (got, magnitude)]
+    assert errors[0] <= errors[1] * (1 + 1e-4) + 1e-6 * (x @ weight.double().T).square().sum()
+
+
+def test_where_magnitude_errs_less_its_result_is_kept_and_says_so():
+    # Found by trying: one block of 40 columns, two of them the same; the greedy choice is unlucky there.
+    kept = [
+        run("sparsegpt", make_weight(24, 40), make_inputs(400, 40, "duplicated"), sparsity=0.5),
+        run("magnitude", make_weight(24, 40), make_inputs(400, 40, "duplicated"), sparsity=0.5, group="block"),
+    ]
+    assert kept[0].instead == "magnitude"
+    assert torch.equal(kept[0].weight, kept[1].weight)
+    assert run("sparsegpt", make_weight(24, 128), make_inputs(400, 128), sparsity=0.5).instead is None
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_dsnot_keeps_every_count_and_never_moves_a_mean_further_off(data):
+    width, rows = 8 * data.draw(st.integers(1, 12)), data.draw(st.integers(1, 10))
+    kind = data.draw(st.sampled_from(["correlated", "dead", "duplicated"]))
+    inputs = make_inputs(data.draw(st.integers(2, 80)), width, kind, data.draw(st.integers(0, 99))) + 0.5
+    statistics, weight = statistics_of(inputs, "diagonal"), make_weight(rows, width)
+    pattern = data.draw(st.sampled_from([None, Pattern(2, 4), Pattern(3, 8)]))
+    selection = Selection(pattern=pattern) if pattern else Selection(sparsity=0.4, group="matrix")
+    before = prune_mask(weight.abs(), selection)
+    after = refine.dsnot(weight, before, statistics, pattern, data.draw(st.sampled_from([None, 50])))
+    assert torch.equal(after.sum(1), before.sum(1))
+    if pattern:
+        assert ((~after).reshape(rows, -1, pattern.m).sum(-1) == pattern.n).all()
+    off = [(weight.masked_fill(~mask, 0) @ statistics.mean).abs() for mask in (before, after)]
+    assert (off[1] <= off[0] + 1e-4).all()
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_matrices_pruned_together_are_as_one_by_one(name):
     inputs = make_inputs(300, 96)
     weights = [make_weight(rows, 96, seed) for seed, rows in enumerate((32, 16, 8))]
-    method = METHODS[name]
+    method = find(name)
     statistics = statistics_of(inputs, "gram")
     together = prune_shared(method, weights, statistics, Selection(sparsity=0.5, group=method.group))
     for weight, got in zip(weights, together, strict=True):
         alone = prune_shared(method, [weight], statistics, Selection(sparsity=0.5, group=method.group))[0]
-        assert torch.equal(got.weight, alone.weight)
+        assert torch.equal(got.mask, alone.mask)
+        assert torch.allclose(got.weight, alone.weight, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", [{"sparsity": 0.5}, {"pattern": Pattern(2, 4)}])
-def test_sparsegpt_errs_less_than_wanda_and_magnitude_on_its_calibration_data(how):
+def test_what_costs_more_errs_less_on_its_calibration_data(how):
     weight, inputs = make_weight(32, 128), make_inputs(600, 128)
     statistics = statistics_of(inputs)
     errors = {
         name: updates.relative_error(weight, run(name, weight, inputs, **how).weight, statistics) for name in METHODS
     }
-    assert errors["sparsegpt"] < min(errors["wanda"], errors["magnitude"])
+    assert errors["alps"] < errors["admm"] < errors["sparsegpt"] < min(errors["wanda"], errors["magnitude"])
 
 
-def test_the_relative_error_is_that_of_the_outputs():
-    weight, inputs = make_weight(32, 64), make_inputs(300, 64)
-    got = run("sparsegpt", weight, inputs, sparsity=0.5)
+@pytest.mark.parametrize("name", ["wanda+dsnot", "sparsegpt", "sparsegpt+dsnot", "alps"])
+@pytest.mark.parametrize("kind", ["correlated", "dead", "duplicated"])
+@pytest.mark.parametrize("n_tokens", [40, 300])
+def test_the_relative_error_is_that_of_the_outputs(name, kind, n_tokens):
+    weight, inputs = make_weight(32, 64), make_inputs(n_tokens, 64, kind)
+    method = find(name)
+    got = prune_shared(method, [weight], statistics_of(inputs), Selection(sparsity=0.5, group=method.group))[0]
+    inputs, weight, got = inputs.double(), weight.double(), replace(got, weight=got.weight.double())
     want = ((inputs @ (weight - got.weight).T).square().sum() / (inputs @ weight.T).square().sum()).item()
     assert got.error == pytest.approx(want, rel=1e-3)
 
@@ -216,6 +391,16 @@ def test_all_inputs_dead_gives_an_all_zero_matrix():
     assert int(got.mask.sum()) == 16
 
 
+def test_the_loop_and_the_batched_solve_give_one_error_matrix():
+    factor = updates.factorise(statistics_of(make_inputs(300, 96)))
+    columns = make_weight(40, 96).T.contiguous()
+    mask = prune_mask(columns.abs(), Selection(sparsity=0.5, group="matrix"))
+    solved = updates.solve_errors(columns, factor.upper, mask, chunk=17)
+    looped = updates.loop_errors(columns.clone(), factor.upper, mask, None)
+    assert torch.allclose(solved, looped, atol=1e-5)
+    assert (looped[~mask] == 0).all()
+
+
 # --- statistics -------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +423,37 @@ def test_bfloat16_inputs_are_summed_in_float32():
     inputs = make_inputs(2000, 8).bfloat16()
     exact = inputs.double().T @ inputs.double()
     assert torch.allclose(statistics_of(inputs).gram.double(), exact, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("needs", ["diagonal", "gram"])
+def test_a_token_of_weight_two_counts_as_two_and_of_weight_zero_as_none(needs):
+    inputs, counted = make_inputs(50, 16), torch.arange(50) % 5 != 0
+    weights = (torch.arange(50) % 3).float()
+    weighted, repeated = InputStatistics.zeros(16, needs), InputStatistics.zeros(16, needs)
+    weighted.add(inputs, counted, weights)
+    for n in (1, 2):
+        for _ in range(n):
+            repeated.add(inputs, counted & (weights == n))
+    assert weighted.weight == repeated.weight == repeated.n_tokens
+    for name in ("diagonal", "mean", "variance") + (("gram",) if needs == "gram" else ()):
+        assert torch.allclose(getattr(weighted, name), getattr(repeated, name), rtol=1e-4, atol=1e-4), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the 16-bit product with a float32 result is CUDA's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_gram_on_cuda_is_the_float32_one(dtype):
+    inputs = make_inputs(3000, 64).to(dtype)
+    on_gpu = InputStatistics.zeros(64, "gram", "cuda")
+    on_gpu.add(inputs.cuda(), torch.ones(3000, dtype=torch.bool, device="cuda"))
+    want = statistics_of(inputs).gram
+    assert (on_gpu.gram.cpu() - want).abs().max() < 1e-6 * want.abs().max()
+
+
+def test_mean_and_variance_are_those_of_the_counted_tokens():
+    inputs = make_inputs(500, 16) + 30
+    statistics = statistics_of(inputs, "diagonal")
+    assert torch.allclose(statistics.mean, inputs.mean(0), rtol=1e-5)
+    assert torch.allclose(statistics.variance, inputs.var(0, unbiased=False), rtol=1e-3)
 
 
 def test_scores_use_every_group_of_a_mask():

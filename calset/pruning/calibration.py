@@ -6,11 +6,13 @@ shortest, decoded text tokenised again. Here the subset's ids go in as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from calset.errors import InputError
+from calset.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 Tokens = Literal["all", "completion", "prompt"]
 BATCH_TOKENS = 8192  # positions a micro-batch, padding included
+WEIGHTS_COLUMN = "token_weights"  # of a subset's Parquet file, optional
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +29,14 @@ class Batch:
     """One micro-batch, right-padded.
 
     ``input_ids`` (samples x positions, int64), ``attention_mask`` (the same shape, int64, 0 on padding) and ``counted``
-    (the same shape, bool): the tokens that statistics see. Padding is never counted.
+    (the same shape, bool): the tokens that statistics see. Padding is never counted. ``weights`` (the same shape,
+    float32): how much each counts; None: 1.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     counted: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class Calibration:
     sequences: Sequence[Sequence[int]]
     spans: Sequence[tuple[int, int]]  # the counted [start, stop) of each sequence
     warnings: Sequence[str] = ()
+    weights: Sequence[Sequence[float]] | None = None  # of each sequence's tokens; None: 1
 
     @property
     def n_counted_tokens(self) -> int:
@@ -50,13 +56,22 @@ class Calibration:
     def n_tokens(self) -> int:
         return sum(map(len, self.sequences))
 
+    def batch_shapes(self, batch_tokens: int = BATCH_TOKENS) -> list[tuple[int, int]]:
+        """(samples, positions) of each of ``batches``, without making them."""
+        lengths = [len(s) for s in self.sequences]
+        return [(len(members), max(lengths[i] for i in members)) for members in _buckets(lengths, batch_tokens)]
+
     def batches(self, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
         """Right-padded length buckets: sorted by length, at most ``batch_tokens`` positions each (or one sample).
 
         Right padding is exact for causal models: no counted token can attend to what follows it.
         """
         return [
-            _pad([self.sequences[i] for i in members], [self.spans[i] for i in members])
+            _pad(
+                [self.sequences[i] for i in members],
+                [self.spans[i] for i in members],
+                None if self.weights is None else [self.weights[i] for i in members],
+            )
             for members in _buckets([len(s) for s in self.sequences], batch_tokens)
         ]
 
@@ -68,6 +83,7 @@ def read(
     max_positions: int | None = None,
     max_length: int | None = None,
     vocabulary_size: int | None = None,
+    token_weights: Mapping[str, Sequence[float]] | None = None,
 ) -> Calibration:
     """Take a subset's samples as they are.
 
@@ -76,9 +92,11 @@ def read(
         max_positions: what the model can take; longer samples are refused.
         max_length: cut longer samples to their first ``max_length`` tokens, with a warning.
         vocabulary_size: ids at or above it are refused.
+        token_weights: sample id -> the weight of each of its tokens, from 0 on; samples that are not named weigh 1.
 
     Raises:
-        InputError: an empty subset, no token that counts, a sample too long for the model, an id out of range.
+        InputError: an empty subset, no token that counts, a sample too long for the model, an id out of range, weights
+            that do not fit.
     """
     if tokens not in get_args(Tokens):
         raise InputError(f"tokens must be one of {', '.join(get_args(Tokens))}, not {tokens!r}")
@@ -95,7 +113,8 @@ def read(
             f"--max-length {max_positions}"
         )
     warnings = [f"{len(long)} of {subset.n_samples} samples were cut to their first {limit} tokens"] if long else []
-    sequences, spans = [], []
+    weighted = _check_weights(subset, token_weights)
+    sequences, spans, weights = [], [], []
     for sample in subset.samples:
         _check_ids(sample, vocabulary_size)
         start, stop = _span(sample, tokens, limit)
@@ -103,11 +122,62 @@ def read(
             # What follows the last counted token cannot change a causal model's activations up to it: not run.
             sequences.append(list(sample.input_ids[:stop]))
             spans.append((start, stop))
+            weights.append(weighted.get(sample.sample_id, [1.0] * stop)[:stop])
     if not sequences:
         raise InputError(f"no token of {subset.ref} counts with tokens={tokens}: choose another --tokens or subset")
     if skipped := subset.n_samples - len(sequences):
         warnings.append(f"{skipped} of {subset.n_samples} samples have no token that counts with tokens={tokens}")
-    return Calibration(sequences, spans, tuple(warnings))
+    if weighted and not any(any(w[start:stop]) for w, (start, stop) in zip(weights, spans, strict=True)):
+        raise InputError(f"every token of {subset.ref} that counts with tokens={tokens} weighs 0")
+    return Calibration(sequences, spans, tuple(warnings), weights if weighted else None)
+
+
+def _check_weights(
+    subset: Subset, token_weights: Mapping[str, Sequence[float]] | None
+) -> Mapping[str, Sequence[float]]:
+    lengths = {sample.sample_id: len(sample.input_ids) for sample in subset.samples}
+    for name, weights in (token_weights or {}).items():
+        if name not in lengths:
+            raise InputError(f"there are token weights of a sample {name}, which {subset.ref} does not have")
+        if len(weights) != lengths[name]:
+            raise InputError(f"sample {name} has {lengths[name]} tokens, but {len(weights)} token weights")
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+            raise InputError(f"a token weight of sample {name} is negative or not finite")
+    return token_weights or {}
+
+
+def find_token_weights(calibration: str, path: Path | None = None) -> dict[str, list[float]] | None:
+    """Token weights by sample id from ``path``, or from the calibration reference when it is a folder that has them.
+
+    The file is Parquet with columns ``sample_id`` and ``token_weights`` (a list of numbers, one a token, from the
+    sample's first on); rows without weights are left out.
+
+    Raises:
+        InputError: a file that cannot be read or has no such columns.
+    """
+    from calset.catalog.export import DATA
+
+    data = Path(calibration) / DATA
+    if path is None and not data.is_file():
+        return None
+    weights = _read_weights(path or data)
+    if weights is None and path is not None:
+        raise InputError(f"{path} has no columns sample_id and {WEIGHTS_COLUMN}")
+    return weights
+
+
+def _read_weights(path: Path) -> dict[str, list[float]] | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wanted = ["sample_id", WEIGHTS_COLUMN]
+    try:
+        if not set(wanted) <= set(pq.read_schema(path).names):
+            return None
+        rows = pq.read_table(path, columns=wanted).to_pylist()
+        return {row["sample_id"]: list(map(float, row[WEIGHTS_COLUMN])) for row in rows if row[WEIGHTS_COLUMN]}
+    except (OSError, pa.ArrowException, TypeError, ValueError) as error:
+        raise InputError(f"cannot read the token weights of {path}: {first_line(error)}") from error
 
 
 def _span(sample: Sample, tokens: Tokens, limit: int | None) -> tuple[int, int]:
@@ -142,7 +212,11 @@ def _buckets(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield members
 
 
-def _pad(sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]]) -> Batch:
+def _pad(
+    sequences: Sequence[Sequence[int]],
+    spans: Sequence[tuple[int, int]],
+    token_weights: Sequence[Sequence[float]] | None,
+) -> Batch:
     import torch
 
     shape = (len(sequences), max(map(len, sequences)))
@@ -154,4 +228,9 @@ def _pad(sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]]) -
         input_ids[row, : len(sequence)] = torch.as_tensor(list(sequence), dtype=torch.int64)
         attention_mask[row, : len(sequence)] = 1
         counted[row, start:stop] = True
-    return Batch(input_ids, attention_mask, counted)
+    weights = None
+    if token_weights is not None:
+        weights = torch.zeros(shape)
+        for row, values in enumerate(token_weights):
+            weights[row, : len(values)] = torch.as_tensor(list(values), dtype=torch.float32)
+    return Batch(input_ids, attention_mask, counted, weights)

@@ -1,18 +1,19 @@
 """The pruning methods: one pure function and one registry line each.
 
-A new method is a score in ``scores.py`` or an update in ``updates.py`` and a line in ``METHODS``; the tests, the
-command line and ``prune`` pick it up from there.
+A new method is a score in ``scores.py`` or an update (``updates.py``, ``splitting.py``) and a line in ``METHODS``; the
+tests, the command line and ``prune`` pick it up from there. ``NAME+dsnot`` is any of them with its mask refined.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from calset.errors import InputError
-from calset.pruning import scores, updates
+from calset.pruning import scores, splitting, updates
 from calset.pruning.masks import Group, Selection, prune_mask
+from calset.pruning.refine import dsnot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from calset.pruning.stats import InputStatistics, Needs
 
 Score = Callable[["Tensor", "InputStatistics | None"], "Tensor"]
-Update = Callable[["Tensor", updates.Factor, Selection], "tuple[Tensor, Tensor]"]
+Update = Callable[[updates.Stack, "InputStatistics", float], updates.Updated]
+Candidate = tuple[float, "Tensor", "Tensor", "str | None"]  # squared error, weight, mask, what it is instead
+REFINEMENT = "+dsnot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,9 @@ class Method:
     """A way to prune a matrix: a score whose lowest go, or an update that also moves what stays.
 
     ``needs``: the input statistics it asks for. ``group``: within what weights compete unless the caller says.
+    ``biased``: the score where a linear can have a bias, which then takes over the mean of what goes. ``refined``: the
+    mask goes through DSnoT. ``products`` of the weights with a matrix of the Gram's size and ``inverses`` of one beyond
+    the first, that an update takes at most: for estimates.
     """
 
     name: str
@@ -36,6 +42,10 @@ class Method:
     group: Group
     score: Score | None = None
     update: Update | None = None
+    biased: Score | None = None
+    refined: bool = False
+    products: float = 0
+    inverses: int = 0
 
 
 METHODS: dict[str, Method] = {
@@ -43,60 +53,167 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("magnitude", "the smallest weights go; no data", "nothing", "matrix", score=scores.magnitude),
         Method("wanda", "the smallest |weight| x input norm go", "diagonal", "row", score=scores.wanda),
-        Method("sparsegpt", "the kept weights make up for the pruned", "gram", "block", update=updates.sparsegpt),
+        Method(
+            "sparsegpt",
+            "the kept weights make up for the pruned",
+            "gram",
+            "block",
+            update=updates.sparsegpt,
+            products=0.5,
+        ),
+        Method("ria", "the smallest shares of their row and column go", "diagonal", "matrix", score=scores.ria),
+        Method(
+            "stade",
+            "as wanda, with biases that take over the mean of what goes",
+            "diagonal",
+            "row",
+            score=scores.wanda,
+            biased=scores.stade,
+        ),
+        Method(
+            "admm",
+            "mask and weights settle together",
+            "gram",
+            "matrix",
+            update=splitting.admm,
+            products=splitting.ADMM_STEPS + 1,
+        ),
+        Method(
+            "alps",
+            "as admm, more slowly to a better end",
+            "gram",
+            "matrix",
+            update=splitting.alps,
+            products=splitting.ALPS_STEPS + splitting.CG_STEPS + 2,
+            inverses=splitting.ALPS_STEPS // splitting.ALPS_EVERY + 1,
+        ),
     )
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """One pruned matrix: ``weight`` (float32, zero under ``mask``), and how it went."""
+    """One pruned matrix: ``weight`` (float32, zero under ``mask``), and how it went.
+
+    ``bias_shift`` (outputs, float32): what its bias gains. ``instead``: "magnitude" where that erred less than the
+    method did, and its result was kept.
+    """
 
     weight: Tensor
     mask: Tensor
     damping: float | None = None
     error: float | None = None  # relative, on the calibration inputs
+    bias_shift: Tensor | None = None
+    instead: str | None = None
 
 
 def find(name: str) -> Method:
-    """The method of that name.
+    """The method of that name, or NAME+dsnot.
 
     Raises:
         InputError: there is none.
     """
-    if name not in METHODS:
-        raise InputError(f"there is no pruning method {name!r}: choose {', '.join(METHODS)}")
-    return METHODS[name]
+    base = name.removesuffix(REFINEMENT)
+    if base not in METHODS:
+        raise InputError(
+            f"there is no pruning method {name!r}: choose {', '.join(METHODS)}, each also with {REFINEMENT} after it"
+        )
+    method = METHODS[base]
+    if base == name:
+        return method
+    # DSnoT reads means and norms.
+    needs: Needs = "diagonal" if method.needs == "nothing" else method.needs
+    refit = splitting.CG_STEPS + 2 if method.update else 0
+    return replace(method, name=name, needs=needs, refined=True, products=method.products + refit)
 
 
 def prune_shared(
     method: Method,
     weights: Sequence[Tensor],
     statistics: InputStatistics | None,
-    selection: Selection,
+    selection: Selection | Sequence[Selection],
     damping: float = 0.01,
+    *,
+    can_have_bias: Sequence[bool] | None = None,
 ) -> list[Pruned]:
     """Prune the matrices that read one input (q/k/v, gate/up): what depends on the Gram alone is computed once.
 
     Args:
         weights: each outputs x inputs, float32, with one number of inputs.
+        selection: one for all, or one a matrix (of one pattern, group and block size).
+        can_have_bias: of each linear; a method with a ``biased`` score uses it there.
 
     Raises:
         PruningError: statistics or scores that cannot be used.
     """
-    if method.update is None:
-        assert method.score is not None
-        return [_by_score(method.score, weight, statistics, selection) for weight in weights]
-    assert statistics is not None
-    factor = updates.factorise(statistics, damping)
+    selections = [selection] * len(weights) if isinstance(selection, Selection) else list(selection)
+    if method.update is not None:
+        assert statistics is not None
+        return _by_update(method, method.update, weights, statistics, selections, damping)
+    carriers = can_have_bias or [False] * len(weights)
+    return [
+        _by_score(method, weight, statistics, chosen, biased)
+        for weight, chosen, biased in zip(weights, selections, carriers, strict=True)
+    ]
+
+
+def _by_score(
+    method: Method, weight: Tensor, statistics: InputStatistics | None, selection: Selection, can_have_bias: bool
+) -> Pruned:
+    score = method.biased if can_have_bias and method.biased else method.score
+    assert score is not None
+    mask = prune_mask(score(weight, statistics), selection)
+    if method.refined:
+        assert statistics is not None
+        mask = dsnot(weight, mask, statistics, selection.pattern)
+    shift = None
+    if can_have_bias and method.biased:
+        assert statistics is not None
+        shift = scores.bias_shift(weight, mask, statistics)
+    new = weight.masked_fill(mask, 0.0)
+    error = updates.relative_error(weight, new, statistics, shift) if statistics else None
+    return Pruned(new, mask, error=error, bias_shift=shift)
+
+
+def _by_update(
+    method: Method,
+    update: Update,
+    weights: Sequence[Tensor],
+    statistics: InputStatistics,
+    selections: Sequence[Selection],
+    damping: float,
+) -> list[Pruned]:
+    stack = updates.Stack.of(weights, selections)
+    done = update(stack, statistics, damping)
     results = []
-    for weight in weights:
-        new, mask = method.update(weight, factor, selection)
-        results.append(Pruned(new, mask, factor.damping, updates.relative_error(weight, new, statistics)))
+    for i, (weight, new, mask) in enumerate(
+        zip(weights, stack.split(done.weight), stack.split(done.mask), strict=True)
+    ):
+        error = done.errors[i] if done.errors else updates.squared_error(weight - new, statistics)
+        best: Candidate = (error, new, mask, None)
+        if method.refined:
+            refined = _refined(weight, mask, statistics, selections[i], done.damping)
+            best = min(best, refined, key=lambda c: c[0])
+        best = _or_magnitude(best, weight, statistics, selections[i])
+        whole = updates.squared_error(weight, statistics)
+        error, new, mask, instead = best
+        results.append(Pruned(new, mask, done.damping, error / whole if whole > 0 else None, instead=instead))
     return results
 
 
-def _by_score(score: Score, weight: Tensor, statistics: InputStatistics | None, selection: Selection) -> Pruned:
-    mask = prune_mask(score(weight, statistics), selection)
-    new = weight.masked_fill(mask, 0.0)
-    return Pruned(new, mask, error=updates.relative_error(weight, new, statistics) if statistics else None)
+def _refined(
+    weight: Tensor, mask: Tensor, statistics: InputStatistics, selection: Selection, damping: float
+) -> Candidate:
+    """DSnoT's mask of the dense weights, and the weights that suit it best."""
+    mask = dsnot(weight, mask, statistics, selection.pattern)
+    new = splitting.refit(weight, mask, statistics, damping)
+    return updates.squared_error(weight - new, statistics), new, mask, None
+
+
+def _or_magnitude(best: Candidate, weight: Tensor, statistics: InputStatistics, selection: Selection) -> Candidate:
+    """No update is sure to err less than magnitude on few tokens or odd statistics; keeping the better of both is."""
+    mask = prune_mask(weight.abs(), selection)
+    error = updates.errs_at_most(weight.masked_fill(~mask, 0.0), statistics, best[0])
+    if error is None or error >= best[0]:
+        return best
+    return error, weight.masked_fill(mask, 0.0), mask, "magnitude"

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from calset.pruning.stats import InputStatistics
 
+RIA_POWER = 0.5  # of the activation norm: a, the authors' choice
+
 
 def magnitude(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
     """|W|; needs no data (Han et al. 2015, arXiv 1506.02626)."""
@@ -22,3 +24,31 @@ def wanda(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
     """|W_ij| x ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, equation 1)."""
     assert statistics is not None
     return weight.abs() * statistics.diagonal.sqrt()
+
+
+def ria(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
+    """(|W_ij| / sum |W_*j| + |W_ij| / sum |W_i*|) x ||X_j||_2^a (Zhang et al., ICLR 2024, "Plug-and-Play").
+
+    Relative importance and activations: a weight counts by its share of its input's and of its output's weights, so
+    that no row or column goes as a whole. Rows and columns of zeros score 0.
+    """
+    assert statistics is not None
+    size = weight.abs()
+    tiny = 1e-30
+    shares = size / size.sum(0, keepdim=True).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)
+    return shares * statistics.diagonal.sqrt() ** RIA_POWER
+
+
+def stade(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
+    """|W_ij| x std(X_j) (Coello de Portugal Mecke et al. 2025, arXiv 2503.22451), for a linear with a bias.
+
+    What goes contributes its mean and its fluctuation; the bias takes over the mean (``bias_shift``), so only the
+    fluctuation counts. Without a bias nothing takes over the mean, and the optimum is Wanda's score.
+    """
+    assert statistics is not None
+    return weight.abs() * statistics.variance.sqrt()
+
+
+def bias_shift(weight: Tensor, mask: Tensor, statistics: InputStatistics) -> Tensor:
+    """What the bias gains for the weights that go: sum over them of W_ij E[X_j] (outputs, float32)."""
+    return weight.masked_fill(~mask, 0.0) @ statistics.mean

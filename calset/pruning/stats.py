@@ -1,7 +1,7 @@
 """Input statistics of a linear layer: raw sums over the counted tokens.
 
 Why raw sums: they add up over batches (and over ranks) exactly as they would over one batch; whoever compares layers
-divides by the tokens at the end. It must not know models or methods.
+divides by the weight of the tokens at the end. It must not know models or methods.
 """
 
 from __future__ import annotations
@@ -19,34 +19,77 @@ CHUNK = 8192  # tokens turned to float32 at a time
 
 @dataclass(slots=True)
 class InputStatistics:
-    """Sums over counted tokens x (each of ``width`` inputs), float32.
+    """Sums over counted tokens x (each of ``width`` inputs) with weights w (1 unless the calibration says otherwise).
 
-    ``diagonal`` (width): the sum of x_i^2. ``gram`` (width x width): the sum of x x^T, or None when not needed.
+    ``n_tokens``: how many; ``weight``: the sum of w. ``diagonal`` (width, float32): the sum of w x_i^2. ``total``
+    (width, float64 where the device has it): the sum of w x. ``gram`` (width x width, float32): the sum of w x x^T, or
+    None when not needed.
     """
 
     n_tokens: int
     diagonal: Tensor
+    total: Tensor
     gram: Tensor | None = None
+    weight: float = 0.0
 
     @classmethod
     def zeros(cls, width: int, needs: Needs, device: torch.device | str = "cpu") -> InputStatistics:
         import torch
 
         gram = torch.zeros(width, width, dtype=torch.float32, device=device) if needs == "gram" else None
-        return cls(0, torch.zeros(width, dtype=torch.float32, device=device), gram)
+        diagonal = torch.zeros(width, dtype=torch.float32, device=device)
+        # The variance is a difference of large sums; double costs nothing at this size. Apple's GPUs have none.
+        wide = torch.float32 if diagonal.device.type == "mps" else torch.float64
+        return cls(0, diagonal, torch.zeros(width, dtype=wide, device=device), gram)
 
-    def add(self, inputs: Tensor, counted: Tensor) -> None:
-        """Add the counted rows of ``inputs`` (tokens x width, any float dtype); ``counted`` (tokens, bool)."""
-        for rows in inputs[counted].split(CHUNK):
-            # bfloat16 products are exact in float32; in bfloat16 they would be off by 2e-3.
-            x = rows.float()
-            self.n_tokens += len(x)
-            if self.gram is None:
-                self.diagonal += x.square().sum(0)
+    def add(self, inputs: Tensor, counted: Tensor, weights: Tensor | None = None) -> None:
+        """Add the counted rows of ``inputs`` (tokens x width, any float dtype).
+
+        Args:
+            counted: tokens, bool.
+            weights: tokens, float32, not negative; None: each weighs 1.
+        """
+        chosen = inputs[counted]
+        chosen_weights = None if weights is None else weights[counted].float()
+        for start in range(0, len(chosen), CHUNK):
+            rows = chosen[start : start + CHUNK]
+            self.n_tokens += len(rows)
+            if chosen_weights is None:
+                self.weight += len(rows)
+                self.total += rows.sum(0, dtype=self.diagonal.dtype)
+                self._add_squares(rows)
             else:
-                self.gram.addmm_(x.T, x)
+                w = chosen_weights[start : start + CHUNK]
+                self.weight += float(w.sum(dtype=self.total.dtype))
+                x = rows.float()
+                self.total += w @ x
+                self._add_squares(x * w.sqrt()[:, None])
         if self.gram is not None:
             self.diagonal = self.gram.diagonal().clone()
+
+    def _add_squares(self, rows: Tensor) -> None:
+        import torch
+
+        if self.gram is None:
+            self.diagonal += rows.float().square().sum(0)
+        elif rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+            # Tensor cores take 16-bit inputs and add up in float32, without a float32 copy of the inputs.
+            self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        else:
+            # 16-bit products are exact in float32; a bfloat16 result would be off by 2e-3.
+            x = rows.float()
+            self.gram.addmm_(x.T, x)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], float32."""
+        return (self.total / max(self.weight, 1e-30)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """E[x^2] - E[x]^2, float32, never negative."""
+        share = max(self.weight, 1e-30)
+        return (self.diagonal.to(self.total.dtype) / share - (self.total / share).square()).clamp(min=0).float()
 
     def is_finite(self) -> bool:
         """False when an activation was infinite, NaN or too large to square."""

@@ -5,17 +5,20 @@ Reads the files, not the pruner's memory of them. It must not know how pruning w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, VerificationError
-from calset.pruning.checkpoint import RECORD, load_model, read_record, weight_files
-from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection
+from calset.pruning.allocate import MEASURED
+from calset.pruning.checkpoint import RECORD, load_model, read_record
+from calset.pruning.layout import Layout, cut
+from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection, nearest
+from calset.pruning.tensorfiles import TensorFiles
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import nn
 
 LOGIT_TOKENS = 16
 
@@ -54,7 +57,7 @@ def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyRe
     """Prove what ``pruning.json`` says.
 
     Every matrix of the decoder has the zeros that the asked sparsity or pattern means, logits are finite, and
-    untouched tensors are bit-equal to the dense model's.
+    untouched tensors are bit-equal to the dense model's, and so are the matrices that were left dense.
 
     Args:
         base: the dense model's folder; default: where ``pruning.json`` says it was, if it is still there unchanged.
@@ -68,59 +71,39 @@ def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyRe
         raise InputError(f"there is no folder {directory}")
     record = read_record(folder)
     selection = _selection(record, folder)
-    tensors = _Tensors(folder)
-    n_zeros, size = 0, 0
-    for entry in record["matrices"]:
-        n_zeros += _check_matrix(entry, tensors, selection)
-        size += entry["shape"][0] * entry["shape"][1]
-    pruned = {entry["name"] for entry in record["matrices"]}
-    _check_model(folder, [entry["name"] for entry in record["matrices"]])
-    dense, notes = _find_base(record, base)
-    n_untouched = None
-    if dense:
-        others = _Tensors(dense)
-        if pruned <= others.files.keys():
-            n_untouched = _check_untouched(tensors, others, pruned)
-        else:
-            notes = ["untouched tensors were not compared: the dense model's files name its tensors differently"]
-            dense = None
+    with _files(folder) as tensors:
+        n_zeros, size = 0, 0
+        for entry in record["matrices"]:
+            n_zeros += _check_matrix(entry, tensors, _own(selection, entry, record, folder))
+            size += entry["shape"][0] * entry["shape"][1]
+        _check_total(record, selection)
+        pruned = {entry["name"] for entry in record["matrices"]}
+        biases = set(record.get("biases", ()))
+        _check_biases(biases, tensors)
+        _check_model(folder, tensors, record)
+        dense, notes = _find_base(record, base)
+        n_untouched = None
+        if dense:
+            with _files(dense) as others:
+                n_untouched = _check_untouched(tensors, others, pruned, biases)
     return VerifyReport(
         directory=str(directory),
-        n_matrices=len(pruned),
+        n_matrices=len(record["matrices"]),
         pattern=record.get("pattern"),
         sparsity=record.get("sparsity"),
         realised_sparsity=n_zeros / size,
-        n_other_tensors=len(tensors.files.keys() - pruned),
+        n_other_tensors=len(tensors.stored.keys() - pruned - biases),
         base=str(dense) if dense else None,
         n_untouched=n_untouched,
         notes=notes,
     )
 
 
-class _Tensors:
-    """The tensors of a folder's safetensors files, read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.folder = folder
-        self.files: dict[str, Path] = {}
-        for path in weight_files(folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self.files.update(dict.fromkeys(file.keys(), path))
-            except (SafetensorError, OSError) as error:
-                raise VerificationError(f"{path} cannot be read: {error}") from error
-
-    def get(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self.files:
-            yield name, self.get(name)
+def _files(folder: Path) -> TensorFiles:
+    try:
+        return TensorFiles(folder)
+    except InputError as error:
+        raise VerificationError(str(error)) from error
 
 
 def _selection(record: Mapping[str, Any], folder: Path) -> Selection:
@@ -141,16 +124,59 @@ def _selection(record: Mapping[str, Any], folder: Path) -> Selection:
         raise InputError(f"{folder / RECORD} is corrupt: {error}") from error
 
 
-def _check_matrix(entry: Mapping[str, Any], tensors: _Tensors, selection: Selection) -> int:
+def _own(selection: Selection, entry: Mapping[str, Any], record: Mapping[str, Any], folder: Path) -> Selection:
+    """What was asked of one matrix: the same of all, unless an allocation shared it out."""
+    if record.get("allocation", "uniform") == "uniform":
+        return selection
+    try:
+        return replace(selection, sparsity=entry.get("asked"))
+    except (InputError, TypeError) as error:
+        raise InputError(f"{folder / RECORD} is corrupt: {error}") from error
+
+
+def _check_total(record: Mapping[str, Any], selection: Selection) -> None:
+    """Measured allocations share out the asked total, to a weight, or a weight of every row of a matrix."""
+    if record.get("allocation", "uniform") not in MEASURED or selection.sparsity is None:
+        return
+    size = sum(entry["shape"][0] * entry["shape"][1] for entry in record["matrices"])
+    want, got = nearest(selection.sparsity * size), sum(entry["n_pruned"] for entry in record["matrices"])
+    step = max(entry["shape"][0] for entry in record["matrices"]) if selection.group == "row" else 0
+    if abs(want - got) > step:
+        raise VerificationError(
+            f"{got} weights were pruned in all, but sparsity {selection.sparsity:g} of {size} is {want}"
+        )
+
+
+def _check_biases(biases: set[str], tensors: TensorFiles) -> None:
+    for name in sorted(biases):
+        if name not in tensors.stored:
+            raise VerificationError(f"{name} is listed as changed but not in the checkpoint")
+        if not bool(tensors.read(name).isfinite().all()):
+            raise VerificationError(f"{name} holds values that are not finite")
+
+
+def _label(entry: Mapping[str, Any]) -> str:
+    """What ``layout.Matrix.label`` calls the matrix of an entry."""
+    expert, rows = entry.get("expert"), entry.get("rows")
+    return (
+        entry["name"] + ("" if expert is None else f"[{expert}]") + ("" if rows is None else f"[{rows[0]}:{rows[1]}]")
+    )
+
+
+def _check_matrix(entry: Mapping[str, Any], tensors: TensorFiles, selection: Selection) -> int:
     """Check one matrix against its entry and against what was asked of all; returns its zeros.
 
     Why both: an entry that was changed with its matrix would agree with it.
     """
     pattern = selection.pattern
     name, shape = entry["name"], tuple(entry["shape"])
-    if name not in tensors.files:
+    if name not in tensors.stored:
         raise VerificationError(f"{name} is listed as pruned but not in the checkpoint")
-    weight = tensors.get(name)
+    try:
+        weight = cut(tensors.read(name), entry.get("expert"), entry.get("rows"), entry.get("transposed", False))
+    except IndexError as error:
+        raise VerificationError(f"{name} has no matrix {entry.get('expert')}, recorded as pruned") from error
+    name = _label(entry)
     if tuple(weight.shape) != shape:
         raise VerificationError(f"{name} is {tuple(weight.shape)}, recorded as {shape}")
     if not bool(weight.isfinite().all()):
@@ -172,33 +198,41 @@ def _check_matrix(entry: Mapping[str, Any], tensors: _Tensors, selection: Select
     return n_zeros
 
 
-def _check_model(folder: Path, listed: Sequence[str]) -> None:
+def _check_model(folder: Path, tensors: TensorFiles, record: Mapping[str, Any]) -> None:
     """Load it as anybody would and run a few tokens: every tensor is there and the logits are finite.
 
-    The ``listed`` matrices must be all of its decoder's: one left out would be neither pruned nor missed.
+    The listed matrices and those left dense must be all of its decoder's: one that is in neither list would be neither
+    pruned nor missed.
     """
     import torch
 
-    from calset.pruning.walk import find_decoder
-
     try:
         model = load_model(folder, str(folder))
-        found = {f"{name}.weight" for name in find_decoder(model).linears()}
+        _check_list(model, tensors, record)
     except InputError as error:
         raise VerificationError(str(error)) from error
-    if missed := sorted(found - set(listed)):
-        raise VerificationError(
-            f"{missed[0]} is a matrix of the decoder, but not listed as pruned ({len(missed)} such)"
-        )
-    if len(listed) != len(found):
-        odd = sorted(set(listed) - found) or [name for name in listed if listed.count(name) > 1]
-        raise VerificationError(f"{odd[0]} is listed as pruned, but is no matrix of the decoder or is listed twice")
     vocabulary = model.config.get_text_config().vocab_size
     input_ids = torch.arange(1, LOGIT_TOKENS + 1).remainder(vocabulary).unsqueeze(0)
     with torch.no_grad():
         logits = model(input_ids=input_ids, use_cache=False).logits
     if not bool(logits.isfinite().all()):
         raise VerificationError(f"{folder} gives logits that are not finite")
+
+
+def _check_list(model: nn.Module, tensors: TensorFiles, record: Mapping[str, Any]) -> None:
+    from calset.pruning.decoder import find_decoder
+
+    decoder = find_decoder(model, allow_partial=True)
+    found = {m.label for m in Layout.of(tensors, model).matrices(decoder.weights().values())}
+    found |= set(decoder.unknown())
+    listed = [_label(entry) for entry in record["matrices"]]
+    left = set(record.get("left_dense", []))
+    if missed := sorted(found - set(listed) - left):
+        raise VerificationError(
+            f"{missed[0]} is a matrix of the decoder, but not listed as pruned ({len(missed)} such)"
+        )
+    if odd := sorted((set(listed) | left) - found) or [n for n in listed if n in left or listed.count(n) > 1]:
+        raise VerificationError(f"{odd[0]} is listed as pruned, but is no matrix of the decoder or is listed twice")
 
 
 def _find_base(record: Mapping[str, Any], base: str | Path | None) -> tuple[Path | None, list[str]]:
@@ -220,20 +254,22 @@ def _find_base(record: Mapping[str, Any], base: str | Path | None) -> tuple[Path
     return folder, []
 
 
-def _check_untouched(tensors: _Tensors, dense: _Tensors, pruned: set[str]) -> int:
-    """How many tensors are the dense model's, bit for bit."""
+def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], biases: set[str]) -> int:
+    """How many tensors are the dense model's, bit for bit; ``biases`` may differ, and need not be there."""
     import torch
 
     n_equal = 0
-    for name, tensor in tensors.items():
-        if name not in dense.files:
+    for name in tensors.stored:
+        if name not in dense.stored and name in biases:
+            continue
+        if name not in dense.stored:
             raise VerificationError(f"{name} is not in the dense model at {dense.folder}")
-        other = dense.get(name)
+        tensor, other = tensors.read(name), dense.read(name)
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
             raise VerificationError(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, in the dense model {tuple(other.shape)} {other.dtype}"
             )
-        if name in pruned:
+        if name in pruned | biases:
             continue
         # Bytes, so that -0.0 and NaN compare too.
         if not torch.equal(tensor.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):

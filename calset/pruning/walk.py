@@ -4,17 +4,20 @@ The model's own forward runs every time: finished blocks are stand-ins that retu
 at hand runs with whatever arguments the model gives it for this batch, and then the forward is cut off. So masks,
 positions, rotary embeddings and arguments that a later transformers invents need no code here, and none is stored.
 
-Blocks are found by structure and shared inputs by identity; there is no table of architectures. It must not know
-methods or masks.
+Shared inputs are found by identity. It must not know methods, masks or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from calset.errors import InputError, PruningError
+from calset.errors import PruningError
+from calset.pruning import experts
+from calset.pruning.decoder import Block, Decoder, find_decoder
+from calset.pruning.hidden import HiddenStates
+from calset.pruning.layout import place, unload
 from calset.pruning.stats import InputStatistics, Needs
 
 if TYPE_CHECKING:
@@ -23,92 +26,9 @@ if TYPE_CHECKING:
 
     from calset.pruning.calibration import Batch
 
+__all__ = ["Block", "Decoder", "Walk", "find_decoder"]
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One decoder block. ``linears`` maps a linear's full module name in the model to it."""
-
-    name: str
-    module: nn.Module
-    linears: Mapping[str, nn.Linear]
-
-
-@dataclass(frozen=True, slots=True)
-class Decoder:
-    """A model's decoder: its blocks in order, and the module that holds their list."""
-
-    parent: nn.Module
-    blocks: Sequence[Block]
-
-    def linears(self) -> dict[str, nn.Linear]:
-        return {name: linear for block in self.blocks for name, linear in block.linears.items()}
-
-
-def find_decoder(model: nn.Module) -> Decoder:
-    """Find the decoder blocks: of the module lists whose every child holds a linear, the one with most parameters.
-
-    Works on a model on the meta device, so that a model can be refused before its weights are loaded.
-
-    Raises:
-        InputError: no such list, decoder matrices that calset does not understand, or tied ones, by name.
-    """
-    name, layers = _largest_list(model)
-    blocks = [_block(f"{name}.{i}", module) for i, module in enumerate(layers)]
-    _refuse_unknown(blocks)
-    _refuse_tied(model, blocks)
-    return Decoder(model.get_submodule(name.rpartition(".")[0]), blocks)
-
-
-def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    from torch import nn
-
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        if not all(any(isinstance(m, nn.Linear) for m in child.modules()) for child in module):
-            continue
-        size = sum(p.numel() for p in module.parameters())
-        # Outer lists come first, so a list of experts inside the only block does not win on a tie.
-        if best is None or size > best[0]:
-            best = (size, name, module)
-    if best is None:
-        raise InputError(f"{type(model).__name__} has no list of blocks with linear layers: calset cannot prune it")
-    return best[1], best[2]
-
-
-def _block(name: str, module: nn.Module) -> Block:
-    from torch import nn
-
-    found = {f"{name}.{inner}": m for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
-    return Block(name, module, found)
-
-
-def _refuse_unknown(blocks: Sequence[Block]) -> None:
-    """Fused experts are 3-D parameters that no ``nn.Linear`` shows: skipping them would skip 97 % of some models."""
-    unknown = []
-    for block in blocks:
-        known = {id(p) for linear in block.linears.values() for p in linear.parameters(recurse=False)}
-        for name, parameter in block.module.named_parameters():
-            if parameter.ndim >= 2 and id(parameter) not in known:
-                unknown.append(f"{block.name}.{name} {tuple(parameter.shape)}")
-    if unknown:
-        more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
-        raise InputError(
-            f"calset does not know how to prune these decoder weights, and would leave them dense: "
-            f"{', '.join(unknown[:4])}{more}; mixture-of-experts models and layers other than nn.Linear are not "
-            f"supported yet"
-        )
-
-
-def _refuse_tied(model: nn.Module, blocks: Sequence[Block]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for block in blocks:
-        for linear in block.linears.values():
-            if len(names := owners[id(linear.weight)]) > 1:
-                raise InputError(f"{' and '.join(names[:3])} are one tied matrix: calset cannot prune it for each use")
+Load = Callable[[Block], None]
 
 
 class Walk:
@@ -117,71 +37,118 @@ class Walk:
     Holds one hidden state per batch, replaced in place as blocks finish. Only the block at hand and what surrounds the
     blocks (embeddings, norms) are on ``device``.
 
-    Usage: for each block ``statistics(i, needs)``, prune, ``advance(i)``.
+    Usage: for each block ``statistics(i, needs)``, prune, ``advance(i)``, ``finish(i)``.
+
+    Args:
+        hidden: where the hidden states are kept; default: on the device.
+        load: puts a block's weights on the device; the block is emptied when it is finished. Default: the model is in
+            memory, and finished blocks go back to the CPU.
     """
 
-    def __init__(self, model: nn.Module, decoder: Decoder, batches: Sequence[Batch], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: Decoder,
+        batches: Sequence[Batch],
+        device: torch.device,
+        *,
+        hidden: HiddenStates | None = None,
+        load: Load | None = None,
+    ) -> None:
         self.model = model
         self.decoder = decoder
         self.batches = batches
         self.device = device
-        self._outputs: list[Any] = [None] * len(batches)  # of the last finished block
-        self._batch = 0
+        self.hidden = hidden or HiddenStates(len(batches), device)
+        self._load = load
+        self._input: Any = None  # what the last finished block gave for the batch at hand
+        self._ready: int | None = None
 
     def __enter__(self) -> Walk:
         layers = {id(b.module) for b in self.decoder.blocks}
         for child in self.decoder.parent.children():
             if not any(id(m) in layers for m in child.modules()):
-                child.to(self.device)
+                place(child, self.device)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._outputs.clear()
+        import torch
+
+        self.hidden.clear()
         for block in self.decoder.blocks:
             block.module.__dict__.pop("forward", None)
-        self.model.to("cpu")
+        place(self.model, torch.device("cpu"))
 
-    def statistics(self, index: int, needs: Needs, *, keep: bool) -> dict[str, InputStatistics]:
-        """Run block ``index`` over all batches and sum what its linears read.
+    def ready(self, index: int) -> Block:
+        """Block ``index`` with its weights on the device."""
+        block = self.decoder.blocks[index]
+        if self._ready != index:
+            if self._load is not None:
+                self._load(block)
+            place(block.module, self.device)
+            self._ready = index
+        return block
+
+    def statistics(
+        self, index: int, needs: Needs, *, keep: bool, only: Collection[str] | None = None
+    ) -> dict[str, InputStatistics]:
+        """Run block ``index`` over all batches and sum what its weights read.
 
         Args:
             keep: also keep the block's outputs, as the inputs of the next one (dense propagation).
+            only: the readers that are asked for, by what ``Weight.reads`` calls them; default: all.
 
         Returns:
-            Linear name -> statistics; linears that read one tensor share one object.
+            What ``Weight.reads`` calls them -> statistics; weights that read one tensor share one object. Experts that
+            no token was routed to are not in it.
 
         Raises:
             PruningError: activations that are not finite, or a linear whose inputs cannot be told apart by token.
         """
-        block = self.decoder.blocks[index]
-        collector = _Collector(needs, self.device)
-        handles = [linear.register_forward_pre_hook(collector.hook(name)) for name, linear in block.linears.items()]
+        block = self.ready(index)
+        readers = {r for w in block.weights.values() for r in w.readers()}
+        collector = _Collector(needs, self.device, readers if only is None else readers & set(only))
+        linears = {name: linear for name, linear in block.linears.items() if name in collector.readers}
+        handles = [linear.register_forward_pre_hook(collector.hook(name)) for name, linear in linears.items()]
         try:
-            self._run(index, keep=keep, before=collector.start)
+            self._run(block, keep=keep, before=collector.start, tell=collector.tell)
         finally:
             for handle in handles:
                 handle.remove()
-        return collector.result(block)
+        return collector.result(linears)
 
     def advance(self, index: int) -> None:
         """Run block ``index`` as it now is over all batches; its outputs are the next block's inputs."""
-        self._run(index, keep=True)
+        if self.batches:
+            self._run(self.ready(index), keep=True)
 
     def finish(self, index: int) -> None:
-        """Put a stand-in in the place of block ``index``, and the block back on the CPU."""
+        """Put a stand-in in the place of block ``index``, and take the block off the device."""
+        import torch
+
         module = self.decoder.blocks[index].module
         # A patched forward rather than another module: models read attributes of their blocks (attention_type).
         module.forward = self._stand_in
-        module.to("cpu")
+        if self._load is not None:
+            unload(module)
+        else:
+            place(module, torch.device("cpu"))
+        self._ready = None
 
     def _stand_in(self, *args: Any, **kwargs: Any) -> Any:
-        return self._outputs[self._batch]
+        # Earlier blocks' outputs were replaced by this one's: only the last one is read.
+        return self._input
 
-    def _run(self, index: int, *, keep: bool, before: Callable[[Batch], None] | None = None) -> None:
+    def _run(
+        self,
+        block: Block,
+        *,
+        keep: bool,
+        before: Callable[[Batch], None] | None = None,
+        tell: Callable[[str], experts.OnInputs] | None = None,
+    ) -> None:
         import torch
 
-        block = self.decoder.blocks[index]
-        block.module.to(self.device)
         own_forward = block.module.forward
 
         def run_and_stop(*args: Any, **kwargs: Any) -> Any:
@@ -189,15 +156,16 @@ class Walk:
 
         block.module.forward = run_and_stop
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _experts_one_by_one(block, tell):
                 for position, batch in enumerate(self.batches):
-                    self._batch = position
+                    self._input = self.hidden.get(position)
                     if before is not None:
                         before(batch)
                     output = self._forward(batch, block)
                     if keep:
-                        self._outputs[position] = output
+                        self.hidden.put(position, output)
         finally:
+            self._input = None
             del block.module.forward
 
     def _forward(self, batch: Batch, block: Block) -> Any:
@@ -215,6 +183,18 @@ class Walk:
         raise PruningError(f"the model never ran its block {block.name}: calset cannot follow its forward")
 
 
+@contextmanager
+def _experts_one_by_one(block: Block, tell: Callable[[str], experts.OnInputs] | None) -> Iterator[None]:
+    """Run a block's fused experts in one way throughout: a resumed pruning must meet the same numbers."""
+    for name, module in block.experts.items():
+        module.forward = experts.forward(module, tell(name) if tell is not None else None)
+    try:
+        yield
+    finally:
+        for module in block.experts.values():
+            del module.forward
+
+
 class _Stop(Exception):
     """Carries a block's output out of the model's forward."""
 
@@ -224,18 +204,21 @@ class _Stop(Exception):
 
 
 class _Collector:
-    """Sums the inputs of a block's linears, once per tensor: those that read the same object share statistics."""
+    """Sums the inputs of a block's weights, once per tensor: those that read the same one share statistics."""
 
-    def __init__(self, needs: Needs, device: torch.device) -> None:
+    def __init__(self, needs: Needs, device: torch.device, readers: Collection[str]) -> None:
+        self.readers = readers
         self.needs: Needs = needs
         self.device = device
         self.leaders: dict[str, str] = {}  # linear -> the first linear that read the same tensor
         self.sums: dict[str, InputStatistics] = {}
         self._counted: Any = None
-        self._seen: list[tuple[Tensor, str]] = []  # held, so that no id is reused within a batch
+        self._weights: Any = None
+        self._seen: list[tuple[Tensor, int, str]] = []  # held, so that no memory is reused within a batch
 
     def start(self, batch: Batch) -> None:
         self._counted = batch.counted.reshape(-1).to(self.device)
+        self._weights = None if batch.weights is None else batch.weights.reshape(-1).to(self.device)
         self._seen = []
 
     def hook(self, name: str) -> Callable[[Any, tuple[Any, ...]], None]:
@@ -244,30 +227,65 @@ class _Collector:
 
         return see
 
+    def tell(self, module_name: str) -> experts.OnInputs:
+        """For one module of fused experts: sums what each expert's matrices read, over the counted tokens it got."""
+
+        def see(attribute: str, expert: int, inputs: Tensor, tokens: Tensor) -> None:
+            if (name := f"{module_name}.{attribute}[{expert}]") in self.readers:
+                weights = None if self._weights is None else self._weights[tokens]
+                self._sum(name, inputs, self._counted[tokens], weights)
+
+        return see
+
     def _see(self, name: str, inputs: Tensor) -> None:
-        leader = next((first for tensor, first in self._seen if tensor is inputs), None)
+        leader = next((first for tensor, version, first in self._seen if _is_same(tensor, version, inputs)), None)
         if leader is None:
             leader = name
-            self._seen.append((inputs, name))
+            self._seen.append((inputs, inputs._version, name))
             self._add(name, inputs)
         if self.leaders.setdefault(name, leader) != leader:
             raise PruningError(f"{name} shares its input with {leader} in some batches only: calset cannot follow it")
 
     def _add(self, name: str, inputs: Tensor) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        if len(rows) != len(self._counted):
-            raise PruningError(
-                f"{name} reads {len(rows)} vectors for {len(self._counted)} tokens: calset cannot tell which count"
-            )
+        counted, weights = self._counted, self._weights
+        if len(rows) != len(counted):
+            # A linear in an expert of its own reads some tokens; which ones matters unless all count alike.
+            if weights is not None or not bool(counted.all()):
+                raise PruningError(
+                    f"{name} reads {len(rows)} vectors for {len(counted)} tokens: calset cannot tell which count, but "
+                    f"need not with --tokens all --batch-tokens 1 and no token weights"
+                )
+            counted = counted.new_ones(len(rows))
+        self._sum(name, rows, counted, weights)
+
+    def _sum(self, name: str, rows: Tensor, counted: Tensor, weights: Tensor | None) -> None:
         if name not in self.sums:
             self.sums[name] = InputStatistics.zeros(rows.shape[1], self.needs, self.device)
-        self.sums[name].add(rows, self._counted)
+        self.sums[name].add(rows, counted, weights)
 
-    def result(self, block: Block) -> dict[str, InputStatistics]:
+    def result(self, linears: Collection[str]) -> dict[str, InputStatistics]:
         self._seen = []
-        if unread := [name for name in block.linears if name not in self.leaders]:
+        if unread := [name for name in linears if name not in self.leaders]:
             raise PruningError(f"{unread[0]} was never used on the calibration data: there is nothing to prune it by")
         for name, statistics in self.sums.items():
             if not statistics.is_finite():
                 raise PruningError(f"the inputs of {name} are not finite on the calibration data")
-        return {name: self.sums[leader] for name, leader in self.leaders.items()}
+        shared = {name: self.sums[leader] for name, leader in self.leaders.items()}
+        return {**self.sums, **shared}
+
+
+def _is_same(tensor: Tensor, version: int, other: Tensor) -> bool:
+    """One tensor, or two views of the same values in the same order; not written to in between."""
+    if tensor._version != version:
+        return False
+    if tensor is other:
+        return True
+    return (
+        tensor.data_ptr() == other.data_ptr()
+        and tensor.dtype == other.dtype
+        and tensor.shape[-1] == other.shape[-1]
+        and tensor.numel() == other.numel()
+        and tensor.is_contiguous()
+        and other.is_contiguous()
+    )

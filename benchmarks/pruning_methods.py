@@ -1,0 +1,104 @@
+"""What does each pruning method give on the bundled model, and what does it cost?
+
+Builds and selects once (the demo's settings), then prunes with each arm on the same subset: seconds spent on the
+matrices, their summed relative error on the calibration inputs, the mean loss on the dense model's own held-out traces,
+and accuracy, completion length and non-termination on held-out problems.
+
+    python benchmarks/pruning_methods.py --sparsity 0.6 --arms sparsegpt alps wanda+dsnot sparsegpt/owl
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from calset.builder.engines import open_engine
+from calset.builder.model_info import inspect
+from calset.catalog.catalog import Catalog
+from calset.demo import MODEL, run
+from calset.pruning.prune import prune
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--sparsity", type=float)
+    how.add_argument("--pattern")
+    parser.add_argument(
+        "--arms", nargs="+", default=["magnitude", "wanda", "sparsegpt"], help="METHOD or METHOD/ALLOCATION"
+    )
+    parser.add_argument("--recipe", default="ssgr")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--out", type=Path, help="keep the catalog and the models there")
+    args = parser.parse_args()
+    asked = {"pattern": args.pattern} if args.pattern else {"sparsity": args.sparsity or 0.6}
+    with tempfile.TemporaryDirectory() as temporary:
+        measure(args.out or Path(temporary), args.arms, asked, args.recipe, args.seed, args.engine)
+
+
+def measure(folder: Path, arms: list[str], asked: dict, recipe: str, seed: int, engine_name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = run.DemoSettings()
+    catalog = Catalog(folder / "catalog.duckdb")
+    engine = open_engine(engine_name, inspect(MODEL), max_model_len=run.MODEL_LENGTH)
+    print("arm seconds error held_out_loss accuracy se length non_termination", flush=True)
+    try:
+        run.build_traces(catalog, engine, seed, settings)
+        subset = run.select_subsets(catalog, seed, settings)[recipe]
+        dense = run.evaluate_model(MODEL, "dense", catalog, engine, seed, settings)
+        held_out = traces_of_evaluation(catalog)
+        show("dense", 0.0, 0.0, loss(MODEL, held_out), dense)
+        for arm in arms:
+            method, _, allocation = arm.partition("/")
+            out = folder / arm.replace("/", "-")
+            report = prune(MODEL, subset, out, method=method, allocation=allocation or "uniform", **asked)
+            seconds = report.phases["pruning"] + report.phases.get("allocation", 0.0)
+            # Methods that keep no Gram do not measure their error.
+            error = sum(float("nan") if m.error is None else m.error for m in report.matrices)
+            # Added biases are other shapes than the running engine's, and vLLM's Qwen3 would drop o_proj's.
+            own = open_engine("transformers", inspect(out), max_model_len=run.MODEL_LENGTH) if report.biases else None
+            result = run.evaluate_model(out, out.name, catalog, own or engine, seed, settings)
+            if own:
+                own.close()
+            show(arm, seconds, error, loss(out, held_out), result)
+    finally:
+        engine.close()
+
+
+def traces_of_evaluation(catalog: Catalog) -> list[tuple[list[int], list[int]]]:
+    """Prompt and completion ids of the dense model's held-out traces."""
+    rows = catalog.rows(
+        "SELECT t.trace_id, t.attempt FROM latest_traces t JOIN runs r ON r.run_id = t.run_id WHERE r.kind = 'evaluate'"
+    )
+    return list(catalog.tokens([(row["trace_id"], row["attempt"]) for row in rows]).values())
+
+
+def loss(model: Path, traces: list[tuple[list[int], list[int]]]) -> float:
+    """Mean negative log-likelihood of the completion tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    total, n = 0.0, 0
+    with torch.no_grad():
+        for prompt, completion in traces:
+            ids = torch.tensor([prompt + completion])
+            logits = loaded(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+            wanted = torch.tensor(completion)
+            total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+            n += len(completion)
+    return total / n
+
+
+def show(arm: str, seconds: float, error: float, held_out: float, e) -> None:
+    print(
+        f"{arm} {seconds:.1f} {error:.3f} {held_out:.4f} {e.accuracy:.3f} {e.accuracy_se:.3f} {e.mean_tokens:.0f} "
+        f"{e.non_termination:.3f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

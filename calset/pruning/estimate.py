@@ -1,0 +1,295 @@
+"""What a pruning will need, computed from shapes before a weight is loaded: the dry run, and the refusal in time.
+
+Figures are upper bounds where shapes alone do not decide (which linears share an input is seen only as they run), and
+they leave out what the process holds anyway (Python, torch). It must not know how pruning is done in detail.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from calset.errors import CalsetError
+from calset.pruning.allocate import SEARCH_STEPS
+from calset.pruning.hidden import Where
+from calset.pruning.stats import CHUNK, Needs
+from calset.pruning.survey import needs_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from calset.pruning.calibration import Calibration
+    from calset.pruning.decoder import Block, Decoder, Weight
+    from calset.pruning.layout import Matrix
+    from calset.pruning.methods import Method
+    from calset.pruning.tensorfiles import TensorFiles
+
+SHARE = 0.5  # of the free memory that hidden states may take before they move on
+FLOAT = 4  # bytes; statistics and solves are in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a pruning does and needs at most. Bytes, and floating-point operations (a multiply-add counts as two)."""
+
+    n_blocks: int
+    n_matrices: int
+    n_weights: int  # in those matrices
+    n_counted_tokens: int
+    n_positions: int  # run, padding included
+    n_batches: int
+    forward_flops: float
+    statistics_flops: float
+    solve_flops: float
+    device: str
+    hidden: Where
+    device_parts: Mapping[str, int]  # what the device holds at its fullest; the host, where that is the device
+    device_bytes: int
+    device_free: int
+    host_bytes: int
+    host_free: int
+    disk_bytes: int
+    disk_free: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "problems": self.problems()}
+
+    def problems(self) -> list[str]:
+        """Why it cannot work, a line each; empty when it can."""
+        found = []
+        if self.device_bytes > self.device_free:
+            found.append(
+                f"{self.device} would need about {_gb(self.device_bytes)} and has {_gb(self.device_free)} free: lower "
+                f"--batch-tokens, or use --hidden disk"
+            )
+        if self.host_bytes > self.host_free:
+            found.append(
+                f"the host would need about {_gb(self.host_bytes)} and has {_gb(self.host_free)} free: use "
+                f"--hidden disk"
+            )
+        if self.disk_bytes > self.disk_free:
+            found.append(
+                f"the disk would need about {_gb(self.disk_bytes)} and has {_gb(self.disk_free)} free: make room"
+            )
+        return found
+
+    def check(self, force: bool = False) -> None:
+        """
+        Raises:
+            CalsetError: the first of ``problems``, unless forced.
+        """
+        if (problems := self.problems()) and not force:
+            raise CalsetError(f"{problems[0]} (--force tries anyway)")
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table of (what, how much)."""
+        parts = ", ".join(f"{name} {_gb(size)}" for name, size in self.device_parts.items() if size)
+        rows = [
+            ("blocks", f"{self.n_blocks}"),
+            ("matrices", f"{self.n_matrices:,} of {self.n_weights:,} weights"),
+            (
+                "calibration",
+                f"{self.n_counted_tokens:,} counted tokens, {self.n_positions:,} positions in {self.n_batches} batches",
+            ),
+            (
+                "operations",
+                f"forward {self.forward_flops:.2e}, statistics {self.statistics_flops:.2e}, solves "
+                f"{self.solve_flops:.2e}",
+            ),
+            (f"{self.device} memory", f"{_gb(self.device_bytes)} of {_gb(self.device_free)} free ({parts})"),
+        ]
+        if self.device != "cpu":
+            rows.append(("host memory", f"{_gb(self.host_bytes)} of {_gb(self.host_free)} free"))
+        rows.append(("disk", f"{_gb(self.disk_bytes)} of {_gb(self.disk_free)} free"))
+        rows.append(("hidden states", f"on {self.hidden}" if self.n_batches else "none: no data is used"))
+        return rows
+
+
+def estimate(
+    model: Any,
+    decoder: Decoder,
+    files: TensorFiles,
+    matrices: Sequence[Matrix],
+    calibration: Calibration,
+    method: Method,
+    allocation: str,
+    propagate: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_tokens: int,
+    hidden: Where | None,
+    out: Path,
+) -> Estimate:
+    """The estimate for a model whose parameters may be on the meta device.
+
+    Args:
+        allocation: a rule of ``allocate``; measured ones run the dense model once more.
+        hidden: where hidden states are to be; default: wherever they fit, the nearest first.
+    """
+    surveyed = needs_of(allocation)
+    needs: Needs = max((method.needs, surveyed), key=get_args(Needs).index)
+    uses_data = needs != "nothing"
+    names = {m.weight.name for m in matrices}
+    chosen = [[w for w in block.weights.values() if w.name in names] for block in decoder.blocks]
+    shapes = calibration.batch_shapes(batch_tokens) if uses_data else []
+    positions = sum(n * length for n, length in shapes)
+    width = model.get_input_embeddings().weight.shape[1]
+    hidden_bytes = positions * width * dtype.itemsize
+    parts = {
+        "a block's weights": max(sum(p.numel() for p in b.module.parameters()) for b in decoder.blocks)
+        * dtype.itemsize,
+        "statistics": max(_statistics_bytes(w, needs) for w in chosen),
+        "a solve": max(_solve_bytes(w, needs, method) for w in chosen),
+    }
+    if uses_data:
+        parts["embeddings"] = _outside(model, decoder) * dtype.itemsize
+        parts["activations"] = max(
+            _activation_bytes(b, shapes, width, dtype.itemsize, model.config) for b in decoder.blocks
+        )
+    device_free, host_free = free_memory(device), free_memory(None)
+    host = max((s.stop - s.start for n, s in files.stored.items() if n in {m.name for m in matrices}), default=0)
+    where = hidden or _where(hidden_bytes, device, sum(parts.values()), device_free, host_free)
+    if where == "device" or (where == "host" and device.type == "cpu"):
+        parts["hidden states"] = hidden_bytes
+    total = sum(parts.values())
+    weights_bytes = sum(path.stat().st_size for path in {s.path for s in files.stored.values()})
+    blocks = decoder.blocks
+    return Estimate(
+        n_blocks=len(blocks),
+        n_matrices=len(matrices),
+        n_weights=sum(m.shape[0] * m.shape[1] for m in matrices),
+        n_counted_tokens=calibration.n_counted_tokens if uses_data else 0,
+        n_positions=positions,
+        n_batches=len(shapes),
+        forward_flops=_n_forwards(method, surveyed, propagate)
+        * sum(_forward(b, model.config) for b in blocks)
+        * positions,
+        statistics_flops=sum(_statistics(w, n, model.config) for w in chosen for n in (method.needs, surveyed))
+        * calibration.n_counted_tokens,
+        solve_flops=(1 + (len(SEARCH_STEPS) if allocation == "search" else 0)) * sum(_solve(w, method) for w in chosen),
+        device=device.type,
+        hidden=where,
+        device_parts=parts,
+        device_bytes=total,
+        device_free=device_free,
+        host_bytes=total if device.type == "cpu" else host + (hidden_bytes if where == "host" else 0),
+        host_free=host_free,
+        disk_bytes=weights_bytes + (hidden_bytes if where == "disk" else 0),
+        disk_free=shutil.disk_usage(_existing(out)).free,
+    )
+
+
+def _n_forwards(method: Method, surveyed: Needs, propagate: str) -> int:
+    """How often the blocks run: for the survey, for the statistics, and again as pruned."""
+    pruning = 0 if method.needs == "nothing" else 2 if propagate == "pruned" else 1
+    return pruning + (surveyed != "nothing")
+
+
+def free_memory(device: torch.device | None) -> int:
+    """Bytes that a device can still give; of the host for None or a CPU."""
+    import torch
+
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise CalsetError("/proc/meminfo does not say how much memory is available")
+
+
+def _where(hidden: int, device: torch.device, others: int, device_free: int, host_free: int) -> Where:
+    if others + hidden <= device_free and hidden <= SHARE * device_free:
+        return "device"
+    if device.type != "cpu" and hidden <= SHARE * host_free:
+        return "host"
+    return "disk"
+
+
+def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:
+    """Each expert reads inputs of its own, and for lack of better each linear."""
+    if needs == "nothing":
+        return 0
+    widths = [(w.shape[1], w.n_experts or 1) for w in weights]
+    return sum(n * FLOAT * (width * width if needs == "gram" else width) for width, n in widths)
+
+
+def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int:
+    """The matrices of one input at a time: as float32, updated, their errors and scores; the Gram, damped, factored.
+
+    Splitting methods also hold the scaled weights, their product with the Gram, and two iterates with their sums.
+    """
+    together: dict[tuple[int, int], int] = {}
+    for weight in weights:
+        # What one module holds may share an input; an attention's projections do.
+        key = (id(weight.module) if weight.n_experts else hash(weight.name.rsplit(".", 2)[0]), weight.shape[1])
+        together[key] = together.get(key, 0) + weight.shape[0]
+    grams = 5 if needs == "gram" else 0
+    copies = 10 if method.products > 1 else 4
+    return max(((copies * rows + grams * width) * width * FLOAT for (_, width), rows in together.items()), default=0)
+
+
+def _activation_bytes(block: Block, shapes: Sequence[tuple[int, int]], hidden: int, itemsize: int, config: Any) -> int:
+    positions = max(n * length for n, length in shapes)
+    outputs = sum(w.shape[0] * _uses(w, config) for w in block.weights.values())
+    widest = max((w.shape[1] for w in block.weights.values()), default=hidden)
+    mask = max(n * length * length for n, length in shapes)  # one byte a pair, where the model builds one
+    return positions * itemsize * (6 * hidden + 2 * round(outputs)) + min(positions, CHUNK) * widest * FLOAT + mask
+
+
+def _uses(weight: Weight, config: Any) -> float:
+    """How many matrices of a weight a token passes through."""
+    if weight.n_experts is None:
+        return 1
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
+    return next((float(v) for v in (getattr(text, n, None) for n in names) if isinstance(v, int)), weight.n_experts)
+
+
+def _forward(block: Block, config: Any) -> float:
+    """Operations a position: of the matrices, nearly all where sequences are shorter than the model is wide."""
+    return sum(2.0 * w.shape[0] * w.shape[1] * _uses(w, config) for w in block.weights.values())
+
+
+def _statistics(weights: Sequence[Weight], needs: Needs, config: Any) -> float:
+    """Operations a counted token."""
+    if needs == "nothing":
+        return 0.0
+    power = 2 if needs == "gram" else 1
+    return sum(2.0 * w.shape[1] ** power * _uses(w, config) for w in weights)
+
+
+def _solve(weights: Sequence[Weight], method: Method) -> float:
+    if method.needs != "gram":
+        return float(sum(w.parameter.numel() for w in weights))
+    # One Cholesky and one triangular inverse an input; with SparseGPT each column moves all those after it.
+    solves = [(w.shape[0], w.shape[1], w.n_experts or 1) for w in weights]
+    cubes, products = 2 / 3 + method.inverses, 2 * method.products
+    return sum(n * (cubes * width**3 + products * rows * width**2) for rows, width, n in solves)
+
+
+def _outside(model: Any, decoder: Decoder) -> int:
+    """Parameters around the blocks that the walk holds: all but an output layer of its own."""
+    inside = {id(p) for b in decoder.blocks for p in b.module.parameters()}
+    head = model.get_output_embeddings()
+    unused = set()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        unused = {id(p) for p in head.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in inside | unused)
+
+
+def _existing(path: Path) -> Path:
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def _gb(n_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes / 1e3:.1f} kB"

@@ -1,0 +1,201 @@
+"""The tensors of a folder's safetensors files: shapes and places from the headers, values one at a time.
+
+Why the headers are read here: pruning changes values, never names, dtypes or shapes, so a pruned checkpoint is a copy
+of the dense one's files in which the bytes of some tensors are replaced. Nothing else needs a second copy of a model,
+in memory or on disk. It must not know models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calset.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name -> torch's
+MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file: ``start`` and ``stop`` are the file's bytes that hold it, ``dtype`` is safetensors' name."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, DTYPES[self.dtype])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads; other ones beside them hold the same weights in other layouts.
+
+    Raises:
+        InputError: there are none, or the index is corrupt.
+    """
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise InputError(f"{folder} holds neither model.safetensors nor {INDEX}")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is corrupt: {first_line(error)}") from error
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise InputError(f"{index} is corrupt: it does not name files beside it")
+    return [folder / name for name in names]
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Tensor name -> where it is, for every file of ``weight_files``.
+
+    Raises:
+        InputError: a file that is missing, cut short or no safetensors file.
+    """
+    return {name: stored for path in weight_files(folder) for name, stored in _read_header(path)}
+
+
+def _read_header(path: Path) -> Iterator[tuple[str, Stored]]:
+    # The format: 8 bytes, little-endian, the header's length; the header, JSON; the tensors' bytes.
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER:
+                raise ValueError("its header is too long")
+            header = json.loads(file.read(length))
+        found = [_entry(path, 8 + length, name, e) for name, e in header.items() if name != "__metadata__"]
+        size = path.stat().st_size
+        if size < max((stored.stop for _, stored in found), default=0):
+            raise ValueError("it is cut short")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"cannot load the weights in {path}: {first_line(error)}") from error
+    yield from found
+
+
+def _entry(path: Path, base: int, name: str, entry: Mapping[str, Any]) -> tuple[str, Stored]:
+    start, stop = entry["data_offsets"]
+    return name, Stored(path, str(entry["dtype"]), tuple(entry["shape"]), base + start, base + stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A tensor that a copy gets and the original has not: zeros, in the file and dtype of the tensor ``beside``."""
+
+    beside: str
+    shape: tuple[int, ...]
+
+
+def copy_files(source: Path, target: Path, added: Mapping[str, Added] | None = None) -> None:
+    """Copy a model's weight files and their index, with tensors added (a bias that the dense model does not have).
+
+    Args:
+        added: by the name that they get.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    stored = read_headers(source)
+    by_file: dict[Path, dict[str, Added]] = {}
+    for name, new in (added or {}).items():
+        by_file.setdefault(stored[new.beside].path, {})[name] = new
+    files = weight_files(source)
+    for path in files:
+        if path in by_file:
+            _copy_with(path, target / path.name, {n: (stored[a.beside].dtype, a) for n, a in by_file[path].items()})
+        else:
+            shutil.copyfile(path, target / path.name)
+    if files[0].name == "model.safetensors":
+        return
+    shutil.copyfile(source / INDEX, target / INDEX)
+    if by_file:
+        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+        index["weight_map"].update({name: path.name for path, names in by_file.items() for name in names})
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_with(path: Path, target: Path, added: Mapping[str, tuple[str, Added]]) -> None:
+    import torch
+
+    with path.open("rb") as old, target.open("wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
+        for name, (dtype, tensor) in added.items():
+            size = math.prod(tensor.shape) * getattr(torch, DTYPES[dtype]).itemsize
+            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as the format recommends
+        new.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(old, new, 16 << 20)
+        new.truncate(8 + len(text) + end)
+
+
+class TensorFiles:
+    """The tensors of a model folder, opened lazily; values are read when sliced. Close it, or use it in ``with``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stored = read_headers(folder)
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Close the files, to be opened again when needed: pages of an open one that were read count as ours."""
+        self._open.clear()
+
+    def slice(self, name: str) -> Any:
+        """safetensors' lazy slice of a tensor: ``slice[...]`` reads it."""
+        from safetensors import safe_open
+
+        path = self.stored[name].path
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_slice(name)
+
+    def read(self, name: str) -> Tensor:
+        return self.slice(name)[...]
+
+
+def write_tensor(stored: Stored, value: Tensor) -> None:
+    """Put ``value`` into the bytes of a tensor that is already in a file, in the file's dtype.
+
+    Args:
+        value: as many elements as the stored tensor, in its order.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    import torch
+
+    flat = value.detach().to("cpu", stored.torch_dtype).contiguous().reshape(-1)
+    data: Any = memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    assert len(data) == stored.stop - stored.start, stored
+    with stored.path.open("r+b") as file:
+        written = 0
+        while written < len(data):
+            written += os.pwrite(file.fileno(), data[written:], stored.start + written)
+        file.flush()
+        os.fsync(file.fileno())

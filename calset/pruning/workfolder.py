@@ -1,0 +1,278 @@
+"""A pruned checkpoint in the making, beside its place: whole when it is finished, continued when it was killed.
+
+It begins as a copy of the dense model's weight files, so that a disk that is too small is known before the work; each
+finished block's matrices replace the dense ones there, then a line in ``progress.jsonl`` says so. The line comes after
+the bytes are on the disk: a block without one is done again, from the dense weights, and comes out the same.
+It must not know how matrices are pruned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calset.errors import CalsetError, InputError, PruningError, Stopped, first_line
+from calset.pruning import checkpoint
+from calset.pruning.layout import fsync_folder
+from calset.pruning.tensorfiles import INDEX, Added, copy_files, read_headers, weight_files, write_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARGIN = 64 << 20  # bytes of free disk beyond what is planned
+PROGRESS = "progress.jsonl"
+SHARES = "shares.json"  # of a measured allocation
+
+
+def folder_of(out: Path) -> Path:
+    """Where the work for ``out`` is done: beside it, so that the end is a rename."""
+    return out.absolute().parent / f".{out.name}.calset-work"
+
+
+def check_out(out: Path, n_bytes: int) -> None:
+    """Refuse an output folder that holds something, and a disk that cannot hold ``n_bytes`` more.
+
+    Raises:
+        InputError: ``out`` is not a new or empty folder.
+        CalsetError: too little free disk.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and holds something: name a new folder with -o")
+    parent = _existing_parent(out)
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} cannot be written to: name another folder with -o")
+    there = sum(f.stat().st_size for f in folder_of(out).rglob("*") if f.is_file()) if folder_of(out).is_dir() else 0
+    need, free = n_bytes - there + MARGIN, shutil.disk_usage(parent).free
+    if free < need:
+        raise CalsetError(f"{out} needs {need / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: make room there")
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that differ from those of the interrupted work for ``out``, if there is one.
+
+    Raises:
+        InputError: naming the first setting that differs.
+    """
+    lines = _read_progress(folder_of(out))
+    if not lines:
+        return
+    before, now = lines[0]["settings"], json.loads(json.dumps(settings, default=str))
+    if other := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
+        key = other[0]
+        raise InputError(
+            f"an interrupted pruning into {out} had {key} {before.get(key)!r}, not {now.get(key)!r}: give the same to "
+            f"continue it, or remove {folder_of(out)} to begin anew"
+        )
+
+
+@dataclass(slots=True)
+class WorkFolder:
+    """Opened with ``opened``. ``blocks``: the records of the blocks that are finished, in order.
+
+    ``shares``: each matrix's sparsity, where they were measured before the first block.
+    """
+
+    out: Path
+    folder: Path
+    blocks: list[Mapping[str, Any]] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
+    shares: dict[str, float] | None = None
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint so far: finished blocks pruned, the others dense."""
+        return self.folder / "model"
+
+    @property
+    def scratch(self) -> Path:
+        """For files that only this run needs."""
+        path = self.folder / "scratch"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def remember(self, shares: Mapping[str, float]) -> None:
+        """Keep what was measured: a run that continues this one prunes by the same, to the bit.
+
+        Raises:
+            PruningError: it could not be written.
+        """
+        with _writing(self.out):
+            _write_whole(self.folder / SHARES, json.dumps(shares))
+        self.shares = dict(shares)
+
+    def finish_block(self, tensors: Iterable[tuple[str, Tensor]], record: Mapping[str, Any]) -> None:
+        """Write a block's pruned tensors, by their stored names, and then that it is done.
+
+        Raises:
+            PruningError: they could not be written.
+        """
+        with _writing(self.out):
+            stored = read_headers(self.model)
+            for name, tensor in tensors:
+                write_tensor(stored[name], tensor)
+            _append(self.folder, record)
+        self.blocks.append(record)
+
+    def complete(
+        self, source: Path, record: Mapping[str, Any], section: str, switches: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add what stands beside the weights and put everything in its place.
+
+        Args:
+            switches: what config.json is to say differently, for added tensors.
+
+        Raises:
+            PruningError: it could not be written.
+        """
+        with _writing(self.out):
+            _clear(self.model, keep=[p.name for p in weight_files(self.model)] + [INDEX])
+            checkpoint.write_companions(source, self.model, record, section, switches or {})
+            flush(self.model)
+            self.model.rename(self.out)
+            fsync_folder(self.out.absolute().parent)
+
+
+@contextmanager
+def opened(
+    out: Path, source: Path, settings: Mapping[str, Any], added: Mapping[str, Added] | None = None
+) -> Iterator[WorkFolder]:
+    """The work folder for ``out``, new or where an interrupted run left it; gone afterwards unless it can be continued.
+
+    Args:
+        settings: all that decides the result; JSON. An interrupted run is only continued with the same.
+        added: tensors that the source has not, by name.
+
+    Raises:
+        InputError: another process works on it, or an interrupted run had other settings.
+        PruningError: it could not be written.
+        Stopped: by Ctrl-C with blocks finished; the same call continues.
+    """
+    folder = folder_of(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder, out):
+        check_settings(out, settings)  # before anything is touched: another run's work is not this one's to remove
+        work = WorkFolder(out, folder)
+        keep = False
+        try:
+            _begin(work, source, settings, added)
+            yield work
+        except BaseException as error:
+            keep = bool(work.blocks or work.shares) and not _is_final(error)
+            if keep and isinstance(error, KeyboardInterrupt):
+                raise Stopped(f"stopped with {len(work.blocks)} blocks pruned; the same command continues") from error
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether the same settings would end the same way: the pruning itself failed, not the disk or the memory."""
+    return isinstance(error, CalsetError) and not isinstance(error.__cause__, OSError)
+
+
+def _begin(work: WorkFolder, source: Path, settings: Mapping[str, Any], added: Mapping[str, Added] | None) -> None:
+    lines = _read_progress(work.folder)
+    shutil.rmtree(work.folder / "scratch", ignore_errors=True)  # hidden states of a killed run
+    if lines:
+        work.blocks = list(lines[1:])
+        work.shares = _read_shares(work.folder)
+        work.resumed_at = [*(work.blocks[-1].get("resumed_at", []) if work.blocks else []), len(work.blocks)]
+        return
+    with _writing(work.out):
+        shutil.rmtree(work.model, ignore_errors=True)
+        (work.folder / SHARES).unlink(missing_ok=True)
+        work.model.mkdir()
+        copy_files(source, work.model, added)
+        flush(work.model)
+        _append(work.folder, {"settings": settings})
+
+
+@contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    import fcntl
+
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another process is pruning into {out}: wait for it, or name another folder") from error
+        yield
+
+
+def _read_progress(folder: Path) -> list[dict[str, Any]]:
+    """The settings' line and one a finished block; a line that a kill cut short does not count."""
+    path = folder / PROGRESS
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines if lines and "settings" in lines[0] else []
+
+
+def _append(folder: Path, record: Mapping[str, Any]) -> None:
+    kept = _read_progress(folder)
+    text = "".join(json.dumps(line, default=str) + "\n" for line in [*kept, record])
+    # Rewritten whole: an appended line could follow half of a killed run's.
+    _write_whole(folder / PROGRESS, text)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Put a file in its place whole, or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+    fsync_folder(path.parent)
+
+
+def _read_shares(folder: Path) -> dict[str, float] | None:
+    path = folder / SHARES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PruningError(f"could not write {out}: {error.strerror or first_line(error)}") from error
+
+
+def _clear(folder: Path, keep: Sequence[str]) -> None:
+    """Remove what a run that was killed at the very end had put beside the weights."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
+
+
+def flush(folder: Path) -> None:
+    """Delayed allocation can report a full disk only here, and a rename must not precede its files' bytes."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors writes for the owner only, whatever the umask
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -164,9 +164,13 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported(tmp_path, 
     assert any("3 expert matrices got no calibration token and were pruned by magnitude" in w for w in report.warnings)
     after = weights_of(tmp_path / "out")
     for m in alone:
-        if method == "sparsegpt":  # over the whole matrix: it is narrower than a block of columns
-            dense = weights[m.name].abs()
-            assert dense[after[m.name] == 0].max() <= dense[after[m.name] != 0].min()
+        # Within the method's own groups: rows for Wanda, and for SparseGPT blocks, wider than these matrices.
+        for dense, pruned in (
+            zip(weights[m.name], after[m.name], strict=True)
+            if method == "wanda"
+            else [(weights[m.name], after[m.name])]
+        ):
+            assert dense[pruned == 0].abs().max() <= dense[pruned != 0].abs().min()
     verify(tmp_path / "out")
 
 
@@ -185,6 +189,23 @@ def test_verify_catches_an_expert_that_came_back(tmp_path, models):
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match=r"down_proj\[2\] has 767 zeros of 1536, recorded as 768"):
         verify(out)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_pruned_mixture_of_experts_generates_through_vllm(tmp_path):
+    pytest.importorskip("vllm")
+    import calset
+
+    shape = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 32, "max_position_embeddings": 1024}
+    dense = save_model(tmp_path / "dense", "Qwen3Moe", dtype=torch.bfloat16, **shape)
+    prune(dense, make_subset(), tmp_path / "out", method="wanda", pattern="2:4")
+    catalog = calset.Catalog(tmp_path / "calset.duckdb")
+    report = calset.evaluate(
+        tmp_path / "out", "demo", engine="vllm", max_tokens=16, limit=2, temperature=0.0, catalog=catalog
+    )
+    assert report.n_traces == 2
+    assert report.mean_tokens > 0
 
 
 # --- what is not understood -------------------------------------------------------------------------------------

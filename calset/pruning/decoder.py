@@ -123,7 +123,7 @@ def is_linear(module: nn.Module) -> bool:
 
 @cache
 def _computes_linear(kind: type[nn.Linear]) -> bool:
-    """Whether a subclass's own forward is still x W^T + b, tried on a small one: Falcon's is, a grouped one's not."""
+    """Whether a subclass's forward is still x W^T + b, tried on a small one: Falcon's is, a grouped linear's not."""
     import torch
     from torch import nn
 

@@ -6,6 +6,7 @@ they leave out what the process holds anyway (Python, torch). It must not know h
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -194,11 +195,13 @@ def free_memory(device: torch.device | None) -> int:
 
     if device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    raise CalsetError("/proc/meminfo does not say how much memory is available")
+    # Not Linux: what is installed, for lack of what is free.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _where(hidden: int, device: torch.device, others: int, device_free: int, host_free: int) -> Where:

@@ -521,8 +521,10 @@ def test_a_stream_that_nobody_reads_on_stops_asking(doubles, opened):
 def test_close_from_another_thread_ends_the_stream_and_the_engine(doubles, opened):
     double = doubles(seconds=0.1)
     engine = opened(double, concurrency=2)
-    threading.Timer(0.4, engine.close).start()
-    assert len(list(engine.stream(requests_for(2000), SAMPLING))) < 100
+    stream = engine.stream(requests_for(2000), SAMPLING)
+    next(stream)
+    threading.Timer(0.3, engine.close).start()
+    assert len(list(stream)) < 100
     engine.close()
     deadline = time.monotonic() + 5
     while double.open and time.monotonic() < deadline:
@@ -530,6 +532,16 @@ def test_close_from_another_thread_ends_the_stream_and_the_engine(doubles, opene
     assert not double.open  # every connection is closed
     with pytest.raises(EngineError, match="closed"):
         next(engine.stream(requests_for(1), SAMPLING))
+
+
+def test_a_stream_that_begins_while_another_thread_closes_the_engine_is_an_error_and_no_hang(doubles, opened):
+    engine = opened(doubles())
+    engine._loop.call_soon_threadsafe(engine._loop.stop)  # as close() does last; the loop is not closed yet
+    engine._thread.join()
+    with pytest.raises(EngineError, match="closed"):
+        next(engine.stream(requests_for(1), SAMPLING))
+    engine._loop.run_until_complete(engine._finish())
+    engine._loop.close()
 
 
 def test_other_weights_need_another_server(doubles, opened, altered_model):

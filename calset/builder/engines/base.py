@@ -5,20 +5,45 @@ Must not know: problems, grading or the catalog.
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from calset.errors import EngineError, InputError, first_line
 
+T = TypeVar("T")
+
+CLOSED = "this engine is closed"
 RESUME_HINT = "what was saved stays; run the same command again to continue"
 
 
 class EngineUnavailable(InputError):
     """The engine's package is installed but cannot be imported; nothing was started."""
+
+
+def wait_on(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> T:
+    """What ``work`` gives on a loop that runs in another thread.
+
+    Raises:
+        EngineError: the engine was closed meanwhile: a loop that was stopped leaves what it was given undone, for ever.
+    """
+    try:
+        given = asyncio.run_coroutine_threadsafe(work, loop)
+    except RuntimeError as error:  # the loop is closed
+        work.close()
+        raise EngineError(CLOSED) from error
+    while not concurrent.futures.wait([given], timeout=0.5).done:
+        if not thread.is_alive():
+            work.close()
+            raise EngineError(CLOSED)
+    if given.cancelled():
+        raise EngineError(CLOSED)
+    return given.result()
 
 
 def import_problem(error: BaseException, remedy: str) -> str:

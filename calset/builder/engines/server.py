@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calset.builder.engines import wire
-from calset.builder.engines.base import RESUME_HINT, Completion, Request, RequestFeed, Sampling
+from calset.builder.engines.base import CLOSED, RESUME_HINT, Completion, Request, RequestFeed, Sampling, wait_on
 from calset.errors import EngineError, InputError
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ class ServerEngine:
         self._running: asyncio.Task[None] | None = None
         self._client: Any = None
         self._closing = threading.Lock()
+        self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="calset-server", daemon=True)
         self._thread.start()
@@ -223,12 +224,14 @@ class ServerEngine:
         Raises:
             EngineError: no server is left, one refused a request (HTTP 4xx), or an answer is not what was served.
         """
-        if self._loop.is_closed():
-            raise EngineError("this server engine is closed")
+        if self._closed:
+            raise EngineError(CLOSED)
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         ended = threading.Event()
 
         async def begin() -> asyncio.Task[None]:
+            if self._closed:  # by another thread, whose _finish would not see this task
+                raise EngineError(CLOSED)
             task = asyncio.create_task(_Stream(self, requests, sampling, results).run())
 
             # Not by the stream itself: a task cancelled before its first step runs none of its code.
@@ -275,6 +278,7 @@ class ServerEngine:
         with self._closing:
             if self._loop.is_closed():
                 return
+            self._closed = True
             with suppress(Exception):
                 asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result(timeout=30)
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -291,7 +295,7 @@ class ServerEngine:
             await self._client.aclose()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return wait_on(work, self._loop, self._thread)
 
     def warn(self, text: str) -> None:
         """Once: a server that comes and goes for a week says so twice, not a thousand times."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calset.builder.engines.base import (
+    CLOSED,
     RESUME_HINT,
     Completion,
     EngineUnavailable,
@@ -29,6 +30,7 @@ from calset.builder.engines.base import (
     Sampling,
     check_same_shapes,
     import_problem,
+    wait_on,
 )
 from calset.errors import EngineError, InputError, first_line
 
@@ -171,10 +173,12 @@ class VllmEngine:
             EngineError: the engine died.
         """
         if self._llm is None:
-            raise EngineError("this vLLM engine is closed")
+            raise EngineError(CLOSED)
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         async def begin() -> asyncio.Task[None]:
+            if self._llm is None:  # closed by another thread
+                raise EngineError(CLOSED)
             task = asyncio.create_task(self._feed(requests, sampling, results))
             # Not by _feed itself: a task cancelled before its first step runs none of its code.
             task.add_done_callback(lambda _: results.put(_DONE))
@@ -273,7 +277,7 @@ class VllmEngine:
             await self._llm.reset_prefix_cache()
 
         if self._llm is None:
-            raise EngineError("this vLLM engine is closed")
+            raise EngineError(CLOSED)
         try:
             self._wait(swap())
         except EngineError:
@@ -308,7 +312,7 @@ class VllmEngine:
             self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return wait_on(work, self._loop, self._thread)
 
 
 def _waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:

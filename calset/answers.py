@@ -106,6 +106,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder: name a file")
+    if _is_database(path):
+        raise InputError(f"{path} is a DuckDB file, perhaps a catalog, and would be lost: name another file")
     draft = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         yield draft
@@ -116,6 +118,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+def _is_database(path: Path) -> bool:
+    # In the first block of each. Only read here, with no connection open: a closed descriptor drops DuckDB's lock.
+    try:
+        with path.open("rb") as file:
+            return file.read(12)[8:] == b"DUCK"
+    except OSError:
+        return False
 
 
 def _write(catalog: Catalog, question: Question, form: str, file: IO[str], *, harmless: bool) -> Written:

@@ -433,3 +433,10 @@ def test_no_progress_bar_is_drawn_where_python_is_interactive_and_no_setting_can
     asked, own = done.stdout.splitlines()
     assert asked == "{'enable_progress_bar': 'false', 'lock_configuration': 'true'}"
     assert own == "{'enable_progress_bar': 'false', 'lock_configuration': 'false'}"
+
+
+def test_an_answer_never_takes_the_place_of_a_catalog(catalog: Catalog) -> None:
+    before = catalog.path.read_bytes()
+    with pytest.raises(InputError, match="is a DuckDB file"):
+        save_answer(catalog, Question("SELECT 1 AS a"), "csv", catalog.path)
+    assert catalog.path.read_bytes() == before

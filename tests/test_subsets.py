@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
-from factories import fill, make_problem, make_run, make_source, make_trace
+from factories import fill, make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -431,3 +432,38 @@ def test_a_name_too_long_to_be_a_file_is_one_clear_line(catalog: Catalog, subset
 def test_check_name_accepts_what_it_promises() -> None:
     for name in ("a", "math-ssgr_1.5", "0", "x" * 64):
         assert subsets.check_name(name) == name
+
+
+def test_an_export_of_a_trace_that_was_run_again_has_the_text_verdict_and_run_of_its_tokens(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "c.duckdb")
+    problem, first, second = make_problem(0), make_run(), replace(make_run(), run_id="again")
+    old = make_trace(problem, first, 0, 5, text="cut short", finish_reason="length")
+    new = make_trace(problem, second, 0, 9, text="to the end", attempt=1, completion_ids=(7, 8, 9))
+    catalog.add_source(make_source())
+    catalog.add_run(first)
+    catalog.record([old], [make_grade(old, "truncated")], problems=[problem])
+    select(catalog, "before", "rac")
+    catalog.add_run(second)
+    catalog.record([new], [make_grade(new)])
+    select(catalog, "after", "rac")
+    for name, trace, verdict in (("before", old, "truncated"), ("after", new, "correct")):
+        folder = export(catalog, f"{name}@1", tmp_path / name)
+        (row,) = pq.read_table(folder / "data" / "train.parquet").to_pylist()
+        assert row["input_ids"][3:] == list(trace.completion_ids)
+        assert (row["text"], row["verdict"], row["finish_reason"]) == (trace.text, verdict, trace.finish_reason)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert [run["run_id"] for run in manifest["runs"]] == [trace.run_id]
+
+
+def test_no_folder_of_the_building_machine_is_in_the_engine_options(tmp_path: Path) -> None:
+    options = {"download_dir": "/home/me/hub", "nested": {"files": ["/home/me/a.jsonl", "plain"]}, "n": 2}
+    catalog, run, problem = Catalog(tmp_path / "c.duckdb"), make_run(), make_problem(0)
+    run = replace(run, engine_options=options, command="calset build --engine-option download_dir=/home/me/hub")
+    trace = make_trace(problem, run)
+    catalog.add_source(make_source())
+    catalog.add_run(run)
+    catalog.record([trace], [make_grade(trace)], problems=[problem])
+    select(catalog, "all", "rac")
+    (made,) = json.loads((export(catalog, "all@1", tmp_path / "out") / "manifest.json").read_text())["runs"]
+    assert made["engine_options"] == {"download_dir": "hub", "nested": {"files": ["a.jsonl", "plain"]}, "n": 2}
+    assert made["command"] == "calset build --engine-option download_dir=hub"

@@ -165,7 +165,8 @@ def _open(spec: str, name: str | None, grader: str) -> _Place:
     if spec.startswith(PREFIX):
         return _open_hub(spec, name, grader)
     path = Path(spec)
-    found = list_files(path, ROW_TYPES)
+    beside = (MANIFEST, "manifest.json")  # stands beside traces and is none
+    found = [file for file in list_files(path, ROW_TYPES) if file == path or file.name not in beside]
     folder = None if found == [path] else path
     revision = ids.files_hash(found, folder)
     called = name or path.name or path.resolve().name
@@ -220,7 +221,7 @@ def _manifest(path: Path) -> _Manifest:
         return _Manifest(
             model=found.get("model_path"),
             system_prompt=found.get("system_prompt") or None,
-            max_tokens=found.get("max_new_tokens"),
+            max_tokens=None if found.get("max_new_tokens") is None else int(found["max_new_tokens"]),
             seed=int(found.get("seed") or 0),
             sampling={name: float(found[name]) for name in ("temperature", "top_p") if found.get(name) is not None},
         )

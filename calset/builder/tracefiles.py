@@ -135,12 +135,16 @@ def _generations(row: Row, base: Draft) -> Iterator[Draft]:
     texts = row["generations"]
     if not isinstance(texts, list) or not texts:
         raise RowError("has no list in generations")
-    reasons, complete = row.get("finish_reasons") or (), row.get("is_reasoning_complete") or ()
+    reasons, complete = _list(row.get("finish_reasons")), _list(row.get("is_reasoning_complete"))
     for i, text in enumerate(texts):
-        reason = reasons[i] if i < len(reasons) else None
+        reason = reasons[i] if i < len(reasons) and isinstance(reasons[i], str) else None
         if reason is None and i < len(complete) and complete[i] is False:
             reason = "length"
         yield replace(base, text=_required({"generations": text}, "generations"), finish_reason=reason)
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
 
 
 def _chat(row: Row) -> list[Mapping[str, Any]]:

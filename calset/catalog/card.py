@@ -76,7 +76,7 @@ def _metadata(manifests: Sequence[Mapping[str, Any]], before: Mapping[str, Any])
     theirs = [c for c in _list(before.get("configs")) if isinstance(c, dict) and c.get("config_name") not in names]
     tags = [tag for tag in _list(before.get("tags")) if isinstance(tag, str)]
     return {
-        **before,
+        **{key: value for key, value in before.items() if isinstance(key, str)},
         "license": licences(manifests),
         "tags": list(dict.fromkeys([*tags, *_TAGS])),
         "task_categories": _list(before.get("task_categories")) or ["text-generation"],
@@ -257,17 +257,20 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)  # texts come escaped
 
 
 def _number(value: Any) -> float | int | None:
     return value if isinstance(value, (int, float)) else None
 
 
+_ENTITIES = (("&", "&amp;"), ("\\", "&#92;"), ("`", "&#96;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"))
+
+
 def _escape(value: Any) -> str:
     """Text of a manifest as one line of Markdown that starts no table cell, tag, link or picture of its own."""
     text = " ".join(str(value).split())
-    for sign, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
+    for sign, instead in _ENTITIES:
         text = text.replace(sign, instead)
     return re.sub(r"([\[\]!*])", r"\\\1", text)
 

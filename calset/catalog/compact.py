@@ -53,6 +53,7 @@ def compact(catalog: Catalog | str | Path) -> Compacted:
             # Nobody else can be writing one, as only the holder of the lock does: it is what a kill left.
             _remove(draft)
             rows = _copy(con, draft)
+            os.chmod(draft, os.stat(path).st_mode & 0o7777)
             _sync(draft)
             # Before the lock is let go: whoever waits for it then finds that the file has been replaced.
             os.replace(draft, path)

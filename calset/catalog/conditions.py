@@ -17,10 +17,13 @@ from calset.errors import InputError
 
 # Values that SQL spells without parentheses. rowid is the order of insertion, which a copy need not keep.
 _VALUES = re.compile(r"current_\w+|localtime|localtimestamp|rowid", re.IGNORECASE)
-# DuckDB calls these CONSISTENT, yet they read the clock or depend on the order of rows.
+# DuckDB calls these CONSISTENT, yet they read the clock, depend on the order of rows (an ORDER BY inside may have
+# ties), or are promised to no other version (hash; md5 and sha256 are).
 _MISLABELLED = {
     "age", "current_localtime", "current_localtimestamp", "any_value", "arbitrary", "first", "last",
-    "reservoir_quantile",
+    "reservoir_quantile", "arg_max", "arg_min", "argmax", "argmin", "max_by", "min_by", "arg_max_null", "arg_min_null",
+    "arg_max_nulls_last", "arg_min_nulls_last", "mode", "histogram", "approx_quantile", "approx_top_k",
+    "approx_count_distinct", "list", "array_agg", "string_agg", "group_concat", "listagg", "hash",
 }  # fmt: skip
 _ORDERED_WINDOWS = {"row_number", "ntile", "lag", "lead", "first_value", "last_value", "nth_value"}
 # Any other table function tells about this process or its files, or runs SQL out of a string.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -294,11 +295,12 @@ def provenance_of(subset: Subset, catalog: Catalog) -> dict[str, Any]:
         return dict(subset.origin)
     if not catalog.exists():
         return {"runs": [], "sources": []}
-    traces = sorted({s.trace_id for s in subset.samples if s.trace_id})
+    taken = subsets.attempts_of(catalog, subset)
     problems = sorted({s.problem_id for s in subset.samples if s.problem_id})
     runs = catalog.rows(
-        "SELECT DISTINCT run_id FROM latest_traces WHERE trace_id IN (SELECT unnest(?::VARCHAR[])) ORDER BY run_id",
-        [traces],
+        "SELECT DISTINCT t.run_id FROM traces t JOIN (SELECT unnest(?::VARCHAR[]) AS trace_id, "
+        "unnest(?::INTEGER[]) AS attempt) w ON w.trace_id = t.trace_id AND w.attempt = t.attempt ORDER BY t.run_id",
+        [list(taken), list(taken.values())],
     )
     sources = catalog.rows(
         "SELECT DISTINCT s.* FROM sources s JOIN problems p ON p.source_id = s.source_id "
@@ -310,6 +312,7 @@ def provenance_of(subset: Subset, catalog: Catalog) -> dict[str, Any]:
     made = [{k: v for k, v in run.items() if k != "model_path"} for run in found]
     for run in made:
         run["command"] = _without_folders(run["command"])
+        run["engine_options"] = _bare(run["engine_options"])
     return {"runs": made, "sources": [{**source, "spec": _without_folder(source["spec"])} for source in sources]}
 
 
@@ -322,9 +325,18 @@ def _without_folders(command: str) -> str:
     return shlex.join(map(_without_folder, words))
 
 
+def _bare(value: Any) -> Any:
+    """A JSON-able value, the full paths in it names only."""
+    if isinstance(value, dict):
+        return {key: _bare(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_bare(item) for item in value]
+    return _without_folder(value) if isinstance(value, str) else value
+
+
 def _without_folder(word: str) -> str:
     """A word, its full path (``/home/me/x``, ``~/x``, ``--option=/home/me/x``, ``file:///x``) cut to the name."""
-    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    option, equals, value = word.partition("=") if re.match(r"-|\w+=", word) else ("", "", word)
     path = value.removeprefix("file://")
     return f"{option}{equals}{Path(path).name}" if path.startswith(("/", "~")) else word
 

@@ -160,6 +160,8 @@ _SHAPE: Mapping[str, type | tuple[type, ...]] = {
     "recipe": dict,
     "n_samples": int,
     "n_tokens": int,
+    "n_problems": int,
+    "seed": int,
     "pool": dict,
     "warnings": list,
     "runs": list,

@@ -306,9 +306,49 @@ def quantiles(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def trace_facts(catalog: Catalog, subset: Subset) -> dict[str | None, dict[str, Any]]:
-    """What the catalog knows of the traces in a subset: rows of the view ``trace`` by trace id."""
+    """What the catalog knows of the traces in a subset: rows of the view ``trace`` by trace id.
+
+    Of a trace that was run again since, what belongs to the subset's tokens: an earlier attempt's text and verdict.
+    """
     wanted = sorted({s.trace_id for s in subset.samples if s.trace_id})
     if not wanted:
         return {}
     sql = "SELECT * FROM trace WHERE trace_id IN (SELECT unnest(?::VARCHAR[]))"
-    return {row["trace_id"]: row for row in catalog.rows(sql, [wanted])}
+    facts: dict[str | None, dict[str, Any]] = {row["trace_id"]: row for row in catalog.rows(sql, [wanted])}
+    taken = attempts_of(catalog, subset)
+    old = {t: a for t, a in taken.items() if t in facts and facts[t]["attempt"] != a}
+    sql = """
+        SELECT t.trace_id, t.attempt, t.run_id, t.text, t.response, t.n_tokens, t.n_reasoning_tokens, t.finish_reason,
+            t.finish_reason = 'stop' AS finished, t.max_tokens, t.seconds, t.created_at,
+            coalesce(g.verdict, 'ungraded') AS verdict, g.verdict = 'correct' AS correct,
+            g.extracted, g.grader, g.detail
+        FROM traces t LEFT JOIN newest_grades g ON g.trace_id = t.trace_id AND g.attempt = t.attempt
+        JOIN (SELECT unnest(?::VARCHAR[]) AS trace_id, unnest(?::INTEGER[]) AS attempt) w
+            ON w.trace_id = t.trace_id AND w.attempt = t.attempt
+    """
+    for row in catalog.rows(sql, [list(old), list(old.values())]) if old else ():
+        facts[row["trace_id"]] = {**facts[row["trace_id"]], **row}
+    return facts
+
+
+def attempts_of(catalog: Catalog, subset: Subset) -> dict[str, int]:
+    """Which attempt at a trace the samples hold: the one with their token ids, among several the catalog has."""
+    samples = {s.trace_id: s for s in subset.samples if s.trace_id}
+    sql = "SELECT trace_id, attempt FROM traces WHERE trace_id IN (SELECT unnest(?::VARCHAR[])) ORDER BY ALL"
+    there: dict[str, list[int]] = {}
+    for row in catalog.rows(sql, [sorted(samples)]):
+        there.setdefault(row["trace_id"], []).append(row["attempt"])
+    several = [(trace, attempt) for trace, attempts in there.items() if len(attempts) > 1 for attempt in attempts]
+    tokens = catalog.tokens(several) if several else {}
+    found = {trace: attempts[-1] for trace, attempts in there.items()}
+    for (trace, attempt), (prompt, completion) in sorted(tokens.items()):
+        if _is_part(samples[trace], [*prompt, *completion]):
+            found[trace] = attempt
+    return found
+
+
+def _is_part(sample: Sample, token_ids: Sequence[int]) -> bool:
+    """Whether a sample is this trace, or for a window (its id says ``TRACE:START-STOP``) its part at that place."""
+    window = re.fullmatch(r".+:(\d+)-(\d+)", sample.sample_id)
+    start, stop = (int(window[1]), int(window[2])) if window else (0, len(token_ids))
+    return list(sample.input_ids) == list(token_ids[start:stop])

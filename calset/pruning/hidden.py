@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from calset.errors import PruningError, first_line
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -65,7 +67,13 @@ class HiddenStates:
             return str(len(tensors) - 1)
 
         names = _map(value, name)
-        save_file(tensors, self._path(index))
+        try:
+            save_file(tensors, self._path(index))
+        except Exception as error:  # safetensors reports a full disk as an error of its own
+            raise PruningError(
+                f"could not write hidden states to {self._path(index)}: {first_line(error)}; make room and run the "
+                "same command again"
+            ) from OSError(str(error))
         return names
 
     def _from_disk(self, index: int, names: Any) -> Any:

@@ -161,6 +161,8 @@ class Layout:
         except (torch.OutOfMemoryError, MemoryError):
             raise  # no fault of the files
         except Exception as error:
+            if "DefaultCPUAllocator" in str(error):  # a plain RuntimeError, and no fault of the files either
+                raise
             raise InputError(f"cannot load the weights of {self.files.folder}: {first_line(error)}") from error
         finally:
             self.model._weight_conversions = used

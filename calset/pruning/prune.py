@@ -246,7 +246,8 @@ def _enough_memory(batch_tokens: int) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         # The CPU's allocator raises a plain RuntimeError.
-        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+        said = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # pinned memory and cuBLAS have their own words
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in said)
         if not is_memory:
             raise
         raise PruningError(

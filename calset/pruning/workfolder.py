@@ -44,6 +44,9 @@ def check_out(out: Path, n_bytes: int) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and holds something: name a new folder with -o")
+    # The end is a rename to this name.
+    if out.is_symlink() or os.path.ismount(out) or (out.exists() and os.path.samefile(out, os.curdir)):
+        raise InputError(f"{out} cannot be replaced (a link, a mount or this very folder): name a new folder with -o")
     parent = _existing_parent(out)
     if not os.access(parent, os.W_OK):
         raise InputError(f"{parent} cannot be written to: name another folder with -o")

@@ -55,7 +55,7 @@ $(VENV)/duckdb-1.5: $(VENV)/.ready
 
 # Slow tests look at reports in a browser; where it cannot be installed they are skipped, and say so.
 $(VENV)/.chromium: $(VENV)/.ready
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { apt-get update -qq; apt-get install -y -qq chromium; } >/dev/null 2>&1 || echo "no chromium: reports are not looked at in a browser"
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || timeout 300 sh -c 'apt-get update -qq; apt-get install -y -qq chromium' >/dev/null 2>&1 </dev/null || echo "no chromium: reports are not looked at in a browser"
 	@touch $@
 
 clean:

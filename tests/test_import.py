@@ -171,6 +171,17 @@ def test_open_r1_rows_are_graded_here_whatever_they_say(tmp_path: Path) -> None:
     assert problem.metadata == {"solution": "Add them.", "problem_type": "Algebra"}
 
 
+def test_reasons_of_other_servers_and_columns_of_the_wrong_kind(tmp_path: Path) -> None:
+    texts = [f"<think>\\n{n}\\n</think>\\n\\n\\\\boxed{{{n}}}" for n in range(4)]
+    reasons = ["eos_token", "max_tokens", {"type": "stop"}, "abort"]
+    odd = {"problem": "1 + 2 = ?", "answer": "3", "generations": ["<think>3</think>3"], "finish_reasons": 5}
+    rows = [{"problem": "1 + 1 = ?", "answer": "2", "generations": texts, "finish_reasons": reasons}, odd]
+    report, kept_rows = run(tmp_path, [*rows, {**odd, "finish_reasons": "stop", "is_reasoning_complete": True}])
+    found = Counter(row["finish_reason"] for row in kept_rows)
+    assert (report.n_bad, found["length"], found["abort"]) == (0, 1, 1)
+    assert found["stop"] >= 2
+
+
 def formats(question: str) -> list[dict[str, Any]]:
     """One trace in every format."""
     user = {"role": "user", "content": question}

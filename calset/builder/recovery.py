@@ -18,6 +18,13 @@ from calset.errors import InputError
 _PLACE = "calset question placeholder"
 
 
+# How other servers say "stop" and "length" (TGI, Anthropic, Gemini).
+_REASONS = {
+    **dict.fromkeys(("eos_token", "eos", "end_turn", "stop_sequence", "stop"), "stop"),
+    **dict.fromkeys(("max_tokens", "max_length", "length"), "length"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Recovered:
     """A trace's question, ids and end. ``from_text``: the completion's ids were made here."""
@@ -175,7 +182,7 @@ class Recovery:
     def _finish_reason(self, draft: Draft, completion_ids: Sequence[int], parts: Parts) -> str:
         """As the file says; else by the end token, the limit, or whether there is an answer after the thinking."""
         if draft.finish_reason is not None:
-            return draft.finish_reason
+            return _REASONS.get(draft.finish_reason.lower(), draft.finish_reason)
         if completion_ids[-1] in self._info.eos_token_ids:
             return "stop"
         if draft.max_tokens is not None:

@@ -17,10 +17,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from calset.catalog import subsets
 from calset.catalog.export import manifest_of, read_manifest, read_subset, rows_table, write_manifest, write_rows
+from calset.catalog.recipes import Kind
 from calset.errors import InputError
 
 if TYPE_CHECKING:
@@ -182,6 +183,9 @@ def open_manifest(folder: Path, name: str) -> dict[str, Any]:
         raise InputError(f"{manifest_path(name)} is not the manifest of {name}: publish the subset again")
     if wrong := [key for key, kind in _SHAPE.items() if not isinstance(manifest.get(key), kind)]:
         raise InputError(f"{manifest_path(name)} has no usable {wrong[0]}: publish the subset again")
+    recipe = manifest["recipe"]
+    if not isinstance(recipe.get("name"), str) or recipe.get("kind") not in get_args(Kind):
+        raise InputError(f"{manifest_path(name)} has no usable recipe: publish the subset again")
     listed = manifest.get("files")
     if not isinstance(listed, list) or not _are_shards(listed, name):
         raise InputError(f"{manifest_path(name)} lists no usable files: publish the subset again")

@@ -70,6 +70,17 @@ def test_space_of_deleted_rows_is_given_back_and_every_row_stays(tmp_path: Path)
     assert tags[0][0]["storage_version"].startswith("v1.5.0")
 
 
+def test_views_of_ones_own_and_the_mode_of_the_file_stay(tmp_path: Path) -> None:
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 4)]] * 3)
+    with duckdb.connect(str(catalog.path)) as con:
+        con.execute("CREATE VIEW right_ones AS SELECT * FROM trace WHERE correct")
+        con.execute("CREATE VIEW how_many AS SELECT count(*) AS n FROM right_ones")
+    catalog.path.chmod(0o664)
+    compact(catalog)
+    assert catalog.query("FROM how_many").rows == [(3,)]
+    assert catalog.path.stat().st_mode & 0o777 == 0o664
+
+
 def test_a_link_to_a_catalog_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     fill(tmp_path / "elsewhere" / "c.duckdb", [[("correct", 4)]])

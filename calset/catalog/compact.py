@@ -18,7 +18,7 @@ import duckdb
 from calset.catalog import schema
 from calset.catalog.catalog import Catalog
 from calset.catalog.connection import exclusive
-from calset.errors import CatalogError
+from calset.errors import CatalogError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ def _copy(con: duckdb.DuckDBPyConnection, draft: Path) -> dict[str, int]:
         con.execute("USE new")
         for view in schema.VIEWS:
             con.execute(schema.create_view(view))
+        _copy_own_views(con)
         con.execute("USE memory")
         con.execute("CHECKPOINT new")
         for table, n in rows.items():
@@ -101,6 +102,26 @@ def _copy_table(con: duckdb.DuckDBPyConnection, table: str) -> int:
     else:  # somebody's own
         con.execute(f'CREATE TABLE new."{table}" AS FROM old."{table}"').fetchall()
     return n
+
+
+def _copy_own_views(con: duckdb.DuckDBPyConnection) -> None:
+    """Views that somebody added to the catalog, in the database in use; one may rest on another."""
+    sql = "SELECT view_name, sql FROM duckdb_views() WHERE database_name = 'old' AND NOT internal ORDER BY view_name"
+    left = {name: text for name, text in con.execute(sql).fetchall() if name not in schema.VIEWS}
+    while left:
+        failed: dict[str, duckdb.Error] = {}
+        for name, text in left.items():
+            try:
+                con.execute(text)
+            except duckdb.Error as error:
+                failed[name] = error
+        if len(failed) == len(left):
+            name, error = next(iter(failed.items()))
+            raise CatalogError(
+                f"the view {name}, which is not calset's, cannot be copied ({first_line(error)}): drop it, or keep the "
+                "catalog as it is"
+            ) from error
+        left = {name: left[name] for name in failed}
 
 
 def _quoted(path: Path) -> str:

@@ -11,16 +11,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from processes import holding
 
 from calset.builder.engines import Completion, Request, Sampling
 from calset.builder.generate import build
 from calset.builder.model_info import inspect
-from calset.builder.pipeline import BuildProgress, Rate
+from calset.builder.pipeline import BuildProgress
 from calset.builder.regrade import grade
+from calset.builder.tally import Rate
 from calset.catalog.catalog import Catalog
 from calset.errors import CatalogLocked, EngineError, InputError
 
@@ -397,12 +400,11 @@ def test_a_build_that_waits_for_the_catalog_stops_when_asked(
 
     monkeypatch.setattr(pipeline, "LOCK_SECONDS", 0.2)
     path, cancelled = tmp_path / "c.duckdb", threading.Event()
-    hold = f"import duckdb, sys; con = duckdb.connect({str(path)!r}); print(flush=True); sys.stdin.read()"
-    holders: list[subprocess.Popen[bytes]] = []
+    held = ExitStack()
+    holders: list[subprocess.Popen[str]] = []
 
     def stream(requests, sampling):
-        holders.append(subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        holders[0].stdout.readline()
+        holders.append(held.enter_context(holding(path)))
         for n, request in enumerate(requests):
             yield Completion(request.key, (31, 2), "stop", 0.0)
             if n == 2:
@@ -420,11 +422,8 @@ def test_a_build_that_waits_for_the_catalog_stops_when_asked(
             holders[0].stdin.close()
 
     engine.cancel = cancel
-    try:
+    with held:
         report = build(tiny_model, SUMS, samples=4, catalog=path, engine=engine, commit_every_seconds=0.05)
-    finally:
-        holders[0].kill()
-        holders[0].wait()
     assert cancelled.is_set()
     assert (report.stopped, report.n_new, count(path)) == (True, 3, 3)
 

@@ -8,9 +8,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from dataclasses import replace
@@ -19,6 +16,7 @@ from pathlib import Path
 import duckdb
 import pytest
 from factories import START, fill, make_grade, make_problem, make_run, make_source, make_trace
+from processes import python
 
 from calset import ids
 from calset.catalog import connection, migrations, schema
@@ -37,17 +35,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
     return Catalog(tmp_path / "c.duckdb", lock_timeout=5)
-
-
-def python(code: str, *args: object) -> subprocess.Popen[str]:
-    """A process of its own that runs code with calset and the factories importable."""
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    )
 
 
 def only(catalog: Catalog, sql: str, *params: object) -> object:

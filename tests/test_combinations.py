@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from processes import die, killed
 from safetensors.torch import load_file
 from small_models import make_subset, save_model
 
@@ -54,20 +53,6 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 # --- killed and continued ---------------------------------------------------------------------------------------
-
-
-def killed(work: Callable[[], object]) -> None:
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-def die(*args: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_in_the_survey() -> None:

@@ -6,15 +6,13 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import duckdb
 import pytest
 from factories import fill, make_grade, make_problem, make_run, make_trace
+from processes import python
 
 from calset.catalog import connection
 from calset.catalog.catalog import Catalog
@@ -23,14 +21,6 @@ from calset.catalog.selection import select
 from calset.errors import CatalogError, CatalogLocked, InputError
 
 ROOT = Path(__file__).parent.parent
-
-
-def python(code: str, *args: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    )  # fmt: skip
 
 
 def with_holes(path: Path) -> Catalog:

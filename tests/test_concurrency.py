@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from factories import fill, make_problem, make_run
+from processes import python
 
 from calset.catalog.subsets import list_subsets, load
 
@@ -85,14 +83,7 @@ def test_a_build_two_queries_a_selection_and_a_publisher_share_one_catalog(tmp_p
     run = catalog.runs()[0]
     assert run == make_run()
     roles = ("query", "query", "select", "publish", "build")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(COMMON) + textwrap.dedent(ROLES[role]), str(catalog.path)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        )
-        for role in roles
-    ]  # fmt: skip
+    processes = [python(textwrap.dedent(COMMON) + textwrap.dedent(ROLES[role]), catalog.path) for role in roles]
     waits = {}
     for role, process in zip(roles, processes, strict=True):
         out, errors = process.communicate(timeout=300)

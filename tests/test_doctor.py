@@ -15,6 +15,7 @@ import duckdb
 import pytest
 from factories import START, fill
 from local_hub import TOKEN, LocalHub
+from processes import holding, python
 
 import calset
 from calset.catalog import doctor as module
@@ -152,15 +153,6 @@ def test_a_missing_catalog_is_a_warning_and_none_is_made(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == []
 
 
-def python(code: str, *args: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    )
-
-
 def test_what_a_killed_process_left_is_named(catalog: Catalog) -> None:
     code = """
         import os, sys
@@ -183,23 +175,10 @@ def test_what_a_killed_process_left_is_named(catalog: Catalog) -> None:
 
 
 def test_a_lock_that_stays_names_its_holder(catalog: Catalog) -> None:
-    code = """
-        import sys, time
-        from calset.catalog.catalog import Catalog
-        with Catalog(sys.argv[1]).transaction():
-            print("open", flush=True)
-            time.sleep(60)
-    """
-    holder = python(code, catalog.path)
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "open\n"
+    with holding(catalog.path) as holder:
         check = found(Catalog(catalog.path, lock_timeout=0.2))["catalog"]
         assert f"locked by process {holder.pid}" in check.message
         assert f"kill {holder.pid}" in str(check.remedy)
-    finally:
-        holder.kill()
-        holder.wait()
 
 
 def test_the_disk_is_told_by_what_is_free(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import textwrap
 import time
@@ -19,6 +17,7 @@ import pytest
 from factories import START, fill, make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from processes import holding, python
 
 from calset.catalog import merge as merge_module
 from calset.catalog import migrations, schema
@@ -319,16 +318,6 @@ def later_schema() -> dict[tuple[Any, str], Any]:
 # -- other processes ------------------------------------------------------------------------------------------------
 
 
-def python(code: str, *args: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    )
-
-
 def test_what_waits_in_the_others_write_ahead_log_comes_too_and_stays_there(tmp_path: Path) -> None:
     code = """
         import os, sys
@@ -349,23 +338,10 @@ def test_what_waits_in_the_others_write_ahead_log_comes_too_and_stays_there(tmp_
 
 def test_a_locked_other_names_its_holder(tmp_path: Path) -> None:
     there = fill(tmp_path / "there.duckdb", [[("correct", 3)]])
-    code = """
-        import sys, time
-        from calset.catalog.catalog import Catalog
-        with Catalog(sys.argv[1]).transaction():
-            print("open", flush=True)
-            time.sleep(60)
-    """
-    holder = python(code, there.path)
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "open\n"
+    with holding(there.path) as holder:
         with pytest.raises(CatalogLocked, match=rf"there\.duckdb is locked by process {holder.pid}"):
             merge(Catalog(tmp_path / "here.duckdb", lock_timeout=0.3), there)
         assert not (tmp_path / "here.duckdb").exists()
-    finally:
-        holder.kill()
-        holder.wait()
 
 
 MERGE = """

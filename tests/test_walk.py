@@ -13,10 +13,11 @@ from torch import nn
 from calset.catalog.records import Sample
 from calset.errors import InputError, PruningError
 from calset.pruning.calibration import Batch, read
+from calset.pruning.decoder import find_decoder
 from calset.pruning.masks import Selection
 from calset.pruning.methods import METHODS, prune_shared
 from calset.pruning.stats import InputStatistics
-from calset.pruning.walk import Walk, find_decoder
+from calset.pruning.walk import Walk
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,65 @@
+"""Processes that tests start: with calset and the factories importable, holding a catalog, or killed in their work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# What a process needs in its environment to import calset and the tests' factories.
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+_HOLD = """
+    import sys
+    from calset.catalog.catalog import Catalog
+    with Catalog(sys.argv[1]).transaction():
+        print("open", flush=True)
+        sys.stdin.read()
+"""
+
+
+def python(code: str, *args: object) -> subprocess.Popen[str]:
+    """A process of its own that runs code with calset and the factories importable."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
+    )
+
+
+@contextmanager
+def holding(catalog: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has a catalog open for writing as long as the block lasts, or until its stdin is closed."""
+    holder = python(_HOLD, catalog)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        yield holder
+    finally:
+        holder.kill()
+        with holder:  # closes its pipes
+            pass
+
+
+def killed(work: Callable[[], object]) -> None:
+    """Run in a forked child that is to kill itself (``die``), and check that it did."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def die(*args: object) -> None:
+    """As ``kill -9`` would have it."""
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from calset import ids
 from calset.errors import InputError, first_line
 from calset.pruning.layout import parameters_on_meta, quiet
+from calset.pruning.memory import ran_out
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +103,6 @@ def load_model(folder: Path, name: str, dtype: torch.dtype | str = "auto") -> An
     Raises:
         InputError: the weights cannot be read, or some are missing or of another shape.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     try:
@@ -110,9 +110,9 @@ def load_model(folder: Path, name: str, dtype: torch.dtype | str = "auto") -> An
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise  # no fault of the files
     except Exception as error:
+        if ran_out(error):
+            raise  # no fault of the files
         raise InputError(f"cannot load the weights of {name}: {first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):

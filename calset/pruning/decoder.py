@@ -250,3 +250,13 @@ def _refuse_tied(model: nn.Module, decoder: Decoder) -> None:
     for weight in decoder.weights().values():
         if len(names := owners[id(weight.parameter)]) > 1:
             raise InputError(f"{' and '.join(names[:3])} are one tied matrix: calset cannot prune it for each use")
+
+
+def surroundings(model: Any, blocks: Sequence[Block]) -> set[str]:
+    """What runs before the first block, by name: all parameters outside the blocks but an output layer of its own."""
+    inside = tuple(f"{block.name}." for block in blocks)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    unused = set()
+    if head is not None and embedding is not None and head.weight is not embedding.weight:
+        unused = {id(p) for p in head.parameters()}
+    return {n for n, p in model.named_parameters() if not n.startswith(inside) and id(p) not in unused}

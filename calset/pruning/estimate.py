@@ -6,7 +6,6 @@ they leave out what the process holds anyway (Python, torch). It must not know h
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from calset.errors import CalsetError
+from calset.files import existing_parent, size
 from calset.pruning.allocate import SEARCH_STEPS
+from calset.pruning.decoder import surroundings
 from calset.pruning.hidden import Where
+from calset.pruning.memory import free_memory
 from calset.pruning.stats import CHUNK, Needs
 from calset.pruning.survey import needs_of
 
@@ -63,17 +65,17 @@ class Estimate:
         found = []
         if self.device_bytes > self.device_free:
             found.append(
-                f"{self.device} would need about {_gb(self.device_bytes)} and has {_gb(self.device_free)} free: lower "
-                f"--batch-tokens, or use --hidden disk"
+                f"{self.device} would need about {size(self.device_bytes)} and has {size(self.device_free)} free: "
+                f"lower --batch-tokens, or use --hidden disk"
             )
         if self.host_bytes > self.host_free:
             found.append(
-                f"the host would need about {_gb(self.host_bytes)} and has {_gb(self.host_free)} free: use "
+                f"the host would need about {size(self.host_bytes)} and has {size(self.host_free)} free: use "
                 f"--hidden disk"
             )
         if self.disk_bytes > self.disk_free:
             found.append(
-                f"the disk would need about {_gb(self.disk_bytes)} and has {_gb(self.disk_free)} free: make room"
+                f"the disk would need about {size(self.disk_bytes)} and has {size(self.disk_free)} free: make room"
             )
         return found
 
@@ -87,7 +89,7 @@ class Estimate:
 
     def rows(self) -> list[tuple[str, str]]:
         """For a table of (what, how much)."""
-        parts = ", ".join(f"{name} {_gb(size)}" for name, size in self.device_parts.items() if size)
+        parts = ", ".join(f"{name} {size(n_bytes)}" for name, n_bytes in self.device_parts.items() if n_bytes)
         rows = [
             ("blocks", f"{self.n_blocks}"),
             ("matrices", f"{self.n_matrices:,} of {self.n_weights:,} weights"),
@@ -100,11 +102,11 @@ class Estimate:
                 f"forward {self.forward_flops:.2e}, statistics {self.statistics_flops:.2e}, solves "
                 f"{self.solve_flops:.2e}",
             ),
-            (f"{self.device} memory", f"{_gb(self.device_bytes)} of {_gb(self.device_free)} free ({parts})"),
+            (f"{self.device} memory", f"{size(self.device_bytes)} of {size(self.device_free)} free ({parts})"),
         ]
         if self.device != "cpu":
-            rows.append(("host memory", f"{_gb(self.host_bytes)} of {_gb(self.host_free)} free"))
-        rows.append(("disk", f"{_gb(self.disk_bytes)} of {_gb(self.disk_free)} free"))
+            rows.append(("host memory", f"{size(self.host_bytes)} of {size(self.host_free)} free"))
+        rows.append(("disk", f"{size(self.disk_bytes)} of {size(self.disk_free)} free"))
         rows.append(("hidden states", f"on {self.hidden}" if self.n_batches else "none: no data is used"))
         return rows
 
@@ -146,7 +148,8 @@ def estimate(
         "a solve": max(_solve_bytes(w, needs, method) for w in chosen),
     }
     if uses_data:
-        parts["embeddings"] = _outside(model, decoder) * dtype.itemsize
+        around = surroundings(model, decoder.blocks)
+        parts["embeddings"] = sum(p.numel() for n, p in model.named_parameters() if n in around) * dtype.itemsize
         parts["activations"] = max(
             _activation_bytes(b, shapes, width, dtype.itemsize, model.config) for b in decoder.blocks
         )
@@ -179,7 +182,7 @@ def estimate(
         host_bytes=total if device.type == "cpu" else host + (hidden_bytes if where == "host" else 0),
         host_free=host_free,
         disk_bytes=weights_bytes + (hidden_bytes if where == "disk" else 0),
-        disk_free=shutil.disk_usage(_existing(out)).free,
+        disk_free=shutil.disk_usage(existing_parent(out)).free,
     )
 
 
@@ -187,21 +190,6 @@ def _n_forwards(method: Method, surveyed: Needs, propagate: str) -> int:
     """How often the blocks run: for the survey, for the statistics, and again as pruned."""
     pruning = 0 if method.needs == "nothing" else 2 if propagate == "pruned" else 1
     return pruning + (surveyed != "nothing")
-
-
-def free_memory(device: torch.device | None) -> int:
-    """Bytes that a device can still give; of the host for None or a CPU."""
-    import torch
-
-    if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    # Not Linux: what is installed, for lack of what is free.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _where(hidden: int, device: torch.device, others: int, device_free: int, host_free: int) -> Where:
@@ -272,27 +260,3 @@ def _solve(weights: Sequence[Weight], method: Method) -> float:
     solves = [(w.shape[0], w.shape[1], w.n_experts or 1) for w in weights]
     cubes, products = 2 / 3 + method.inverses, 2 * method.products
     return sum(n * (cubes * width**3 + products * rows * width**2) for rows, width, n in solves)
-
-
-def _outside(model: Any, decoder: Decoder) -> int:
-    """Parameters around the blocks that the walk holds: all but an output layer of its own."""
-    inside = {id(p) for b in decoder.blocks for p in b.module.parameters()}
-    head = model.get_output_embeddings()
-    unused = set()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        unused = {id(p) for p in head.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in inside | unused)
-
-
-def _existing(path: Path) -> Path:
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
-
-
-def _gb(n_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.1f} {unit}"
-    return f"{n_bytes / 1e3:.1f} kB"

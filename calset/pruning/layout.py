@@ -10,7 +10,6 @@ whatever a version of transformers merges it with.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, first_line
 from calset.pruning.decoder import Weight
+from calset.pruning.memory import ran_out
 from calset.pruning.tensorfiles import DTYPES, Stored, TensorFiles
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ class Matrix:
     @property
     def label(self) -> str:
         """For messages and options: the stored name, with the expert and the rows where it is not the whole tensor."""
-        expert = "" if self.expert is None else f"[{self.expert}]"
-        rows = "" if self.rows is None else f"[{self.rows[0]}:{self.rows[1]}]"
-        return f"{self.name}{expert}{rows}"
+        return label(self.name, self.expert, self.rows)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -61,6 +59,11 @@ class Matrix:
     def values(self) -> Tensor:
         """A view of it in the model, outputs x inputs."""
         return self.weight.matrix(self.in_expert)[slice(*self.in_rows)]
+
+
+def label(name: str, expert: int | None, rows: Sequence[int] | None) -> str:
+    """A stored tensor's name, with the expert and the rows where a matrix is not all of it."""
+    return name + ("" if expert is None else f"[{expert}]") + ("" if rows is None else f"[{rows[0]}:{rows[1]}]")
 
 
 def cut(tensor: Tensor, expert: int | None, rows: Sequence[int] | None, transposed: bool) -> Tensor:
@@ -158,11 +161,9 @@ class Layout:
         try:
             with quiet(), torch.no_grad():
                 info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), settings)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise  # no fault of the files
         except Exception as error:
-            if "DefaultCPUAllocator" in str(error):  # a plain RuntimeError, and no fault of the files either
-                raise
+            if ran_out(error):
+                raise  # no fault of the files
             raise InputError(f"cannot load the weights of {self.files.folder}: {first_line(error)}") from error
         finally:
             self.model._weight_conversions = used
@@ -379,16 +380,3 @@ def place(module: nn.Module, device: torch.device) -> None:
         for parameter in part.parameters(recurse=False):
             if parameter.device.type != "meta":
                 parameter.data = parameter.data.to(device)
-
-
-def n_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def fsync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make the folder's entries last: a rename is kept only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

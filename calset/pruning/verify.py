@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import InputError, VerificationError
 from calset.pruning.allocate import MEASURED
 from calset.pruning.checkpoint import RECORD, load_model, read_record
-from calset.pruning.layout import Layout, cut
+from calset.pruning.layout import Layout, cut, label
 from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection, nearest
 from calset.pruning.tensorfiles import TensorFiles
 
@@ -156,11 +156,7 @@ def _check_biases(biases: set[str], tensors: TensorFiles) -> None:
 
 
 def _label(entry: Mapping[str, Any]) -> str:
-    """What ``layout.Matrix.label`` calls the matrix of an entry."""
-    expert, rows = entry.get("expert"), entry.get("rows")
-    return (
-        entry["name"] + ("" if expert is None else f"[{expert}]") + ("" if rows is None else f"[{rows[0]}:{rows[1]}]")
-    )
+    return label(entry["name"], entry.get("expert"), entry.get("rows"))
 
 
 def _check_matrix(entry: Mapping[str, Any], tensors: TensorFiles, selection: Selection) -> int:

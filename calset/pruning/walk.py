@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset.errors import PruningError
 from calset.pruning import experts
-from calset.pruning.decoder import Block, Decoder, find_decoder
+from calset.pruning.decoder import Block, Decoder
 from calset.pruning.hidden import HiddenStates
 from calset.pruning.layout import place, unload
 from calset.pruning.stats import InputStatistics, Needs
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from calset.pruning.calibration import Batch
-
-__all__ = ["Block", "Decoder", "Walk", "find_decoder"]
 
 Load = Callable[[Block], None]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import CalsetError, InputError, PruningError, Stopped, first_line
+from calset.files import existing_parent, size, sync
 from calset.pruning import checkpoint
-from calset.pruning.layout import fsync_folder
 from calset.pruning.tensorfiles import INDEX, Added, copy_files, read_headers, weight_files, write_tensor
 
 if TYPE_CHECKING:
@@ -47,20 +47,13 @@ def check_out(out: Path, n_bytes: int) -> None:
     # The end is a rename to this name.
     if out.is_symlink() or os.path.ismount(out) or (out.exists() and os.path.samefile(out, os.curdir)):
         raise InputError(f"{out} cannot be replaced (a link, a mount or this very folder): name a new folder with -o")
-    parent = _existing_parent(out)
+    parent = existing_parent(out)
     if not os.access(parent, os.W_OK):
         raise InputError(f"{parent} cannot be written to: name another folder with -o")
     there = sum(f.stat().st_size for f in folder_of(out).rglob("*") if f.is_file()) if folder_of(out).is_dir() else 0
     need, free = n_bytes - there + MARGIN, shutil.disk_usage(parent).free
     if free < need:
-        raise CalsetError(f"{out} needs {need / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: make room there")
-
-
-def _existing_parent(path: Path) -> Path:
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
+        raise CalsetError(f"{out} needs {size(need)} and its disk has {size(free)} free: make room there")
 
 
 def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
@@ -145,7 +138,7 @@ class WorkFolder:
             checkpoint.write_companions(source, self.model, record, section, switches or {})
             flush(self.model)
             self.model.rename(self.out)
-            fsync_folder(self.out.absolute().parent)
+            sync(self.out.absolute().parent)
 
 
 @contextmanager
@@ -245,7 +238,7 @@ def _write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.rename(path)
-    fsync_folder(path.parent)
+    sync(path.parent)
 
 
 def _read_shares(folder: Path) -> dict[str, float] | None:
@@ -277,5 +270,4 @@ def flush(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~umask)  # safetensors writes for the owner only, whatever the umask
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)

@@ -1,0 +1,451 @@
+"""Everything that can be known of a pruning before a weight is loaded: checked, refused, or put into a plan.
+
+Must not know: how a block is pruned, how the result is reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from calset.errors import InputError
+from calset.pruning import allocate, biases, checkpoint, distributed, methods, workfolder
+from calset.pruning.calibration import Calibration, Tokens, read
+from calset.pruning.decoder import find_decoder
+from calset.pruning.estimate import Estimate, estimate
+from calset.pruning.hidden import Where
+from calset.pruning.layout import Layout, Matrix
+from calset.pruning.masks import Group, Pattern, Selection
+from calset.pruning.tensorfiles import Added, TensorFiles
+
+if TYPE_CHECKING:
+    import torch
+
+    from calset.catalog.records import Subset
+    from calset.pruning.decoder import Decoder
+
+Propagate = Literal["pruned", "dense"]
+
+
+DAMPING = 0.01  # of the mean diagonal
+
+
+MAX_DEVIATION = 0.005  # of a matrix's share of zeros from the asked one, before it is worth a warning
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything checked, before weights load."""
+
+    source: checkpoint.Source
+    subset: Subset
+    out: Path
+    method: methods.Method
+    selection: Selection
+    calibration: Calibration
+    tokens: Tokens
+    propagate: Propagate
+    damping: float
+    max_length: int | None
+    batch_tokens: int
+    device: torch.device
+    dtype: torch.dtype  # of the model while it runs
+    dtypes: Mapping[str, torch.dtype]  # of the matrices in the source's files, by tensor name
+    chosen: frozenset[tuple[Any, ...]]  # the keys of the matrices to prune
+    left_dense: Sequence[str]
+    allow_partial: bool
+    allocation: str
+    shares: Mapping[str, float] | None  # by label, of an allocation that is known before weights load
+    carriers: biases.Carriers
+    bias_names: Mapping[str, str]  # linear -> the stored tensor of its bias, of those that change or are new
+    added: Mapping[str, Added]
+    estimate: Estimate
+    settings: Mapping[str, Any]  # all that decides the result, for a run that continues this one
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def uses_data(self) -> bool:
+        return _uses_data(self.method, self.allocation)
+
+
+def _without_effect(method: methods.Method, pattern: Pattern | None, group: str | None, damping: float) -> list[str]:
+    warnings = []
+    if pattern is not None and group is not None:
+        warnings.append(f"--group {group} has no effect with a pattern: weights compete within {pattern.m} columns")
+    if method.needs != "gram" and damping != DAMPING:
+        warnings.append(f"--damping {damping:g} has no effect: {method.name} has no damping")
+    return warnings
+
+
+def _check_options(propagate: str, damping: float, batch_tokens: int, hidden: str | None) -> None:
+    if propagate not in get_args(Propagate):
+        raise InputError(f"propagate must be one of {', '.join(get_args(Propagate))}, not {propagate!r}")
+    if not 0 < damping <= 1e4:
+        raise InputError(f"damping is a positive share of the mean diagonal, such as 0.01, not {damping}")
+    if batch_tokens < 1:
+        raise InputError(f"batch_tokens must be positive, not {batch_tokens}")
+    if hidden is not None and hidden not in get_args(Where):
+        raise InputError(f"hidden must be one of {', '.join(get_args(Where))}, not {hidden!r}")
+
+
+def make_plan(
+    model: str | Path,
+    calibration: Subset,
+    out: str | Path,
+    *,
+    method: str,
+    sparsity: float | None,
+    pattern: str | None,
+    tokens: Tokens,
+    propagate: Propagate,
+    group: Group | None,
+    allocation: str | Path,
+    token_weights: Mapping[str, Sequence[float]] | None,
+    damping: float,
+    block_size: int,
+    device: str | None,
+    batch_tokens: int,
+    max_length: int | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    allow_partial: bool,
+    hidden: Where | None,
+    force: bool,
+) -> Plan:
+    import torch
+
+    asked = {key: value for key, value in locals().items() if key != "torch"}
+    parsed = Pattern.parse(pattern) if pattern is not None else None
+    chosen = methods.find(method)
+    selection = Selection(sparsity, parsed, group or chosen.group, block_size)
+    _check_options(propagate, damping, batch_tokens, hidden)
+    patterns = _Patterns.of(include, exclude)
+    source = checkpoint.open_source(model)
+    allocation = str(allocation)
+    uses_data = _uses_data(chosen, allocation)
+    warnings = _check_subset(calibration, source, uses_data, force)
+    samples = read(
+        calibration,
+        tokens,
+        max_positions=source.max_positions,
+        max_length=max_length,
+        vocabulary_size=getattr(source.config.get_text_config(), "vocab_size", None),
+        token_weights=token_weights,
+    )
+    if uses_data:
+        warnings.extend(samples.warnings)
+    on_device = _device(device)
+    with TensorFiles(source.folder) as files:
+        skeleton = source.skeleton()
+        decoder = find_decoder(skeleton, allow_partial=allow_partial)
+        layout = Layout.of(files, skeleton)
+        layout.check(torch.float32)
+        blocks = [layout.matrices(block.weights.values()) for block in decoder.blocks]
+        every = [matrix for matrices in blocks for matrix in matrices]
+        matrices = patterns.choose(every)
+        shares = _known_shares(allocation, decoder, matrices, selection)
+        check_shapes(matrices, selection, shares)
+        carriers, bias_names, added = _biases(chosen, source, layout, matrices)
+        dtypes = {name: files.stored[name].torch_dtype for name in {m.name for m in matrices}}
+        dtypes.update({n: files.stored[n].torch_dtype for n in bias_names.values() if n in files.stored})
+        dtypes.update({name: files.stored[new.beside].torch_dtype for name, new in added.items()})
+        # The narrowest that holds every matrix exactly: the config's may round them.
+        dtype = reduce(torch.promote_types, set(dtypes.values()))
+        needed = estimate(
+            skeleton, decoder, files, matrices, samples, chosen, allocation, propagate, dtype, on_device, batch_tokens,
+            hidden, Path(out),
+        )  # fmt: skip
+    warnings.extend(_bias_warnings(chosen, carriers, matrices, added))
+    if allocation == "uniform":
+        warnings.extend(_rounded(selection, matrices))
+    warnings.extend(_too_few_tokens(chosen, matrices, samples.n_counted_tokens))
+    warnings.extend(_without_effect(chosen, parsed, group, damping))
+    if unknown := decoder.unknown():
+        warnings.append(f"{len(unknown)} decoder weights are not understood and stay dense, such as {unknown[0]}")
+    keys = frozenset(m.key for m in matrices)
+    settings = _settings(
+        {**asked, "allocation": _told_apart(allocation, shares), "token_weights": hash_of(samples.weights)},
+        source,
+        calibration,
+        on_device,
+    )
+    workfolder.check_out(Path(out), needed.disk_bytes)
+    workfolder.check_settings(Path(out), settings)
+    return Plan(
+        source=source,
+        subset=calibration,
+        out=Path(out),
+        method=chosen,
+        selection=selection,
+        calibration=samples,
+        tokens=tokens,
+        propagate=propagate,
+        damping=damping,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        device=on_device,
+        dtype=dtype,
+        dtypes=dtypes,
+        chosen=keys,
+        left_dense=[*(m.label for m in every if m.key not in keys), *unknown],
+        allow_partial=allow_partial,
+        allocation=allocation,
+        shares=shares,
+        carriers=carriers,
+        bias_names=bias_names,
+        added=added,
+        estimate=needed,
+        settings=settings,
+        warnings=warnings,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Patterns:
+    """Which matrices are pruned, by their stored names and their modules'."""
+
+    include: Sequence[re.Pattern[str]]
+    exclude: Sequence[re.Pattern[str]]
+
+    @classmethod
+    def of(cls, include: Sequence[str], exclude: Sequence[str]) -> _Patterns:
+        def parse(text: str) -> re.Pattern[str]:
+            try:
+                return re.compile(text)
+            except re.error as error:
+                raise InputError(f"{text!r} is no regular expression: {error}") from error
+
+        return cls([parse(t) for t in include], [parse(t) for t in exclude])
+
+    def choose(self, matrices: Sequence[Matrix]) -> list[Matrix]:
+        """
+        Raises:
+            InputError: a pattern that matches nothing, or patterns that leave nothing.
+        """
+        for pattern in (*self.include, *self.exclude):
+            if not any(_matches(pattern, m) for m in matrices):
+                raise InputError(
+                    f"no matrix of the decoder has {pattern.pattern!r} in its name (they are called "
+                    f"{matrices[0].label} to {matrices[-1].label})"
+                )
+        chosen = [
+            m
+            for m in matrices
+            if (not self.include or any(_matches(p, m) for p in self.include))
+            and not any(_matches(p, m) for p in self.exclude)
+        ]
+        if not chosen:
+            raise InputError("--include and --exclude leave no matrix to prune")
+        return chosen
+
+
+def _matches(pattern: re.Pattern[str], matrix: Matrix) -> bool:
+    return bool(pattern.search(matrix.label) or pattern.search(matrix.reads))
+
+
+def _settings(
+    asked: Mapping[str, Any], source: checkpoint.Source, subset: Subset, device: torch.device
+) -> dict[str, Any]:
+    """All that decides the result: only a run with the same may go on where one was interrupted."""
+    without_effect = ("model", "calibration", "out", "hidden", "force", "device")
+    return {
+        **{key: value for key, value in asked.items() if key not in without_effect},
+        "model revision": source.revision,
+        "calibration": subset.content_hash,
+        "device": device.type,
+        "processes": distributed.n_processes(),  # sums come out in another order
+        "versions": versions(),
+    }
+
+
+def _uses_data(method: methods.Method, allocation: str) -> bool:
+    return method.needs != "nothing" or allocation in allocate.MEASURED
+
+
+def as_allocated(decoder: Decoder, matrices: Sequence[Matrix]) -> list[allocate.Matrix]:
+    blocks = {name: block.name for block in decoder.blocks for name in block.weights}
+    return [allocate.Matrix(m.label, blocks[m.weight.name], *m.shape, m.reads) for m in matrices]
+
+
+def _known_shares(
+    allocation: str, decoder: Decoder, matrices: Sequence[Matrix], selection: Selection
+) -> dict[str, float] | None:
+    """The sparsities of a file; None for those that are uniform or measured later.
+
+    Raises:
+        InputError: no such file or rule, or an allocation of a pattern.
+    """
+    if allocation != "uniform" and selection.sparsity is None:
+        raise InputError(
+            f"a pattern is one share of zeros everywhere: --allocation {allocation} takes --sparsity instead"
+        )
+    if allocation in allocate.RULES:
+        return None
+    assert selection.sparsity is not None
+    return allocate.read_ratios(Path(allocation), as_allocated(decoder, matrices), selection.sparsity)
+
+
+def _told_apart(allocation: str, shares: Mapping[str, float] | None) -> str:
+    """What tells one allocation from another: of a file what it says, not where it lies."""
+    if shares is None:
+        return allocation
+    return f"ratios {hashlib.sha256(json.dumps(shares).encode()).hexdigest()[:16]}"
+
+
+def hash_of(weights: Sequence[Sequence[float]] | None) -> str | None:
+    """What tells one set of token weights from another: they are no part of the subset's content hash."""
+    return None if weights is None else hashlib.sha256(json.dumps([list(w) for w in weights]).encode()).hexdigest()
+
+
+def own_selection(selection: Selection, matrix: Matrix, shares: Mapping[str, float] | None) -> Selection:
+    """How much of one matrix goes."""
+    return selection if shares is None else replace(selection, sparsity=shares[matrix.label])
+
+
+def check_shapes(matrices: Sequence[Matrix], selection: Selection, shares: Mapping[str, float] | None) -> None:
+    for matrix in matrices:
+        own_selection(selection, matrix, shares).check_shape(*matrix.shape, matrix.label.removesuffix(".weight"))
+
+
+def _biases(
+    method: methods.Method, source: checkpoint.Source, layout: Layout, matrices: Sequence[Matrix]
+) -> tuple[biases.Carriers, dict[str, str], dict[str, Added]]:
+    """Which linears can have a bias, the stored names of those that change or are new, and the new ones.
+
+    A new one goes beside its matrix, so that its matrix must be a tensor of the checkpoint's own.
+    """
+    if not method.biased:
+        return biases.Carriers(frozenset(), {}), {}, {}
+    pruned = {m.reads for m in matrices if m.in_expert is None}
+    carriers = biases.find_carriers(source.config, pruned, lambda name: f"{name}.weight" in layout.plain)
+    own = dict(layout.model.named_parameters())
+    names, added = {}, {}
+    for linear in sorted(carriers.linears):
+        parameter = own.get(f"{linear}.bias")
+        if parameter is None:
+            beside = layout.plain[f"{linear}.weight"]
+            names[linear] = f"{beside.removesuffix('.weight')}.bias"
+            # As many as the linear has outputs; a Conv1D has a bias already.
+            added[names[linear]] = Added(beside, (own[f"{linear}.weight"].shape[0],))
+        elif linear in pruned and (stored := layout.plain.get(f"{linear}.bias")):
+            names[linear] = stored
+    return replace(carriers, linears=frozenset(names)), names, added
+
+
+def _bias_warnings(
+    method: methods.Method, carriers: biases.Carriers, matrices: Sequence[Matrix], added: Mapping[str, Added]
+) -> list[str]:
+    """What a method that corrects biases can do on this model.
+
+    Raises:
+        InputError: nothing.
+    """
+    if not method.biased:
+        return []
+    readers = list(dict.fromkeys(m.reads for m in matrices))
+    without = [name for name in readers if name not in carriers.linears]
+    if len(without) == len(readers):
+        raise InputError(
+            f"{method.name} corrects biases, and what is pruned of this model has none and cannot be given any that "
+            f"would be loaded again: use wanda"
+        )
+    warnings = []
+    if without:
+        warnings.append(
+            f"{len(without)} of {len(readers)} linears and experts, such as {without[0]}, can have no bias that would "
+            f"be loaded again: they are pruned by {method.name}'s score without one, which is wanda's"
+        )
+    if added:
+        warnings.append(
+            f"{len(added)} linears get a bias that they did not have, through {', '.join(carriers.switches)} in "
+            f"config.json: transformers loads it; other runtimes may drop it without a word, as vLLM's Qwen3 that of "
+            f"o_proj"
+        )
+    return warnings
+
+
+def _check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, force: bool) -> list[str]:
+    """Warnings about where the subset comes from.
+
+    Raises:
+        InputError: its tokenizer is not the model's, unless forced.
+    """
+    warnings = []
+    if subset.tokenizer_hash != source.tokenizer_hash:
+        problem = (
+            f"{source.name} has no tokenizer to compare the subset's with"
+            if source.tokenizer_hash is None
+            else f"the subset {subset.ref} was made with another tokenizer than that of {source.name}"
+        )
+        if not force:
+            raise InputError(
+                f"{problem}: its token ids would mean other text; select from this model's own traces, or --force"
+            )
+        warnings.append(f"{problem} (forced)")
+    if not uses_data:
+        return warnings
+    # A Hub model given as its snapshot folder goes by the commit in the folder's name.
+    if subset.model_revision and subset.model_revision not in (source.revision, source.folder.name):
+        warnings.append(
+            f"the subset {subset.ref} was made by {subset.model} ({subset.model_revision[:12]}), not by {source.name} "
+            f"({source.revision[:12]}): a model's own traces calibrate its pruning best"
+        )
+    return warnings
+
+
+def _too_few_tokens(method: methods.Method, matrices: Sequence[Matrix], n_tokens: int) -> list[str]:
+    wide = [m.shape[1] for m in matrices if m.shape[1] > n_tokens]
+    if method.needs != "gram" or not wide:
+        return []
+    return [
+        f"{len(wide)} matrices have more inputs (up to {max(wide)}) than there are calibration tokens ({n_tokens}): "
+        f"their Gram matrices are rank-deficient and only damping makes them invertible; use more tokens"
+    ]
+
+
+def _rounded(selection: Selection, matrices: Sequence[Matrix]) -> list[str]:
+    """A warning when whole weights cannot make up the asked share (narrow rows)."""
+    asked = selection.sparsity
+    if asked is None:
+        return []
+    shares = {m.label: selection.n_pruned(*m.shape) / (m.shape[0] * m.shape[1]) for m in matrices}
+    off = {name: share for name, share in shares.items() if abs(share - asked) > MAX_DEVIATION}
+    if not off:
+        return []
+    worst = max(off, key=lambda name: abs(off[name] - asked))
+    finer = "" if selection.group == "matrix" else "; --group matrix rounds less"
+    return [
+        f"{len(off)} matrices get another share of zeros than {asked:g}, rounded to whole weights of a "
+        f"{selection.group}: {worst} gets {off[worst]:.4f}{finer}"
+    ]
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"the device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+def versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    import calset
+
+    return {"calset": calset.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

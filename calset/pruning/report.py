@@ -1,0 +1,221 @@
+"""What a pruning did: ``pruning.json``, and what a pruned model's card says.
+
+Must not know: how it was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calset.pruning import allocate, checkpoint
+from calset.pruning.layout import label
+from calset.pruning.plan import Plan, hash_of, versions
+
+if TYPE_CHECKING:
+    import torch
+
+    from calset.pruning.workfolder import WorkFolder
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixReport:
+    """One pruned matrix. ``error``: ||X(W-W')^T||^2 / ||X W^T||^2 on the calibration inputs, where a Gram was kept.
+
+    ``name`` is the stored tensor; see ``layout.Matrix`` for its place there. ``instead``: the method that pruned it
+    where it was not the asked one: magnitude, because no calibration token reached the matrix or it erred less.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    n_pruned: int  # chosen by the mask
+    n_zeros: int  # in the saved matrix: the mask, dead inputs and weights that were zero before
+    sparsity: float  # n_zeros / size
+    n_tokens: int
+    damping: float | None = None
+    error: float | None = None
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+    asked: float | None = None  # its own sparsity, where an allocation shares them out
+    bias: bool = False  # its linear's bias was changed or added
+    instead: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What a pruning did; ``as_dict`` is what ``pruning.json`` holds. ``phases`` are seconds by phase."""
+
+    out: str
+    method: str
+    sparsity: float | None
+    pattern: str | None
+    realised_sparsity: float
+    group: str | None  # None with a pattern: weights compete within M columns
+    tokens: str | None  # None, as propagate, damping and max_length, for a method that uses no data
+    propagate: str | None
+    damping: float | None
+    block_size: int
+    max_length: int | None
+    n_counted_tokens: int
+    base: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    matrices: Sequence[MatrixReport]
+    left_dense: Sequence[str]  # matrices and other decoder weights that were not asked for or not understood
+    resumed_at: Sequence[int]  # blocks that were finished when an interrupted run was continued
+    seconds: float
+    phases: Mapping[str, float]
+    device: str
+    versions: Mapping[str, str]
+    warnings: Sequence[str] = ()
+    allocation: str = "uniform"  # or owl, search, file:NAME
+    biases: Sequence[str] = ()  # stored tensors that were changed or added
+    switches: Mapping[str, bool] = field(default_factory=dict)  # of config.json, for added biases
+    schema_version: int = checkpoint.SCHEMA_VERSION
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_report(
+    plan: Plan,
+    work: WorkFolder,
+    matrices: Sequence[MatrixReport],
+    phases: Mapping[str, float],
+    seconds: float,
+) -> PruneReport:
+    selection, subset, source = plan.selection, plan.subset, plan.source
+    uses_data = plan.uses_data
+    raised = [m for m in matrices if m.damping is not None and m.damping > plan.damping]
+    warnings = list(plan.warnings)
+    if raised:
+        warnings.append(
+            f"damping was raised for {len(raised)} matrices, such as {raised[0].name} ({raised[0].damping:g})"
+        )
+    if instead := [m for m in matrices if m.instead and m.n_tokens]:
+        warnings.append(
+            f"{len(instead)} matrices, such as {instead[0].name}, were pruned by {instead[0].instead}, which erred "
+            f"less there than {plan.method.name}"
+        )
+    warnings.extend(_about_experts(plan, matrices))
+    size = sum(m.shape[0] * m.shape[1] for m in matrices)
+    return PruneReport(
+        out=str(plan.out),
+        method=plan.method.name,
+        sparsity=selection.sparsity,
+        pattern=str(selection.pattern) if selection.pattern else None,
+        realised_sparsity=sum(m.n_zeros for m in matrices) / size,
+        group=None if selection.pattern else selection.group,
+        tokens=plan.tokens if uses_data else None,
+        propagate=plan.propagate if uses_data else None,
+        damping=plan.damping if plan.method.needs == "gram" else None,
+        block_size=selection.block_size,
+        max_length=plan.max_length if uses_data else None,
+        n_counted_tokens=plan.calibration.n_counted_tokens if uses_data else 0,
+        base={
+            "model": source.name,
+            "revision": source.revision,
+            "path": str(source.folder.resolve()),
+            "tokenizer_hash": source.tokenizer_hash,
+        },
+        calibration={
+            "used": uses_data,
+            "subset": subset.ref,
+            "name": subset.name,
+            "version": subset.version,
+            "content_hash": subset.content_hash,
+            "recipe": dict(subset.recipe),
+            "seed": subset.seed,
+            "model": subset.model,
+            "model_revision": subset.model_revision,
+            "tokenizer_hash": subset.tokenizer_hash,
+            "n_samples": subset.n_samples,
+            "n_tokens": subset.n_tokens,
+            "token_weights": hash_of(plan.calibration.weights) if uses_data else None,
+            # The runs and sources behind it; of a subset from the Hub also repo, commit and tag.
+            "origin": dict(subset.origin) if subset.origin else None,
+        },
+        matrices=tuple(matrices),
+        left_dense=tuple(plan.left_dense),
+        resumed_at=tuple(work.resumed_at),
+        seconds=seconds,
+        phases=dict(phases),
+        device=_device_name(plan.device),
+        versions=versions(),
+        warnings=tuple(warnings),
+        # Where the file lay is nobody else's business.
+        allocation=plan.allocation if plan.allocation in allocate.RULES else f"file:{Path(plan.allocation).name}",
+        biases=tuple(sorted(plan.bias_names.values())),
+        switches=plan.carriers.switches,
+    )
+
+
+def _about_experts(plan: Plan, matrices: Sequence[MatrixReport]) -> list[str]:
+    """Warnings about experts that the router sent few or no calibration tokens."""
+    warnings = []
+    if without := [m for m in matrices if m.instead and not m.n_tokens]:
+        warnings.append(
+            f"{len(without)} expert matrices got no calibration token and were pruned by {without[0].instead}, such as "
+            f"{_label(without[0])}; use more tokens"
+        )
+    few = [m for m in matrices if 0 < m.n_tokens < m.shape[1] <= plan.calibration.n_counted_tokens]
+    if few and plan.method.needs == "gram":
+        fewest = min(few, key=lambda m: m.n_tokens)
+        warnings.append(
+            f"{len(few)} expert matrices got fewer calibration tokens than they have inputs, {_label(fewest)} only "
+            f"{fewest.n_tokens} for {fewest.shape[1]}: only damping makes their Gram matrices invertible; use more"
+        )
+    return warnings
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def card_section(report: PruneReport) -> str:
+    """What a pruned model's card says of its pruning, in Markdown."""
+    asked = f"pattern {report.pattern} (N kept)" if report.pattern else f"sparsity {report.sparsity:g}"
+    calibration = report.calibration
+    counted = f"{report.n_counted_tokens:,} ({report.tokens})"
+    data = {"calibration": f"none: {report.method} uses no data"}
+    allocated = "" if report.allocation == "uniform" else f", shared out by {report.allocation}"
+    if calibration["used"]:
+        hub = (calibration["origin"] or {}).get("hub")
+        place = f" of the dataset {hub['repo']} (commit `{hub['commit']}`)" if hub else ""
+        data = {
+            "calibration": f"{calibration['subset']}{place}, content hash `{calibration['content_hash']}`",
+            "calibration tokens": f"{counted}, inputs from {report.propagate} blocks",
+        }
+    rows = {
+        "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",
+        "method": f"{report.method}, {asked}" + (f", mask group {report.group}" if report.group else ""),
+        "zeros": f"{report.realised_sparsity:.4f} of {len(report.matrices)} matrices in the decoder blocks{allocated}",
+        **data,
+        "damping": "-" if report.damping is None else f"{report.damping:g} of the mean diagonal",
+        "took": f"{report.seconds:.0f} s on {report.device}",
+        "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        f"# {report.base['model']}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
+        f"{_biases_section(report)}Embeddings, norms and lm_head are the dense model's, bit for bit. "
+        f"Zeros are stored as ordinary weights: the "
+        f"checkpoint is as large and as fast as the dense one where the runtime does not use sparsity. "
+        f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
+    )
+
+
+def _biases_section(report: PruneReport) -> str:
+    """What a reader must know before loading a model with corrected biases."""
+    if not report.biases:
+        return ""
+    turned_on = f", of which config.json turned some on ({', '.join(report.switches)})" if report.switches else ""
+    return f"{len(report.biases)} biases take over the mean of the pruned weights{turned_on}. "
+
+
+def _label(matrix: MatrixReport) -> str:
+    return label(matrix.name, matrix.expert, matrix.rows)

@@ -7,10 +7,8 @@ a temporary file first. A file appears whole or not at all. Must not know: what 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from calset import terminal
-from calset.errors import CatalogError, InputError
+from calset.errors import InputError
+from calset.files import whole_file
 from calset.jsonable import jsonable
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ Format = Literal["table", "jsonl", "csv", "parquet"]
 FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 _BATCH = 4096  # rows fetched at a time
 _SPOOL = 8 << 20  # bytes of an answer that stay in memory
-_NO_SPACE = {28, 27, 122}  # ENOSPC, EFBIG, EDQUOT
 
 _Write = Callable[[IO[str], Sequence[str], Iterator[Sequence[tuple[Any, ...]]]], None]
 
@@ -94,39 +92,6 @@ def save_answer(catalog: Catalog, question: Question, form: str, path: Path) -> 
             return _parquet(catalog, question, draft)
         with draft.open("w", encoding="utf-8", newline="", errors="replace") as file:
             return _write(catalog, question, form, file, harmless=False)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` at the end of the block, or is removed when the block raises.
-
-    Raises:
-        InputError: the folder cannot be written to, or ``path`` is a folder.
-        CatalogError: no space left.
-    """
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder: name a file")
-    if _is_database(path):
-        raise InputError(f"{path} is a DuckDB file, perhaps a catalog, and would be lost: name another file")
-    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        yield draft
-        draft.replace(path)
-    except OSError as error:
-        kind = CatalogError if error.errno in _NO_SPACE else InputError
-        raise kind(f"cannot write {path}: {error.strerror or error}; make room or name another file") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-
-
-def _is_database(path: Path) -> bool:
-    # In the first block of each. Only read here, with no connection open: a closed descriptor drops DuckDB's lock.
-    try:
-        with path.open("rb") as file:
-            return file.read(12)[8:] == b"DUCK"
-    except OSError:
-        return False
 
 
 def _write(catalog: Catalog, question: Question, form: str, file: IO[str], *, harmless: bool) -> Written:

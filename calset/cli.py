@@ -917,12 +917,13 @@ def compact(catalog: Path, as_json: bool) -> None:
     Nobody can write to it meanwhile. Killed at any moment, it leaves the old file or the new one.
     """
     from calset.catalog.compact import compact as rewrite
+    from calset.files import size
 
     done = rewrite(_existing(catalog))
     if as_json:
         terminal.emit_json(done.as_dict())
         return
-    before, after = (f"{size / 1e6:,.1f} MB" for size in (done.bytes_before, done.bytes_after))
+    before, after = size(done.bytes_before), size(done.bytes_after)
     terminal.say(f"{catalog}: {before} before, {after} now, {sum(done.rows.values()):,} rows")
 
 

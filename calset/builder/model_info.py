@@ -97,6 +97,15 @@ class ModelInfo:
         """Text without special tokens (end of turn, padding)."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
+    def spell(self, token_ids: Any) -> str:
+        """Text with special tokens and all."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def text_of(self, completion_ids: Any) -> str:
+        """A trace's text: with special tokens, but the one that ended it."""
+        ended = bool(completion_ids) and completion_ids[-1] in self.eos_token_ids
+        return self.spell(completion_ids[:-1] if ended else completion_ids)
+
 
 def inspect(
     model: str | Path, *, revision: str | None = None, template_options: Mapping[str, Any] | None = None

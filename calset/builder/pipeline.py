@@ -15,8 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -32,11 +31,11 @@ from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan, patiently
 from calset.builder.provenance import hardware, versions
 from calset.builder.reasoning import split
 from calset.builder.schedule import Schedule, Unit
+from calset.builder.tally import Rate, Tally
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import BROKEN, JUDGED, Contamination, Decision, Grade, Problem, Run, Trace, utc_now
+from calset.catalog.records import BROKEN, Contamination, Decision, Problem, Run, Trace, utc_now
 from calset.errors import CalsetError, CatalogError, CatalogLocked, EngineError, first_line
 
-RECENT_SECONDS = 15.0
 COMMIT_SECONDS = 1.5
 # A commit takes processor time from the engine where there are few cores: at most one part in so many.
 COMMIT_SHARE = 40
@@ -66,56 +65,6 @@ class BuildProgress:
 
 
 Report = Callable[[BuildProgress], None]
-
-
-class Rate:
-    """Tokens a second over the last commits.
-
-    The time runs from the commit before the oldest one kept: its tokens were made since then, however rare commits are.
-    """
-
-    def __init__(self, began: float) -> None:
-        self._since = began
-        self._kept: deque[tuple[float, int]] = deque()
-
-    def add(self, now: float, tokens: int) -> None:
-        self._kept.append((now, tokens))
-        while len(self._kept) > 1 and self._kept[0][0] < now - RECENT_SECONDS:
-            self._since = self._kept.popleft()[0]
-
-    def per_second(self, now: float) -> float:
-        return sum(tokens for _, tokens in self._kept) / max(now - self._since, 1e-9)
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a build has saved so far."""
-
-    saved: int = 0
-    tokens: int = 0
-    verdicts: Counter[str] = field(default_factory=Counter)
-    finish_reasons: Counter[str] = field(default_factory=Counter)
-
-    def add(self, traces: Sequence[Trace], grades: Sequence[Grade] | None) -> int:
-        """Count saved traces; returns their tokens. ``grades`` is None in a build that does not grade."""
-        tokens = sum(trace.n_tokens for trace in traces)
-        self.saved += len(traces)
-        self.tokens += tokens
-        self.verdicts.update(["ungraded"] * len(traces) if grades is None else (grade.verdict for grade in grades))
-        self.finish_reasons.update(trace.finish_reason for trace in traces)
-        return tokens
-
-    @property
-    def truncated(self) -> int:
-        return self.finish_reasons["length"]
-
-    @property
-    def correct(self) -> int:
-        return self.verdicts["correct"]
-
-    @property
-    def judged(self) -> int:
-        return sum(self.verdicts[verdict] for verdict in JUDGED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,8 +302,6 @@ class Pipeline:
         info, plan = self.plan.info, self.plan
         token_ids = completion.token_ids
         parts = split(token_ids, info.reasoning, info.decode)
-        ended = bool(token_ids) and token_ids[-1] in info.eos_token_ids
-        text = info.tokenizer.decode(list(token_ids[:-1] if ended else token_ids), skip_special_tokens=False)
         return Trace(
             trace_id=unit.trace_id,
             problem_id=unit.problem.problem_id,
@@ -364,7 +311,7 @@ class Pipeline:
             request_seed=ids.request_seed(plan.seed, unit.problem.problem_id, unit.sample_index),
             prompt_ids=unit.prompt_ids,
             completion_ids=token_ids,
-            text=text,
+            text=info.text_of(token_ids),
             response=parts.response,
             finish_reason=completion.finish_reason,
             max_tokens=plan.max_tokens,

@@ -242,7 +242,7 @@ def estimate(
     return PlanReport(
         model=info.model,
         model_revision=info.revision,
-        first_prompt=info.tokenizer.decode(list(first_prompt_ids), skip_special_tokens=False),
+        first_prompt=info.spell(first_prompt_ids),
         first_prompt_tokens=len(first_prompt_ids),
         n_problems=n_problems,
         n_requested=n_requested,

@@ -97,7 +97,7 @@ class Recovery:
             return draft.question, system_prompt, True
         text = draft.prompt_text
         if text is None:
-            text = self._info.tokenizer.decode(list(draft.prompt_ids), skip_special_tokens=False)
+            text = self._info.spell(draft.prompt_ids)
         for candidate in dict.fromkeys((system_prompt, None)):
             before, after = self._frame(candidate)
             if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
@@ -117,7 +117,7 @@ class Recovery:
                 rendered = self._info.prompt_ids(_PLACE, system_prompt)
             except InputError as error:
                 raise RowError(str(error)) from error
-            text = self._info.tokenizer.decode(list(rendered), skip_special_tokens=False)
+            text = self._info.spell(rendered)
             before, _, after = text.rpartition(_PLACE)
             self._frames[system_prompt] = before, after
         return self._frames[system_prompt]
@@ -160,7 +160,7 @@ class Recovery:
         if form.open_mark and form.opened_by_template and text.lstrip().startswith(form.open_mark):
             # R1's style: the prompt has opened the thinking already, with or without the newline behind the mark.
             text = text.lstrip().removeprefix(form.open_mark)
-            ending = self._info.tokenizer.decode(list(prompt_ids[-8:]), skip_special_tokens=False)
+            ending = self._info.spell(prompt_ids[-8:])
             if ending.endswith("\n"):
                 text = text.removeprefix("\n")
         return text

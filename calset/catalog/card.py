@@ -152,7 +152,7 @@ says whether what you hold is what was published.
 
 ## Use
 
-Prune with it, with [calset](https://pypi.org/project/calset/) (`pip install calset`):
+Prune with it, with calset (`pip install calset`):
 
 ```bash
 calset pull {reference}

@@ -232,9 +232,8 @@ class Catalog:
             return found
         sql = """
             SELECT t.problem_id, t.sample_index, t.trace_id, t.attempt, t.finish_reason, t.max_tokens,
-                t.n_prompt_tokens, t.n_tokens, g.verdict
-            FROM latest_traces t
-            LEFT JOIN newest_grades g ON g.trace_id = t.trace_id AND g.attempt = t.attempt
+                t.n_prompt_tokens, t.n_tokens, t.verdict
+            FROM graded_traces t
             WHERE t.generation_key = ? AND t.problem_id IN (SELECT unnest(?::VARCHAR[]))
         """
         with self._open("own") as con:
@@ -404,18 +403,24 @@ class Catalog:
             InputError: not a single SELECT, or DuckDB's reason why it cannot be answered.
             CatalogError: this thread has a ``connect()`` open, which could not be closed off.
         """
-        with self._open("query") as con:
-            try:
-                check_select(con, sql)
-                cursor = con.execute(sql, clean_params(params))
-                columns = [(str(c[0]), str(c[1])) for c in cursor.description or []]
-                rows = cursor.fetchall() if limit is None else cursor.fetchmany(limit + 1)
-            except duckdb.Error as error:
-                raise InputError(first_line(error)) from error
+        with self._asking(sql) as con:
+            cursor = con.execute(sql, clean_params(params))
+            columns = [(str(c[0]), str(c[1])) for c in cursor.description or []]
+            rows = cursor.fetchall() if limit is None else cursor.fetchmany(limit + 1)
         names, types = [name for name, _ in columns], [kind for _, kind in columns]
         if limit is not None and len(rows) > limit:
             return Result(names, types, rows[:limit], truncated=True)
         return Result(names, types, rows)
+
+    @contextmanager
+    def _asking(self, sql: str) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection for one SQL question of a user's; DuckDB's reasons leave as InputError."""
+        with self._open("query") as con:
+            try:
+                check_select(con, sql)
+                yield con
+            except duckdb.Error as error:
+                raise InputError(first_line(error)) from error
 
     @contextmanager
     def stream(
@@ -428,14 +433,10 @@ class Catalog:
         Raises:
             InputError, CatalogError: as ``query``.
         """
-        with self._open("query") as con:
-            try:
-                check_select(con, sql)
-                cursor = con.execute(sql, clean_params(params))
-                names = [str(column[0]) for column in cursor.description or []]
-                yield names, iter(lambda: cursor.fetchmany(batch), [])
-            except duckdb.Error as error:
-                raise InputError(first_line(error)) from error
+        with self._asking(sql) as con:
+            cursor = con.execute(sql, clean_params(params))
+            names = [str(column[0]) for column in cursor.description or []]
+            yield names, iter(lambda: cursor.fetchmany(batch), [])
 
     @contextmanager
     def stream_arrow(
@@ -446,12 +447,8 @@ class Catalog:
         Raises:
             InputError, CatalogError: as ``query``.
         """
-        with self._open("query") as con:
-            try:
-                check_select(con, sql)
-                yield con.sql(sql, params=clean_params(params)).to_arrow_reader(batch)
-            except duckdb.Error as error:
-                raise InputError(first_line(error)) from error
+        with self._asking(sql) as con:
+            yield con.sql(sql, params=clean_params(params)).to_arrow_reader(batch)
 
     def sql(self, sql: str, params: Sequence[Any] = ()) -> duckdb.DuckDBPyRelation:
         """One read-only SQL question, answered as a DuckDB relation: ``.pl()``, ``.df()``, ``.arrow()``, ``.filter()``.
@@ -467,14 +464,10 @@ class Catalog:
         Raises:
             InputError, CatalogError: as ``query``.
         """
-        with self._open("query") as con:
-            try:
-                check_select(con, sql)
-                found = con.sql(sql, params=clean_params(params))
-                names, types, rows = found.columns, [str(kind) for kind in found.types], found.to_arrow_table()
-                del found
-            except duckdb.Error as error:
-                raise InputError(first_line(error)) from error
+        with self._asking(sql) as con:
+            found = con.sql(sql, params=clean_params(params))
+            names, types, rows = found.columns, [str(kind) for kind in found.types], found.to_arrow_table()
+            del found
         return _in_memory(names, types, rows)
 
     def traces(

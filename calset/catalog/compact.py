@@ -17,8 +17,9 @@ import duckdb
 
 from calset.catalog import schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.connection import exclusive
+from calset.catalog.connection import exclusive, quoted
 from calset.errors import CatalogError, first_line
+from calset.files import sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,10 @@ def compact(catalog: Catalog | str | Path) -> Compacted:
             _remove(draft)
             rows = _copy(con, draft)
             os.chmod(draft, os.stat(path).st_mode & 0o7777)
-            _sync(draft)
+            sync(draft)
             # Before the lock is let go: whoever waits for it then finds that the file has been replaced.
             os.replace(draft, path)
-            _sync(path.parent)
+            sync(path.parent)
         except OSError as error:
             raise CatalogError(f"{path} cannot be compacted ({error.strerror}): the file is as it was") from error
         finally:
@@ -69,7 +70,7 @@ def _copy(con: duckdb.DuckDBPyConnection, draft: Path) -> dict[str, int]:
     """All tables and views of the attached ``old`` in a new database file; returns the rows of each table."""
     # One thread: with more, each writes blocks of its own and a fifth of the file stays empty (measured).
     con.execute("SET threads = 1")
-    con.execute(f"ATTACH '{_quoted(draft)}' AS new (STORAGE_VERSION 'v1.5.0')")
+    con.execute(f"ATTACH {quoted(draft)} AS new (STORAGE_VERSION 'v1.5.0')")
     try:
         names = "SELECT table_name FROM duckdb_tables() WHERE database_name = 'old' AND NOT internal"
         tables = sorted(name for (name,) in con.execute(names).fetchall())
@@ -122,18 +123,6 @@ def _copy_own_views(con: duckdb.DuckDBPyConnection) -> None:
                 "catalog as it is"
             ) from error
         left = {name: left[name] for name in failed}
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(draft: Path) -> None:

@@ -136,13 +136,22 @@ def opened(path: Path, mode: Mode, lock_timeout: float) -> Iterator[duckdb.DuckD
     _check_path(path, mode)
     if mode == "write" and not os.path.exists(path):
         _create(path)
+    with _held(path, mode, deadline, lambda mode: _connect_current(path, mode, deadline)) as con:
+        if mode == "write" and random.random() * MERGE_EVERY < 1:
+            _merge_row_groups(con, path)
+        yield con
+
+
+@contextmanager
+def _held(
+    path: Path, mode: Mode, deadline: float, connect: Callable[[Mode], duckdb.DuckDBPyConnection]
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection while this process's gate is held; what DuckDB reports in the block leaves as a calset error."""
     gate = _gate(path)
     mode = gate.enter(mode, path, deadline)
     try:
-        con = _connect_current(path, mode, deadline)
+        con = connect(mode)
         try:
-            if mode == "write" and random.random() * MERGE_EVERY < 1:
-                _merge_row_groups(con, path)
             yield con
         except duckdb.Error as error:
             raise translate(error, path) from error
@@ -165,21 +174,29 @@ def exclusive(path: Path, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnec
     """
     deadline = time.monotonic() + lock_timeout
     _check_path(path, "own")
-    gate = _gate(path)
-    gate.enter("write", path, deadline)
-    try:
-        _connect_current(path, "write", deadline).close()
-        con = duckdb.connect(config=dict(_NO_DOWNLOADS))
-        try:
-            _attach(con, path, deadline)
-            con.execute("CHECKPOINT old")
-            yield con
-        except duckdb.Error as error:
-            raise translate(error, path) from error
-        finally:
-            _close(con, path)
-    finally:
-        gate.leave()
+
+    def connect(mode: Mode) -> duckdb.DuckDBPyConnection:
+        _connect_current(path, mode, deadline).close()
+        return duckdb.connect(config=dict(_NO_DOWNLOADS))
+
+    with _held(path, "write", deadline, connect) as con:
+        _attach(con, path, deadline)
+        con.execute("CHECKPOINT old")
+        yield con
+
+
+@contextmanager
+def opened_as_it_is(path: Path, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An open file for reading, whatever its schema: nothing is upgraded, nothing is written.
+
+    Raises:
+        InputError: no such file, or not a DuckDB database.
+        CatalogLocked, CatalogError: as ``opened``.
+    """
+    deadline = time.monotonic() + lock_timeout
+    _check_path(path, "read")
+    with _held(path, "read", deadline, lambda mode: _connect(path, mode, deadline)) as con:
+        yield con
 
 
 def _merge_row_groups(con: duckdb.DuckDBPyConnection, path: Path) -> None:
@@ -264,6 +281,11 @@ def _place(path: Path) -> str:
     return os.path.abspath(path)
 
 
+def quoted(path: Path) -> str:
+    """The path as a SQL text, for ATTACH, which takes no parameter."""
+    return "'" + _place(path).replace("'", "''") + "'"
+
+
 def _connect(path: Path, mode: Mode, deadline: float) -> duckdb.DuckDBPyConnection:
     while True:
         found = _inode(path)
@@ -288,10 +310,9 @@ def _settle(con: duckdb.DuckDBPyConnection, mode: Mode) -> None:
 
 
 def _attach(con: duckdb.DuckDBPyConnection, path: Path, deadline: float) -> None:
-    place = _place(path).replace("'", "''")
     while True:
         found = _inode(path)
-        _retried(lambda: con.execute(f"ATTACH '{place}' AS old"), path, deadline)
+        _retried(lambda: con.execute(f"ATTACH {quoted(path)} AS old"), path, deadline)
         if _inode(path) == found:  # as in _connect
             return
         con.execute("DETACH old")
@@ -348,27 +369,3 @@ def translate(error: duckdb.Error, path: Path) -> CatalogError | InputError:
         reason = line.rsplit(": ", 1)[-1].lower()
         return InputError(f"{path} cannot be opened ({reason}): check the permissions of the file and of its folder")
     return CatalogError(f"{path}: {line}")
-
-
-@contextmanager
-def opened_as_it_is(path: Path, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An open file for reading, whatever its schema: nothing is upgraded, nothing is written.
-
-    Raises:
-        InputError: no such file, or not a DuckDB database.
-        CatalogLocked, CatalogError: as ``opened``.
-    """
-    deadline = time.monotonic() + lock_timeout
-    _check_path(path, "read")
-    gate = _gate(path)
-    gate.enter("read", path, deadline)
-    try:
-        con = _connect(path, "read", deadline)
-        try:
-            yield con
-        except duckdb.Error as error:
-            raise translate(error, path) from error
-        finally:
-            _close(con, path)
-    finally:
-        gate.leave()

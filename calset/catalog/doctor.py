@@ -20,6 +20,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.connection import opened_as_it_is, translate
 from calset.catalog.merge import KEYS
 from calset.errors import CalsetError
+from calset.files import size as size_of
 
 State = Literal["ok", "warning", "problem"]
 
@@ -110,7 +111,7 @@ def _surroundings(path: Path) -> Iterator[Check]:
 def _disk(path: Path, folder: Path) -> Check:
     free = shutil.disk_usage(folder).free
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    message = f"{_bytes(free)} free in {folder}, the catalog has {_bytes(size)}"
+    message = f"{size_of(free)} free in {folder}, the catalog has {size_of(size)}"
     if free < FULL_DISK_BYTES:
         return Check("disk", "problem", message, "free some space before building on")
     if free < max(LOW_DISK_BYTES, size):
@@ -129,22 +130,14 @@ def _leftovers(path: Path, folder: Path) -> Check:
     copies = [name for name in names if name.startswith(f"{path.name}.") and name.endswith(".bak")]
     found = []
     if (wal := Path(f"{path}.wal")).exists():
-        found.append(f"{wal.name} ({_bytes(wal.stat().st_size)}) belongs to the catalog: the next write takes it in")
+        found.append(f"{wal.name} ({size_of(wal.stat().st_size)}) belongs to the catalog: the next write takes it in")
     if copies:
         size = sum(os.path.getsize(folder / name) for name in copies)
-        found.append(f"copies from before upgrades: {', '.join(copies)} ({_bytes(size)})")
+        found.append(f"copies from before upgrades: {', '.join(copies)} ({size_of(size)})")
     if not waste:
         return Check("leftovers", "ok", "; ".join(found) or "nothing lies beside the catalog")
     found.insert(0, f"{len(waste)} drafts of ended or running commands beside the catalog: {', '.join(waste[:5])}")
     return Check("leftovers", "warning", "; ".join(found), f"while no calset runs, delete the drafts in {folder}")
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:,.3g} TB"
 
 
 # --- inside ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Kind
 from calset.catalog.records import Problem, Sample, Subset
 from calset.errors import CatalogError, InputError
+from calset.files import NO_SPACE
 from calset.jsonable import jsonable
 
 if TYPE_CHECKING:
@@ -102,12 +103,9 @@ def export(catalog: Catalog | str | Path, subset: Subset | str, directory: str |
     except OSError as error:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
-        kind = CatalogError if error.errno in _NO_SPACE else InputError
+        kind = CatalogError if error.errno in NO_SPACE else InputError
         raise kind(f"cannot write {directory}: {error.strerror or error}; make room or name another folder") from error
     return directory
-
-
-_NO_SPACE = {28, 27, 122}  # ENOSPC, EFBIG, EDQUOT
 
 
 def _holds(directory: Path, subset: Subset) -> bool:

@@ -23,7 +23,7 @@ import duckdb
 
 from calset.catalog import migrations
 from calset.catalog.catalog import Catalog
-from calset.catalog.connection import opened, opened_as_it_is, translate
+from calset.catalog.connection import opened, opened_as_it_is, quoted, translate
 from calset.catalog.schema import TABLES
 from calset.errors import InputError
 
@@ -193,7 +193,7 @@ def _copy(other: Path, copy: Path) -> None:
     con = duckdb.connect()
     try:
         _attach(con, other, other)
-        con.execute(f"ATTACH {_quoted(copy)} AS copied").fetchall()
+        con.execute(f"ATTACH {quoted(copy)} AS copied").fetchall()
         con.execute(f"COPY FROM DATABASE {_THEIRS} TO copied").fetchall()
     except duckdb.Error as error:
         raise translate(error, copy) from error
@@ -203,13 +203,9 @@ def _copy(other: Path, copy: Path) -> None:
 
 def _attach(con: duckdb.DuckDBPyConnection, place: Path, named: Path) -> None:
     try:
-        con.execute(f"ATTACH {_quoted(place)} AS {_THEIRS} (READ_ONLY)").fetchall()
+        con.execute(f"ATTACH {quoted(place)} AS {_THEIRS} (READ_ONLY)").fetchall()
     except duckdb.Error as error:
         raise translate(error, named) from error
-
-
-def _quoted(path: Path) -> str:
-    return "'" + os.path.abspath(path).replace("'", "''") + "'"
 
 
 # --- the rows ----------------------------------------------------------------------------------------------------

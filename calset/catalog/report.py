@@ -14,13 +14,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from calset.answers import whole_file
 from calset.catalog import picture, subsets
 from calset.catalog.catalog import Catalog
 from calset.catalog.export import provenance_of, resolve
 from calset.catalog.records import Sample, Subset
 from calset.catalog.selection import tables
 from calset.catalog.show import fold, parts
+from calset.files import whole_file
 from calset.terminal import cell, clean
 
 N_SAMPLES = 6  # to read
@@ -200,7 +200,8 @@ def _samples(catalog: Catalog, subset: Subset, known: Mapping[str | None, Mappin
 
 def _sample(catalog: Catalog, position: int, sample: Sample, known: Mapping[str | None, Mapping[str, Any]]) -> str:
     if sample.trace_id in known and sample.trace_id is not None:
-        return _trace(position, sample, catalog.trace(sample.trace_id))
+        # Of a trace that was run again since, the attempt whose tokens these are.
+        return _trace(position, sample, {**catalog.trace(sample.trace_id), **known[sample.trace_id]})
     problem = catalog.problems([sample.problem_id]).get(sample.problem_id) if sample.problem_id else None
     if problem is None:
         return ""
@@ -228,7 +229,7 @@ def _trace(position: int, sample: Sample, row: Mapping[str, Any]) -> str:
 
 
 def _origin(catalog: Catalog, subset: Subset) -> str:
-    origin = subset.origin or provenance_of(subset, catalog)
+    origin = provenance_of(subset, catalog)
     model = [
         ("model", subset.model),
         ("revision", subset.model_revision),

@@ -318,8 +318,8 @@ def trace_facts(catalog: Catalog, subset: Subset) -> dict[str | None, dict[str, 
     taken = attempts_of(catalog, subset)
     old = {t: a for t, a in taken.items() if t in facts and facts[t]["attempt"] != a}
     sql = """
-        SELECT t.trace_id, t.attempt, t.run_id, t.text, t.response, t.n_tokens, t.n_reasoning_tokens, t.finish_reason,
-            t.finish_reason = 'stop' AS finished, t.max_tokens, t.seconds, t.created_at,
+        SELECT t.trace_id, t.attempt, t.run_id, t.text, t.response, t.answer_start, t.n_tokens, t.n_reasoning_tokens,
+            t.finish_reason, t.finish_reason = 'stop' AS finished, t.max_tokens, t.seconds, t.created_at,
             coalesce(g.verdict, 'ungraded') AS verdict, g.verdict = 'correct' AS correct,
             g.extracted, g.grader, g.detail
         FROM traces t LEFT JOIN newest_grades g ON g.trace_id = t.trace_id AND g.attempt = t.attempt

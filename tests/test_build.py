@@ -365,6 +365,7 @@ def test_a_source_that_breaks_while_generating_says_so_itself_and_what_ran_is_sa
     assert count(tmp_path / "c.duckdb") == 8
 
 
+@pytest.mark.slow
 def test_waiting_for_a_lock_does_not_make_the_next_commit_late(
     tiny_model: Path, tmp_path: Path, scripted_engine, monkeypatch: pytest.MonkeyPatch
 ):

@@ -93,6 +93,7 @@ def test_tables_are_tab_separated_where_nobody_looks(built: Path) -> None:
     assert lines == ["kind\tn", "build\t18"]
 
 
+@pytest.mark.slow
 def test_progress_can_be_json_or_silent(built: Path, tmp_path: Path) -> None:
     build = ("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "1", "--max-tokens", "60", "--limit",
              "2", "--catalog", tmp_path / "c.duckdb")  # fmt: skip
@@ -102,6 +103,7 @@ def test_progress_can_be_json_or_silent(built: Path, tmp_path: Path) -> None:
     assert calset(*build, "--progress", "none", cwd=built).stderr == ""
 
 
+@pytest.mark.slow
 def test_prune_verify_and_evaluate(built: Path, tmp_path: Path) -> None:
     out = tmp_path / "pruned"
     done = calset("prune", demo.MODEL, "--calibration", "all", "--method", "wanda", "--pattern", "2:4", "-o", out,
@@ -130,6 +132,7 @@ def test_prune_says_what_it_calibrated_on_or_that_it_used_nothing(built: Path, t
     assert "calibrated on" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_pruning_plans_and_writes_nothing(built: Path, tmp_path: Path) -> None:
     asked = ("prune", demo.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out", "--dry-run")
     done = calset(*asked, "--include", "mlp", "--exclude", "layers.0", "--json", cwd=built)
@@ -149,6 +152,7 @@ def test_engine_options_are_named_values(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_evaluating_never_feeds_calibration(built: Path, tmp_path: Path) -> None:
     catalog = tmp_path / "c.duckdb"
     shutil.copy(built / "calset.duckdb", catalog)

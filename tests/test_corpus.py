@@ -144,6 +144,7 @@ def test_a_bad_corpus_is_said_in_a_line(tmp_path: Path, spec: str, says: str) ->
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_hub_corpus_is_pinned_and_read_shard_by_shard(tmp_path: Path) -> None:
     card = (
         b"---\nlicense: odc-by\nconfigs:\n- config_name: en\n  data_files:\n"

@@ -101,6 +101,7 @@ def test_calibration_questions_are_recognised_in_another_file(tmp_path: Path, sc
     assert any("were not compared" in warning for warning in report.warnings)
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_traces_to_table_and_keeps_what_is_there(tmp_path: Path) -> None:
     settings = DemoSettings(
         samples=2, budget=1500, build_limit=60, evaluation_limit=4, max_tokens=160, recipes=("rac", "prompts", "text"),

@@ -218,6 +218,7 @@ print(n, peak() - before)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_source(tmp_path: Path, suffix: str):
     """200,000 problems of 500 characters, over 100 MB as text alone: MB by which a process that reads them grows."""
     noise = random.Random(0)

@@ -231,6 +231,18 @@ def test_other_settings_do_not_continue_an_interrupted_run(tmp_path, llama, monk
     assert prune(llama, **asked, hidden="disk").resumed_at == (1,)  # what changes no result may change
 
 
+def test_another_number_of_threads_does_not_continue_an_interrupted_run(tmp_path, llama, monkeypatch):
+    interrupt_after(monkeypatch, 1)
+    with pytest.raises(Stopped):
+        prune(llama, SUBSET, tmp_path / "out", sparsity=0.5)
+    monkeypatch.undo()
+    torch.set_num_threads(2)
+    with pytest.raises(InputError, match="had threads 1, not 2"):
+        prune(llama, SUBSET, tmp_path / "out", sparsity=0.5)
+    torch.set_num_threads(1)
+    assert prune(llama, SUBSET, tmp_path / "out", sparsity=0.5).resumed_at == (1,)
+
+
 def test_a_changed_model_does_not_continue_an_interrupted_run(tmp_path, llama, monkeypatch):
     folder = shutil.copytree(llama, tmp_path / "llama")
     interrupt_after(monkeypatch, 1)

@@ -20,6 +20,7 @@ from calset.builder.model_info import inspect
 from calset.catalog.catalog import Catalog
 from calset.cli import main
 
+pytestmark = pytest.mark.slow  # half a minute: every listing over texts of 10 MB
 CALSET = [sys.executable, "-m", "calset.cli"]
 # What a terminal acts on, or what reorders or breaks the line it stands in.
 ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")

@@ -253,12 +253,16 @@ def _settings(
     asked: Mapping[str, Any], source: checkpoint.Source, subset: Subset, device: torch.device
 ) -> dict[str, Any]:
     """All that decides the result: only a run with the same may go on where one was interrupted."""
+    import torch
+
     without_effect = ("model", "calibration", "out", "hidden", "force", "device")
     return {
         **{key: value for key, value in asked.items() if key not in without_effect},
         "model revision": source.revision,
         "calibration": subset.content_hash,
-        "device": device.type,
+        # Another GPU, or another number of threads, rounds differently.
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "processes": distributed.n_processes(),  # sums come out in another order
         "versions": versions(),
     }
@@ -440,6 +444,12 @@ def _device(name: str | None) -> torch.device:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"the device {name!r} cannot be used: {reason}") from error
     return device
+
+
+def device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def versions() -> dict[str, str]:

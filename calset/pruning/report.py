@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from calset.pruning import allocate, checkpoint
 from calset.pruning.layout import label
-from calset.pruning.plan import Plan, hash_of, versions
+from calset.pruning.plan import Plan, device_name, hash_of, versions
 
 if TYPE_CHECKING:
-    import torch
-
     from calset.pruning.workfolder import WorkFolder
 
 
@@ -142,7 +140,7 @@ def make_report(
         resumed_at=tuple(work.resumed_at),
         seconds=seconds,
         phases=dict(phases),
-        device=_device_name(plan.device),
+        device=device_name(plan.device),
         versions=versions(),
         warnings=tuple(warnings),
         # Where the file lay is nobody else's business.
@@ -168,12 +166,6 @@ def _about_experts(plan: Plan, matrices: Sequence[MatrixReport]) -> list[str]:
             f"{fewest.n_tokens} for {fewest.shape[1]}: only damping makes their Gram matrices invertible; use more"
         )
     return warnings
-
-
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def card_section(report: PruneReport) -> str:

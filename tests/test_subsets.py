@@ -20,6 +20,7 @@ from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
 from calset.catalog.export import DATA, MANIFEST, MANIFEST_SCHEMA, export, read_directory, resolve
 from calset.catalog.records import Sample, Subset
+from calset.catalog.report import report
 from calset.catalog.selection import select
 from calset.catalog.subsets import diff, hash_samples, list_subsets, load
 from calset.errors import CalsetError, CatalogError, InputError
@@ -453,6 +454,8 @@ def test_an_export_of_a_trace_that_was_run_again_has_the_text_verdict_and_run_of
         assert (row["text"], row["verdict"], row["finish_reason"]) == (trace.text, verdict, trace.finish_reason)
         manifest = json.loads((folder / "manifest.json").read_text())
         assert [run["run_id"] for run in manifest["runs"]] == [trace.run_id]
+        page = report(catalog, f"{name}@1", tmp_path / f"{name}.html").read_text(encoding="utf-8")
+        assert [text in page for text in ("cut short", "to the end")] == [trace is old, trace is new]
 
 
 def test_no_folder_of_the_building_machine_is_in_the_engine_options(tmp_path: Path) -> None:

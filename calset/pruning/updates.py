@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from calset.errors import PruningError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 CANCELLED = 1e-2  # of a sum of float32 errors: a smaller difference is computed anew
 MAX_RAISES = 4  # of the damping, by 10 each
+KERNEL_WIDTH = 256  # columns of a block that the Triton kernel holds in registers
 STEP = 16  # columns updated one by one before their errors go to the rest of the block at once
 
 
@@ -229,9 +231,25 @@ def _block_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern
 
     For N:M ``mask`` is filled in on the way.
     """
-    if pattern is None and columns.is_cuda:
-        return solve_errors(columns, upper, mask)
-    return loop_errors(columns, upper, mask, pattern)
+    if not columns.is_cuda:
+        return loop_errors(columns, upper, mask, pattern)
+    if len(columns) <= KERNEL_WIDTH and has_triton():
+        from calset.pruning.kernels import block_errors
+
+        errors = block_errors(columns, upper, mask, pattern)
+        # It cannot raise; an error that is not a number spreads to all columns after it.
+        return _checked(errors)
+    return loop_errors(columns, upper, mask, pattern) if pattern else solve_errors(columns, upper, mask)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether there is a Triton that can be imported; PyTorch for CUDA comes with one on Linux."""
+    try:
+        import triton  # noqa: F401
+    except Exception:  # a broken installation raises what it likes; the other ways need none
+        return False
+    return True
 
 
 def loop_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern | None) -> Tensor:

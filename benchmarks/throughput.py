@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -62,6 +63,7 @@ def write_problems(path: Path, args: argparse.Namespace) -> Path:
 
 
 def run(args: argparse.Namespace, problems: Path) -> None:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB, for both; without it vLLM's own LLM wants all memory
     info = inspect(args.model)
     rows = calset.load_problems(str(problems))[1]
     longest = max(len(info.prompt_ids(p.question)) for p in rows) + args.max_tokens

@@ -100,7 +100,7 @@ def build(
     concurrency: int | None = None,
     graders: int = 2,
     commit_every_seconds: float | None = None,
-    commit_size: int = 256,
+    commit_size: int = 512,
     retry: Collection[str] = (),
     engine_options: Mapping[str, Any] | None = None,
     progress: Report | None = None,
@@ -134,7 +134,7 @@ def build(
         concurrency: sequences decoded at once.
         graders: grading processes.
         commit_every_seconds, commit_size: a batch is committed when it is this old or this large; when None after 1.5
-            seconds, or later where commits are slow, so that they take at most a fortieth of the time.
+            seconds, or later where commits are slow, so that they take at most a hundredth of the time.
         retry: run again, as a new attempt that supersedes: ``truncated``, traces that a smaller limit than
             ``max_tokens`` cut; ``error``, traces that the engine aborted or failed on.
         engine_options: the engine's own options.

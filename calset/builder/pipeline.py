@@ -38,7 +38,7 @@ from calset.errors import CalsetError, CatalogError, CatalogLocked, EngineError,
 
 COMMIT_SECONDS = 1.5
 # A commit takes processor time from the engine where there are few cores: at most one part in so many.
-COMMIT_SHARE = 40
+COMMIT_SHARE = 100
 LOCK_SECONDS = 2.0
 MAX_PAUSE_SECONDS = 10.0
 MAX_HELD = 1024  # finished traces that are not saved yet, before the engine gets no more work
@@ -107,7 +107,7 @@ class Pipeline:
         *,
         graded: bool = True,
         commit_every_seconds: float | None = None,
-        commit_size: int = 256,
+        commit_size: int = 512,
         excluded: Excluded | None = None,
         engine_options: Mapping[str, Any] | None = None,
         progress: Report | None = None,

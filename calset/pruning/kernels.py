@@ -54,7 +54,7 @@ def _block_kernel(
     saliency = tl.load(upper + rows * (upper_step + 1), mask=rows < width, other=1.0)
     saliency = saliency * saliency
     for i in range(width):
-        if PRUNED > 0:
+        if PRUNED > 0:  # noqa: SIM102 - known when compiled, and so a branch of its own
             if i % M == 0:
                 scores = tile * tile / saliency[:, None]
                 lower = tl.zeros([WIDTH, OUTPUTS], dtype=tl.int32)

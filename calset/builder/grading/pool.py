@@ -294,7 +294,7 @@ class _Worker:
         try:
             stdin.write(json.dumps(message | {"seconds": seconds}).encode() + b"\n")
             stdin.flush()
-            with selectors.DefaultSelector() as selector:
+            with selectors.PollSelector() as selector:  # of one pipe; it has no file of its own to make and close
                 selector.register(stdout, selectors.EVENT_READ)
                 while b"\n" not in self._buffer:
                     if not selector.select(min(POLL_SECONDS, seconds)):
@@ -320,7 +320,8 @@ class _Worker:
     def _seconds_in_line(self) -> float:
         """How long the worker was ready to run and had no CPU; 0 where the kernel does not tell (not Linux)."""
         try:
-            return int(Path(f"/proc/{self._process.pid}/schedstat").read_bytes().split()[1]) / 1e9
+            with open(f"/proc/{self._process.pid}/schedstat", "rb", buffering=0) as file:
+                return int(file.read(64).split()[1]) / 1e9
         except (OSError, IndexError, ValueError):
             return 0.0
 

@@ -1,7 +1,7 @@
 """From a schedule to the catalog: feed the engine, grade beside it, commit traces and verdicts together.
 
 One thread feeds and pumps the engine, worker processes grade, and the calling thread alone writes: a trace and its
-verdict are committed together, a second or two after the trace ends, and only then counted as saved. Everything that is
+verdict are committed together, some seconds after the trace ends, and only then counted as saved. Everything that is
 held is bounded: what the engine runs, what waits for a verdict, what waits for a commit.
 """
 

@@ -106,8 +106,8 @@ def cost(config: Any, tokens: int) -> Cost:
     every = [i for inputs in each for i in inputs]
     gram_bytes = [sum(4.0 * i.count * i.width**2 for i in inputs) for inputs in each]
     block_bytes = [2.0 * sum(p.numel() for p in b.module.parameters()) for b in blocks]
-    # Five matrices of the Gram's size and four of the stack's in float32, of one input at a time.
-    solving = max(4.0 * i.width * (5 * i.width + 4 * i.outputs) for i in every)
+    # Two matrices of the Gram's size and four of the stack's in float32, of one input at a time.
+    solving = max(4.0 * i.width * (2 * i.width + 4 * i.outputs / i.count) for i in every)
     whole = 2.0 * sum(p.numel() for p in model.parameters())
     return Cost(
         weights=sum(float(i.width * i.outputs * i.count) for i in every),
@@ -122,8 +122,9 @@ def cost(config: Any, tokens: int) -> Cost:
 
 
 def _solve(i: Input) -> float:
-    """Cholesky and triangular inverse, each a third of width^3; updates of the columns after each; two errors."""
-    return 2 / 3 * i.width**3 + (1 + 2 + 2 * MAGNITUDE) * i.outputs * i.width**2
+    """Cholesky and triangular inverse, each a third of width^3; what the columns after each gain; two errors, of which
+    only half the Gram is read."""
+    return 2 / 3 * i.width**3 + (1 + 1 + MAGNITUDE) * i.outputs * i.width**2
 
 
 def main() -> None:

@@ -370,7 +370,7 @@ def test_a_folder_that_is_not_an_export_says_why(catalog: Catalog, subset: Subse
         ).fetchall()
     expected = {
         newer: "manifest schema 2, this calset knows 1",
-        missing: "lacks 'seed'",
+        missing: "missing required field `seed`",
         unnamed: "cannot name a subset",
         cut: "cannot read",
         nothing: "not an exported subset",

@@ -312,6 +312,10 @@ def test_a_bad_condition_is_one_clear_line(catalog: Catalog, where: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def _window(condition: str) -> str:
+    return f"trace_id IN (SELECT trace_id FROM trace QUALIFY {condition})"
+
+
 @pytest.mark.parametrize(
     ("where", "named"),
     [
@@ -327,6 +331,20 @@ def test_a_bad_condition_is_one_clear_line(catalog: Catalog, where: str) -> None
         ("trace_id = (SELECT list(trace_id ORDER BY k)[1] FROM trace)", "list"),
         ("hash(problem_id) % 2 = 0", "hash"),
         ("trace_id IN (SELECT trace_id FROM trace QUALIFY row_number() OVER () < 9)", "row_number"),
+        (_window("row_number() OVER (PARTITION BY model ORDER BY k) < 9"), "row_number"),
+        (_window("first_value(trace_id) OVER (ORDER BY k) = trace_id"), "first_value"),
+        (_window("lag(k) OVER (ORDER BY n_tokens) > 1"), "lag"),
+        (_window("ntile(4) OVER (ORDER BY k) = 1"), "ntile"),
+        (_window("list(k) OVER (ORDER BY k)[1] = 1"), "list"),
+        (_window("count(*) OVER (ORDER BY k ROWS UNBOUNDED PRECEDING) < 9"), "a window of ROWS"),
+        (_window("max(k) OVER (ORDER BY k ROWS BETWEEN 1 PRECEDING AND 1 FOLLOWING) < 9"), "a window of ROWS"),
+        ("trace_id IN (SELECT a.trace_id FROM trace a ASOF JOIN trace b ON a.k >= b.k)", "ASOF JOIN"),
+        ("trace_id IN (SELECT a.trace_id FROM trace a POSITIONAL JOIN trace b)", "POSITIONAL JOIN"),
+        ("difficulty > (SELECT avg(difficulty) FROM trace)", "avg"),
+        ("k > (WITH t AS (SELECT difficulty AS k FROM trace) SELECT sum(k) FROM t)", "sum"),
+        ("k > (WITH t(k) AS (SELECT difficulty FROM trace) SELECT sum(k) FROM t)", "sum"),
+        ("n_tokens > (SELECT stddev(n_tokens) FROM trace)", "stddev"),
+        ("n_tokens > (SELECT geomean(n_tokens) FROM trace)", "geomean"),
         ("age(created_at) > INTERVAL 1 DAY", "age"),
         ("created_at < localtimestamp", "localtimestamp"),
         ('created_at::TIME < "localtime"', "localtime"),
@@ -353,7 +371,12 @@ def test_a_condition_that_may_differ_tomorrow_is_refused(catalog: Catalog, where
         "question <> $$age(now()) LIMIT 5$$ -- LIMIT 5, random()",
         "text NOT IN ('using sample', 'it''s now()')",
         "n_tokens > (SELECT min(n_tokens) FROM trace) OR source = 'demo'",
-        "trace_id IN (SELECT trace_id FROM trace QUALIFY row_number() OVER (PARTITION BY model ORDER BY trace_id) < 9)",
+        _window("rank() OVER (PARTITION BY model ORDER BY trace_id) < 9"),
+        _window("n_tokens <= median(n_tokens) OVER (PARTITION BY problem_id)"),
+        _window("sum(n_tokens) OVER (PARTITION BY problem_id ORDER BY sample_index) < 900"),
+        "n_tokens > (SELECT avg(t.n_tokens) FROM trace t)",
+        "n_tokens < (SELECT avg(n_tokens::INT) + sum(1) FROM trace)",
+        "difficulty <= (SELECT avg(difficulty::DECIMAL(18, 9)) FROM trace)",
         " OR ".join(f"n_tokens = {n}" for n in range(400)),
     ],
 )

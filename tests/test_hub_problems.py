@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from local_hub import TOKEN, Client, LocalHub
+from local_hub import TOKEN, Client, LocalHub, hurry
 
 from calset import ids
 from calset.builder.problems import PRESETS
@@ -41,38 +41,6 @@ def first(spec: str, n: int) -> list[Problem]:
     from calset.builder.problems import open_problems
 
     return list(islice(open_problems(spec), n))
-
-
-def hurry() -> None:
-    from calset import hubfiles
-
-    hubfiles.RETRY_WAITS_SECONDS = (0.1, 0.1, 0.1)
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[LocalHub]:
-    with LocalHub() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def _no_faults_are_left(hub: LocalHub) -> Iterator[None]:
-    yield
-    hub.faults.clear()
-
-
-@pytest.fixture(scope="module")
-def client(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with hub.client(tmp_path_factory.mktemp("online"), token=TOKEN) as process:
-        process(hurry)
-        yield process
-
-
-@pytest.fixture(scope="module")
-def stranger(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A client that has not logged in."""
-    with hub.client(tmp_path_factory.mktemp("stranger")) as process:
-        yield process
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:

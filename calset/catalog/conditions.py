@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import duckdb
@@ -17,9 +17,9 @@ from calset.errors import InputError
 
 # Values that SQL spells without parentheses. rowid is the order of insertion, which a copy need not keep.
 _VALUES = re.compile(r"current_\w+|localtime|localtimestamp|rowid", re.IGNORECASE)
-# DuckDB calls these CONSISTENT, yet they read the clock, are promised to no other version (hash; md5 and sha256 are),
+# DuckDB calls these CONSISTENT, yet they read the clock, differ between versions (hash does; md5 and sha256 do not),
 # or are macros that add floating-point numbers.
-_MISLABELLED = {"age", "current_localtime", "current_localtimestamp", "hash", "geomean", "geometric_mean"}
+_MISLABELLED = {"age", "current_localtime", "current_localtimestamp", "hash", "version", "geomean", "geometric_mean"}
 # The aggregates that give the same whatever the order of rows. All others are refused: most keep an order (an ORDER BY
 # inside may have ties), choose among equals, or add floating-point numbers.
 _ORDER_FREE = {
@@ -40,8 +40,14 @@ _JOINS = {"REGULAR", "NATURAL", "CROSS", "DEPENDENT"}
 _TABLE_FUNCTIONS = {"unnest", "range", "generate_series", "repeat", "json_each", "json_tree"}
 
 
-def require_stable(con: duckdb.DuckDBPyConnection, sql: str) -> None:
+def require_stable(
+    con: duckdb.DuckDBPyConnection, sql: str, *, views: Collection[str] = (), not_content: Collection[str] = ()
+) -> None:
     """Refuse a SELECT whose rows may differ from run to run over the same content.
+
+    Args:
+        views: those that are known to be stable; any other, DuckDB's own too, may say something else tomorrow.
+        not_content: tables that tell about the file and not about what it holds.
 
     Raises:
         InputError: naming what may not be used.
@@ -54,8 +60,10 @@ def require_stable(con: duckdb.DuckDBPyConnection, sql: str) -> None:
     unstable = _unstable_functions(con)
     nodes = list(_nodes(tree))
     renamed = {str(name).lower() for node in nodes for name in _names_given(node)}
+    other = _views(con) - {name.lower() for name in views} | set(not_content)
     for node in nodes:
-        if found := _unstable(node, unstable) or _inexact(node, _WHOLE_COLUMNS - renamed):
+        found = _unstable(node, unstable) or _inexact(node, _WHOLE_COLUMNS - renamed) or _unknown(node, other)
+        if found:
             raise InputError(f"--where may not use {found}: a selection must be the same tomorrow")
 
 
@@ -83,6 +91,8 @@ def _unstable(node: dict[str, Any], functions: set[str]) -> str | None:
             return "a window of ROWS (one of RANGE takes equals together)"
     if kind == "JOIN" and node.get("ref_type") not in _JOINS:
         return f"{node.get('ref_type')} JOIN"
+    if kind == "OPERATOR_CAST" and "TIME ZONE" in _cast_type(node):
+        return "a time zone (it is the machine's)"
     if kind == "TABLE_FUNCTION":
         called = str(node.get("function", {}).get("function_name", "")).lower()
         return None if called in _TABLE_FUNCTIONS else called
@@ -113,12 +123,29 @@ def _is_exact(node: dict[str, Any], whole_columns: set[str]) -> bool:
     if node.get("class") == "COLUMN_REF":
         return str(node.get("column_names", [""])[-1]).lower() in whole_columns
     if node.get("class") == "CAST":
-        there = node.get("cast_type", {}).get("id") or node.get("type_expr", {}).get("type_name")
-        return str(there).upper() in _EXACT_TYPES
+        return _cast_type(node) in _EXACT_TYPES
     if node.get("class") == "CONSTANT":
         there = node.get("value", {}).get("type", {}).get("id") or node.get("literal", {}).get("kind")
         return str(there).upper() in _EXACT_TYPES
     return False
+
+
+def _cast_type(node: dict[str, Any]) -> str:
+    """What a cast makes, as DuckDB 1.5 and as 2 write it."""
+    return str(node.get("cast_type", {}).get("id") or node.get("type_expr", {}).get("type_name")).upper()
+
+
+def _unknown(node: dict[str, Any], names: set[str]) -> str | None:
+    """A view or table that is no content of the catalog, in the user's words."""
+    if node.get("type") != "BASE_TABLE":
+        return None
+    name = str(node.get("table_name")).lower()
+    outside = str(node.get("schema_name")).lower() not in ("", "main")
+    return f"the view or table {name} (write what it selects)" if outside or name in names else None
+
+
+def _views(con: duckdb.DuckDBPyConnection) -> set[str]:
+    return {name for (name,) in con.execute("SELECT lower(view_name) FROM duckdb_views()").fetchall()}
 
 
 def _names_given(node: dict[str, Any]) -> list[Any]:
@@ -129,14 +156,24 @@ def _names_given(node: dict[str, Any]) -> list[Any]:
 def _unstable_functions(con: duckdb.DuckDBPyConnection) -> set[str]:
     """The functions that DuckDB does not call CONSISTENT, those it mislabels, the aggregates that are not known to be
     free of the rows' order, and the macros that use one of them."""
-    columns = "lower(function_name), function_type, stability, lower(macro_definition)"
     known = _ORDER_FREE | _SUMS | _RANKS
-    macros, found = [], set(_MISLABELLED)
-    for name, kind, stability, definition in con.execute(f"SELECT {columns} FROM duckdb_functions()").fetchall():
-        if definition is not None:
+    macros, found, zones, others = [], set(_MISLABELLED), set(), set()
+    for name, kind, stability, definition, internal, returned in con.execute(_FUNCTIONS).fetchall():
+        (zones if "TIME ZONE" in str(returned) else others).add(name)
+        if definition is not None and internal:
             macros.append((name, set(re.findall(r"\w+", definition))))
-        elif stability not in (None, "CONSISTENT") or (kind == "aggregate" and name not in known):
+            continue
+        # Of somebody's own macro a copy of the catalog may have another definition, or none.
+        steady = definition is None and stability in (None, "CONSISTENT")
+        if not steady or (kind == "aggregate" and name not in known):
             found.add(name)
+    found |= zones - others  # what makes nothing but moments of the machine's time zone
     # assert_true and json_group_object call error(), which only ever stops a query.
     unsure = found - {"error"} | {"current_timestamp", "current_user"}
     return found | {name for name, words in macros if words & unsure}
+
+
+_FUNCTIONS = """
+    SELECT lower(function_name), function_type, stability, lower(macro_definition), internal, return_type
+    FROM duckdb_functions()
+"""

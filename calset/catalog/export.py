@@ -323,19 +323,27 @@ def _without_folders(command: str) -> str:
 
 
 def _bare(value: Any) -> Any:
-    """A JSON-able value, the full paths in it names only."""
+    """A JSON-able value, the full paths in it names only, and no secret in it."""
     if isinstance(value, dict):
-        return {key: _bare(item) for key, item in value.items()}
+        return {key: HIDDEN if _SECRET.search(key) and item else _bare(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_bare(item) for item in value]
     return _without_folder(value) if isinstance(value, str) else value
 
 
+# What an engine may be given that is nobody else's business: hf_token, api_key, VLLM_API_KEY, ...
+_SECRET = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|api_?key)$", re.IGNORECASE)
+HIDDEN = "***"
+
+
 def _without_folder(word: str) -> str:
-    """A word, its full path (``/home/me/x``, ``~/x``, ``--option=/home/me/x``, ``file:///x``) cut to the name."""
+    """A word as others may see it: its full path (``/home/me/x``, ``~/x``, ``--option=/home/me/x``, ``file:///x``) cut
+    to the name, and no secret (``hf_token=...``, ``http://me:password@host``) in it."""
     option, equals, value = word.partition("=") if re.match(r"-|\w+=", word) else ("", "", word)
-    path = value.removeprefix("file://")
-    return f"{option}{equals}{Path(path).name}" if path.startswith(("/", "~")) else word
+    if equals and _SECRET.search(option):
+        return f"{option}={HIDDEN}"
+    path = re.sub(r"(\w://)[^/\s,@]*@", rf"\1{HIDDEN}@", value).removeprefix("file://")
+    return f"{option}{equals}{Path(path).name if path.startswith(('/', '~')) else path}"
 
 
 def read_directory(path: str | Path) -> Subset:

@@ -161,8 +161,8 @@ def open_manifest(folder: Path, name: str) -> dict[str, Any]:
         InputError: none, of a newer schema, of another subset, of another shape than is read later (``manifest``), or
             with a list of files that cannot be its own.
     """
-    path = folder / manifest_path(name)
-    manifest = read_manifest(path)
+    subsets.check_name(name)  # in a repository of others it is whatever a file is called
+    manifest = read_manifest(folder / manifest_path(name))
     if wrong := fault(manifest):
         raise InputError(f"{manifest_path(name)} is not a calset manifest ({wrong}): publish the subset again")
     if manifest["name"] != name:

@@ -356,6 +356,23 @@ def test_what_was_read_before_a_file_breaks_off_is_kept(tmp_path: Path) -> None:
     assert Catalog(tmp_path / "c.duckdb").query("SELECT response FROM trace").rows == [("3",)]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"max_new_tokens": 1e400}', '{"max_new_tokens": 4294967296}', '{"max_new_tokens": -1}',
+        '{"seed": 1000000000000000000000000000000}',
+        '{"temperature": NaN}', '{"top_p": "x"}', '{"model_path": 5}', '{"system_prompt": ["x"]}', "[]",
+        "[" * 100_000, "{",
+    ],
+)  # fmt: skip
+def test_a_manifest_beside_traces_that_makes_no_sense_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rac_manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"cannot read .*rac_manifest\.json: .*; repair it or take it away") as caught:
+        run(tmp_path, [ASKED | {"generations": [GOOD]}])
+    assert "\n" not in str(caught.value)
+    assert not Catalog(tmp_path / "c.duckdb").exists()
+
+
 def test_a_file_without_one_trace_is_an_error_that_quotes_the_first_row(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", [{"a": 1}])
     with pytest.raises(InputError, match=r"t\.jsonl holds no trace: .*t\.jsonl:1 holds no trace"):

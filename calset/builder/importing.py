@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import sys
 import time
@@ -35,7 +36,7 @@ from calset.builder.tracefiles import Columns, Draft, RowError, drafts
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Grade, Problem, Run, Source, Trace
 from calset.datafiles import ROW_TYPES, count_rows, list_files, read_rows
-from calset.errors import InputError
+from calset.errors import InputError, first_line
 from calset.hubfiles import PREFIX, open_dataset
 from calset.specs import parse
 
@@ -212,6 +213,17 @@ class _Manifest:
     seed: int = 0
     sampling: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("model", "system_prompt"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} is no text but {getattr(self, name)!r:.80}")
+        if self.max_tokens is not None and not 0 < self.max_tokens < 2**31:
+            raise ValueError(f"max_new_tokens is {self.max_tokens!r:.80}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError("seed has more than 63 bits")
+        if not all(math.isfinite(value) for value in self.sampling.values()):
+            raise ValueError("temperature or top_p is no number")
+
 
 def _manifest(path: Path) -> _Manifest:
     beside = path.with_name(MANIFEST)
@@ -226,8 +238,8 @@ def _manifest(path: Path) -> _Manifest:
             seed=int(found.get("seed") or 0),
             sampling={name: float(found[name]) for name in ("temperature", "top_p") if found.get(name) is not None},
         )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"cannot read {beside}: {error}; repair it or take it away") from error
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(f"cannot read {beside}: {first_line(error)}; repair it or take it away") from error
 
 
 # --- the work ----------------------------------------------------------------------------------------------------

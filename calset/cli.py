@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from calset import __version__, terminal
-from calset.errors import CalsetError, CatalogUpgraded, EngineError, InputError
+from calset.errors import CalsetError, CatalogUpgraded, EngineError, EngineWarning, InputError
 
 SEED = click.IntRange(-(2**63), 2**63 - 1)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -232,14 +232,8 @@ def _dry_run(
     options: dict[str, Any],
     planning: dict[str, Any],
 ) -> None:
-    from calset.builder.engines import check_options, resolve_engine
     from calset.builder.generate import dry_run
 
-    if options["engine"] not in ("auto", "vllm"):  # vLLM need not be here to plan for it
-        check_options(resolve_engine(options["engine"]), options["engine_options"])
-    target = options["target"]
-    for name in ("target", "need", "need_tokens", "confidence", "engine", "engine_options", "concurrency"):
-        del options[name]
     with terminal.progress(progress_mode, "planned") as bar:
         report = dry_run(model, list(problems), progress=_build_progress(bar), **options, **planning)
     if as_json:
@@ -247,8 +241,8 @@ def _dry_run(
         return
     for line in report.lines():
         terminal.say(line)
-    if target is not None:
-        terminal.note(f"An upper bound: with --target {target} a build stops problems, and itself, earlier.")
+    if options["target"] is not None:
+        terminal.note(f"An upper bound: with --target {options['target']} a build stops problems, and itself, earlier.")
 
 
 def _prepare(options: dict[str, Any]) -> None:
@@ -1169,7 +1163,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-    text = f"Warning: {message}" if issubclass(category, CatalogUpgraded) else None
+    text = f"Warning: {message}" if issubclass(category, (CatalogUpgraded, EngineWarning)) else None
     terminal.note(text or warnings.formatwarning(message, category, filename, lineno).rstrip())
 
 

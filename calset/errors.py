@@ -34,6 +34,10 @@ class CatalogUpgraded(UserWarning):
     """A warning, no error: a catalog of an older schema is upgraded; the message names the copy that is kept."""
 
 
+class EngineWarning(UserWarning):
+    """A warning before an error: what an engine had noted when the build that used it failed."""
+
+
 class Stopped(CalsetError):
     """The user stopped it (Ctrl-C); what was saved stays and the same command continues."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from local_hub import TOKEN, Client, LocalHub, hurry
 
 # Before torch, tokenizers or vLLM are imported by any test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -106,3 +107,36 @@ class ScriptedEngine:
 @pytest.fixture
 def scripted_engine() -> type[ScriptedEngine]:
     return ScriptedEngine
+
+
+# --- a Hub of one's own; a client's process takes two seconds to start, so all tests share these ------------------
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[LocalHub]:
+    with LocalHub() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _no_faults_are_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "hub" in request.fixturenames:
+        running = request.getfixturevalue("hub")
+        running.faults.clear()
+        running.before_commit = None
+
+
+@pytest.fixture(scope="session")
+def client(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A process of somebody who may write."""
+    with hub.client(tmp_path_factory.mktemp("owner"), token=TOKEN) as process:
+        process(hurry)
+        yield process
+
+
+@pytest.fixture(scope="session")
+def stranger(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client that has not logged in."""
+    with hub.client(tmp_path_factory.mktemp("stranger")) as process:
+        yield process

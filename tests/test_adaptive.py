@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from factories import make_problem, make_run, make_trace
 
-from calset.builder.adaptive import Target
+from calset.builder.adaptive import AdaptiveSchedule, Target
 from calset.builder.engines import Completion, Request, Sampling
-from calset.builder.generate import build
+from calset.builder.generate import build, dry_run
 from calset.builder.model_info import ModelInfo, inspect
+from calset.builder.schedule import Opened
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
+from calset.catalog.records import Problem
 from calset.catalog.selection import select
 from calset.errors import EngineError, InputError
 
@@ -149,6 +154,36 @@ def test_a_need_in_tokens_and_a_recipe_without_a_band(tiny_model: Path, info, tm
     assert report.target["stopped"] == 0  # nothing to be outside of
 
 
+class Prompt(tuple[int, ...]):
+    """Token ids that a garbage collector can count."""
+
+
+def test_problems_that_are_put_off_hold_no_prompt_and_come_back_with_the_same_one():
+    problems = [make_problem(n) for n in range(120)]
+
+    def render(problem: Problem) -> tuple[int, ...]:
+        return Prompt(range(int(problem.source_row), int(problem.source_row) + 40))
+
+    fresh = (Opened(problem, render(problem), {}) for problem in problems)
+    schedule = AdaptiveSchedule(fresh, "key", SAMPLES, Target.of("ssgr", need=10_000), render=render)
+    draw, run = random.Random(1), make_run()
+    prompts: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    put_off = alive = 0
+    while (unit := schedule.take()) is not None:
+        name = unit.problem.problem_id
+        prompts[name].add(tuple(unit.prompt_ids))
+        right = draw.random() < (0.0, 0.1, 0.5, 0.9)[int(unit.problem.source_row) % 4]
+        schedule.settle(unit, make_trace(unit.problem, run, unit.sample_index), "correct" if right else "incorrect")
+        if len(prompts) == 100 and not put_off:
+            put_off = schedule.facts()["open"]
+            alive = sum(type(thing) is Prompt for thing in gc.get_objects())
+    assert put_off > 15  # while fresh problems are cheaper
+    assert alive <= 3  # of the problem under way, and of those that the loop and the generator have in hand
+    assert {name: len(seen) for name, seen in prompts.items()} == {problem.problem_id: 1 for problem in problems}
+    facts = schedule.facts()
+    assert (facts["complete"] + facts["stopped"], facts["open"]) == (120, 0)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -164,8 +199,9 @@ def test_a_need_in_tokens_and_a_recipe_without_a_band(tiny_model: Path, info, tm
     ],
 )
 def test_targets_that_make_no_sense_are_refused(tiny_model: Path, tmp_path: Path, options: dict, says: str):
-    with pytest.raises(InputError, match=says):
-        build(tiny_model, "demo", catalog=tmp_path / "c.duckdb", **options)
+    for call in (build, dry_run):
+        with pytest.raises(InputError, match=says):
+            call(tiny_model, "demo", catalog=tmp_path / "c.duckdb", **options)
     assert not (tmp_path / "c.duckdb").exists()
 
 

@@ -651,10 +651,11 @@ WRITER = """
 """
 
 
-def test_kill_9_loses_nothing_that_was_acknowledged_and_halves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_kill_9_loses_nothing_that_was_acknowledged_and_halves_nothing(tmp_path: Path, kills: int) -> None:
     path = tmp_path / "c.duckdb"
     acknowledged = 0
-    for attempt in range(4):
+    for attempt in range(kills):
         process = python(WRITER, path, acknowledged, 10_000)
         assert process.stdout is not None
         for _ in range(3 + attempt):
@@ -671,10 +672,11 @@ def test_kill_9_loses_nothing_that_was_acknowledged_and_halves_nothing(tmp_path:
         assert only(Catalog(path), "SELECT count(*) FROM trace_tokens") == n
 
 
-def test_readers_in_another_process_see_whole_batches_while_a_build_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_readers_in_another_process_see_whole_batches_while_a_build_writes(tmp_path: Path, batches: int) -> None:
     path = tmp_path / "c.duckdb"
     fill(path, [[("correct", 5)] * 4])
-    process = python(WRITER, path, 1, 25)
+    process = python(WRITER, path, 1, batches)
     counts = []
     while process.poll() is None:
         catalog = Catalog(path)
@@ -683,17 +685,19 @@ def test_readers_in_another_process_see_whole_batches_while_a_build_writes(tmp_p
     assert process.wait() == 0, process.communicate()
     assert all(n % 4 == 0 for n in counts)
     assert counts == sorted(counts)
-    assert only(Catalog(path), "SELECT count(*) FROM trace") == 104
+    assert only(Catalog(path), "SELECT count(*) FROM trace") == 4 + 4 * batches
 
 
-def test_two_writers_at_once_lose_no_rows_and_double_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_two_writers_at_once_lose_no_rows_and_double_none(tmp_path: Path, shared: int) -> None:
     path = tmp_path / "c.duckdb"
-    processes = [python(WRITER, path, start, 10) for start in (0, 5)]
+    processes = [python(WRITER, path, start, 2 * shared) for start in (0, shared)]
     for process in processes:
         assert process.wait() == 0, process.communicate()
-    assert only(Catalog(path), "SELECT count(*) FROM trace") == 4 * 15
-    assert only(Catalog(path), "SELECT count(DISTINCT trace_id) FROM traces") == 4 * 15
-    assert only(Catalog(path), "SELECT count(*) FROM grades") == 4 * 15
+    n = 4 * 3 * shared  # each of the writers has half of its batches from the other
+    assert only(Catalog(path), "SELECT count(*) FROM trace") == n
+    assert only(Catalog(path), "SELECT count(DISTINCT trace_id) FROM traces") == n
+    assert only(Catalog(path), "SELECT count(*) FROM grades") == n
 
 
 HOLDER = """
@@ -728,7 +732,8 @@ def test_a_lock_that_stays_names_its_holder_and_the_remedy(tmp_path: Path, read_
     assert catalog.add_run(make_run("b")) == 1
 
 
-def test_threads_of_one_process_share_a_catalog_without_wrong_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_threads", "each"), [(3, 2), pytest.param(6, 5, marks=pytest.mark.slow)])
+def test_threads_of_one_process_share_a_catalog_without_wrong_rows(tmp_path: Path, n_threads: int, each: int) -> None:
     path = tmp_path / "c.duckdb"
     problem, run = make_problem(), make_run()
     Catalog(path).add_problems([problem])
@@ -738,7 +743,7 @@ def test_threads_of_one_process_share_a_catalog_without_wrong_rows(tmp_path: Pat
     def work(start: int) -> None:
         try:
             catalog = Catalog(path)
-            for i in range(start, start + 5):
+            for i in range(start, start + each):
                 trace = make_trace(problem, run, i)
                 catalog.record([trace], [make_grade(trace)])
                 assert only(catalog, "SELECT sample_index FROM trace WHERE trace_id = ?", trace.trace_id) == i
@@ -747,13 +752,13 @@ def test_threads_of_one_process_share_a_catalog_without_wrong_rows(tmp_path: Pat
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(100 * n,)) for n in range(4)]
+    threads = [threading.Thread(target=work, args=(100 * n,)) for n in range(n_threads)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not errors
-    assert only(Catalog(path), "SELECT count(*) FROM trace") == 20
+    assert only(Catalog(path), "SELECT count(*) FROM trace") == n_threads * each
 
 
 def test_a_thread_that_keeps_the_catalog_open_is_reported_after_the_deadline(tmp_path: Path) -> None:

@@ -71,6 +71,78 @@ def test_views_of_ones_own_and_the_mode_of_the_file_stay(tmp_path: Path) -> None
     assert catalog.path.stat().st_mode & 0o777 == 0o664
 
 
+OWN = """
+    CREATE MACRO twice(x) AS 2 * x;
+    CREATE MACRO sums(a) AS a, (a, b) AS a + b;
+    CREATE MACRO longer(n) AS TABLE SELECT trace_id FROM trace WHERE n_tokens > n;
+    CREATE VIEW doubled AS SELECT twice(n_tokens) AS n FROM trace;
+    CREATE SEQUENCE numbers START 5 INCREMENT 2;
+    CREATE TYPE mood AS ENUM ('good', 'bad');
+    CREATE SCHEMA "my own";
+    CREATE TABLE "my own".notes (
+        id INTEGER PRIMARY KEY DEFAULT nextval('numbers'), note VARCHAR UNIQUE, how mood,
+        length INTEGER GENERATED ALWAYS AS (length(note)), CHECK (note <> '')
+    );
+    INSERT INTO "my own".notes (note, how) VALUES ('one', 'good'), ('three', 'bad');
+    CREATE TABLE "my own"."a ""quoted"" one" (note_id INTEGER REFERENCES "my own".notes (id));
+    INSERT INTO "my own"."a ""quoted"" one" VALUES (7);
+    CREATE VIEW "my own".good AS FROM "my own".notes WHERE how = 'good';
+    CREATE INDEX by_length ON traces (n_tokens);
+    CREATE INDEX by_mood ON "my own".notes (how);
+"""
+
+
+def test_whatever_else_somebody_added_stays(tmp_path: Path) -> None:
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 4), ("correct", 9)]])
+    with duckdb.connect(str(catalog.path)) as con:
+        con.execute(OWN)
+    listing = {
+        "macros": "SELECT function_name, parameters, macro_definition FROM duckdb_functions() WHERE NOT internal",
+        "indexes": "SELECT index_name, table_name FROM duckdb_indexes()",
+        "tables": "SELECT schema_name, table_name, sql FROM duckdb_tables() WHERE NOT internal",
+        "types": "SELECT type_name FROM duckdb_types() WHERE NOT internal",
+    }
+    with catalog.connect() as con:
+        before = {what: sorted(con.execute(sql).fetchall(), key=str) for what, sql in listing.items()}
+    done = compact(catalog)
+    assert (done.rows["my own.notes"], done.rows['my own.a "quoted" one'], done.rows["traces"]) == (2, 1, 2)
+    with catalog.connect() as con:
+        assert {what: sorted(con.execute(sql).fetchall(), key=str) for what, sql in listing.items()} == before
+        assert con.execute("SELECT count(*), sums(1), sums(1, 2) FROM longer(5)").fetchall() == [(1, 1, 3)]
+        assert con.execute("FROM doubled ORDER BY n").fetchall() == [(8,), (18,)]
+        assert con.execute('FROM "my own".good').fetchall() == [(5, "one", "good", 3)]
+    with duckdb.connect(str(catalog.path)) as con:
+        con.execute("INSERT INTO \"my own\".notes (note) VALUES ('five')")
+        assert con.execute("SELECT id, length FROM \"my own\".notes WHERE note = 'five'").fetchall() == [(9, 4)]
+        with pytest.raises(duckdb.ConstraintException):
+            con.execute("INSERT INTO \"my own\".notes (note) VALUES ('one')")
+    assert compact(catalog).rows["my own.notes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("added", "named"),
+    [
+        ("ALTER TABLE problems ADD COLUMN mine INTEGER", "the column main.problems.mine, which is not calset's"),
+        (
+            "CREATE TABLE tree (id INTEGER PRIMARY KEY, up INTEGER REFERENCES tree (id)); INSERT INTO tree VALUES "
+            "(1, NULL); INSERT INTO tree VALUES (2, 1)",
+            "the table tree cannot be copied",
+        ),
+    ],
+)
+def test_what_cannot_be_kept_is_named_and_the_file_stays(tmp_path: Path, added: str, named: str) -> None:
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 4)]])
+    with duckdb.connect(str(catalog.path)) as con:
+        con.execute(added)
+        con.execute("CHECKPOINT")
+    before = catalog.path.read_bytes()
+    with pytest.raises(CatalogError, match=rf"{named}.* drop it, or leave the catalog as it is") as caught:
+        compact(catalog)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["c.duckdb"]
+    assert catalog.path.read_bytes() == before
+
+
 def test_a_link_to_a_catalog_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     fill(tmp_path / "elsewhere" / "c.duckdb", [[("correct", 4)]])

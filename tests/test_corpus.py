@@ -145,7 +145,7 @@ def test_a_bad_corpus_is_said_in_a_line(tmp_path: Path, spec: str, says: str) ->
 
 
 @pytest.mark.slow
-def test_a_hub_corpus_is_pinned_and_read_shard_by_shard(tmp_path: Path) -> None:
+def test_a_hub_corpus_is_pinned_and_read_shard_by_shard(hub: LocalHub, tmp_path: Path) -> None:
     card = (
         b"---\nlicense: odc-by\nconfigs:\n- config_name: en\n  data_files:\n"
         b"  - split: train\n    path: en/c4-train.*.json.gz\n---\n"
@@ -154,22 +154,21 @@ def test_a_hub_corpus_is_pinned_and_read_shard_by_shard(tmp_path: Path) -> None:
     def shard(texts: list[str]) -> bytes:
         return gzip.compress("".join(json.dumps({"text": t, "timestamp": "2019"}) + "\n" for t in texts).encode())
 
-    with LocalHub() as hub:
-        shards = {f"en/c4-train.0000{n}-of-00004.json.gz": shard(TEXTS[10 * n : 10 * n + 10]) for n in range(4)}
-        old = hub.commit("allenai/c4", {"README.md": card, **shards})
-        spec = "hf:allenai/c4?config=en"
-        with hub.client(tmp_path / "home") as client:
-            with pytest.raises(InputError, match=r"too large to be taken whole: give a budget"):
-                client(take, str(tmp_path / "a.duckdb"), spec)
-            subset = client(take, str(tmp_path / "a.duckdb"), spec, tokens=64)
-            assert len(hub.asked(r"GET .*c4-train.*json\.gz")) == 1
-            where = {"hub": "allenai/c4", "revision": old, "config": "en", "split": "train", "column": "text"}
-            assert subset.recipe["text"] == {**where, "licence": "odc-by"}
-            digest, texts = client(read, spec)
-            assert texts == TEXTS
-            new = hub.commit("allenai/c4", {name: shard(TEXTS[::-1][:2]) for name in shards})
-            moved, other_texts = client(read, spec)
-            assert (moved != digest, other_texts) == (True, TEXTS[::-1][:2] * 4)
-        with hub.client(tmp_path / "home", offline=True) as client:
-            assert client(read, f"hf:allenai/c4@{old}?config=en") == (digest, texts)
-            assert client(read, f"hf:allenai/c4@{new}?config=en") == (moved, other_texts)
+    shards = {f"en/c4-train.0000{n}-of-00004.json.gz": shard(TEXTS[10 * n : 10 * n + 10]) for n in range(4)}
+    old = hub.commit("allenai/c4", {"README.md": card, **shards})
+    spec = "hf:allenai/c4?config=en"
+    with hub.client(tmp_path / "home") as client:
+        with pytest.raises(InputError, match=r"too large to be taken whole: give a budget"):
+            client(take, str(tmp_path / "a.duckdb"), spec)
+        subset = client(take, str(tmp_path / "a.duckdb"), spec, tokens=64)
+        assert len(hub.asked(r"GET .*c4-train.*json\.gz")) == 1
+        where = {"hub": "allenai/c4", "revision": old, "config": "en", "split": "train", "column": "text"}
+        assert subset.recipe["text"] == {**where, "licence": "odc-by"}
+        digest, texts = client(read, spec)
+        assert texts == TEXTS
+        new = hub.commit("allenai/c4", {name: shard(TEXTS[::-1][:2]) for name in shards})
+        moved, other_texts = client(read, spec)
+        assert (moved != digest, other_texts) == (True, TEXTS[::-1][:2] * 4)
+    with hub.client(tmp_path / "home", offline=True) as client:
+        assert client(read, f"hf:allenai/c4@{old}?config=en") == (digest, texts)
+        assert client(read, f"hf:allenai/c4@{new}?config=en") == (moved, other_texts)

@@ -21,7 +21,7 @@ import yaml
 from factories import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from local_hub import TOKEN, Client, LocalHub
+from local_hub import TOKEN, Client, LocalHub, hurry
 
 from calset import hubfiles
 from calset.catalog import card, release
@@ -73,12 +73,10 @@ def search(**options: Any) -> list[Any]:
     return calset.search(**options)
 
 
-def prepare(seconds: float, shard_bytes: int) -> None:
-    """Shorter waits; and shards small enough that a test has several."""
-    from calset import hubfiles
-    from calset.catalog import publishing, release
+def cut(shard_bytes: int) -> None:
+    """Shards so small that a test has several."""
+    from calset.catalog import release
 
-    publishing.WAIT_SECONDS, hubfiles.RETRY_WAITS_SECONDS = seconds, (seconds,) * 3
     release.SHARD_BYTES = shard_bytes
 
 
@@ -86,37 +84,10 @@ WHOLE = 400_000_000
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[LocalHub]:
-    with LocalHub() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def _no_faults_are_left(hub: LocalHub) -> Iterator[None]:
-    yield
-    hub.faults.clear()
-    hub.before_commit = None
-
-
-@pytest.fixture(scope="module")
-def client(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with hub.client(tmp_path_factory.mktemp("owner"), token=TOKEN) as process:
-        process(prepare, 0.02, WHOLE)
-        yield process
-
-
-@pytest.fixture(scope="module")
 def colleague(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Another process of somebody who may write too."""
     with hub.client(tmp_path_factory.mktemp("colleague"), token=TOKEN) as process:
-        process(prepare, 0.02, WHOLE)
-        yield process
-
-
-@pytest.fixture(scope="module")
-def stranger(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A client that has not logged in."""
-    with hub.client(tmp_path_factory.mktemp("stranger")) as process:
+        process(hurry)
         yield process
 
 
@@ -236,13 +207,13 @@ def test_publishing_again_makes_no_commit(hub: LocalHub, client: Client, catalog
 def test_a_second_version_leaves_the_first_where_it_is(
     hub: LocalHub, client: Client, catalog: Path, repo: str, tmp_path: Path
 ) -> None:
-    client(prepare, 0.02, 700)
+    client(cut, 700)
     try:
         client(publish, "math@1", repo, catalog)
-        client(prepare, 0.02, WHOLE)
+        client(cut, WHOLE)
         client(publish, "math@2", repo, catalog)
     finally:
-        client(prepare, 0.02, WHOLE)
+        client(cut, WHOLE)
     first, second = check_release(hub, repo, catalog, "math@1"), check_release(hub, repo, catalog, "math@2")
     assert len([p for p in files(hub, repo, first) if p.startswith("data/")]) > 1
     assert set(files(hub, repo, second)) == TREE  # none of the first version's shards is left in the config
@@ -778,8 +749,8 @@ SUM = "0" * 64
         (_manifest(files=[{"path": "../../../etc/passwd", "bytes": 1, "sha256": SUM}]), "lists no usable files"),
         (_manifest(files=[{"path": "README.md", "bytes": 1, "sha256": SUM}]), "lists no usable files"),
         (_manifest(files="all"), "lists no usable files"),
-        (_manifest(recipe=...), "no usable recipe"),
-        (_manifest(runs=["x"]), "no usable runs"),
+        (_manifest(recipe=...), "missing required field `recipe`"),
+        (_manifest(runs=["x"]), r"is not a calset manifest .*runs"),
         (lambda tree: {"manifests/math.json": b"{"}, "cannot read"),
         (lambda tree: {"manifests/math.json": b"[1]"}, "not a calset manifest"),
         (lambda tree: {"manifests/math.json": None}, "has no manifests/math.json|not an exported subset"),

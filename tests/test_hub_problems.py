@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from local_hub import TOKEN, Client, LocalHub
+from local_hub import TOKEN, Client, LocalHub, hurry
 
 from calset import ids
 from calset.builder.problems import PRESETS
@@ -41,38 +41,6 @@ def first(spec: str, n: int) -> list[Problem]:
     from calset.builder.problems import open_problems
 
     return list(islice(open_problems(spec), n))
-
-
-def hurry() -> None:
-    from calset import hubfiles
-
-    hubfiles.RETRY_WAITS_SECONDS = (0.1, 0.1, 0.1)
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[LocalHub]:
-    with LocalHub() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def _no_faults_are_left(hub: LocalHub) -> Iterator[None]:
-    yield
-    hub.faults.clear()
-
-
-@pytest.fixture(scope="module")
-def client(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with hub.client(tmp_path_factory.mktemp("online"), token=TOKEN) as process:
-        process(hurry)
-        yield process
-
-
-@pytest.fixture(scope="module")
-def stranger(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A client that has not logged in."""
-    with hub.client(tmp_path_factory.mktemp("stranger")) as process:
-        yield process
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -307,16 +275,21 @@ def test_a_presets_other_split_is_another_source(client: Client, miniatures: dic
         client(load, "commonsense-qa?split=test")
 
 
-def test_a_gated_dataset_says_how_to_get_access(
-    hub: LocalHub, stranger: Client, client: Client, miniatures: dict[str, str], tmp_path: Path
-) -> None:
-    with hub.client(tmp_path, token="hf_of_somebody_else") as somebody:
-        for process in (stranger, somebody):
-            with pytest.raises(
-                InputError, match=r"Idavidrein/gpqa is gated: accept its conditions .* `hf auth login`$"
-            ):
-                process(load, "gpqa-diamond")
+def test_a_gated_dataset_says_how_to_get_access(stranger: Client, client: Client, miniatures: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=GATED):
+        stranger(load, "gpqa-diamond")
     assert len(client(load, "gpqa-diamond")[1]) == 1
+
+
+GATED = r"Idavidrein/gpqa is gated: accept its conditions .* `hf auth login`$"
+
+
+@pytest.mark.slow
+def test_a_login_without_access_to_a_gated_dataset_is_told_the_same(
+    hub: LocalHub, miniatures: dict[str, str], tmp_path: Path
+) -> None:
+    with hub.client(tmp_path, token="hf_of_somebody_else") as somebody, pytest.raises(InputError, match=GATED):
+        somebody(load, "gpqa-diamond")
 
 
 @given(st.text(), st.lists(st.text(), min_size=2, max_size=6, unique=True), st.randoms())
@@ -479,19 +452,25 @@ def test_a_build_records_the_commit_of_its_problems(hub: LocalHub, client: Clien
 # --- bad connections ---------------------------------------------------------------------------------------------
 
 
+# The library itself waits a second before it asks again: each case takes that long.
 @pytest.mark.parametrize(
     ("pattern", "kind", "status"),
     [
         (r"GET /api/datasets/[^/]+/[^/]+$", "status", 429),
-        (r"GET /api/datasets/[^/]+/[^/]+$", "status", 503),
-        (r"GET /api/datasets/[^/]+/[^/]+$", "drop", 0),
-        (r"GET .*/tree/", "status", 503),
-        (r"HEAD .*\.jsonl", "status", 503),
-        (r"GET .*/resolve/.*\.jsonl", "status", 503),
-        (r"GET .*/resolve/.*\.jsonl", "status", 429),
         (r"GET .*/resolve/.*\.jsonl", "drop", 0),
-        (r"GET .*/resolve/.*\.jsonl", "truncate", 0),
         (r"GET .*/lfs/.*", "truncate", 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (r"GET /api/datasets/[^/]+/[^/]+$", "status", 503),
+                (r"GET /api/datasets/[^/]+/[^/]+$", "drop", 0),
+                (r"GET .*/tree/", "status", 503),
+                (r"HEAD .*\.jsonl", "status", 503),
+                (r"GET .*/resolve/.*\.jsonl", "status", 503),
+                (r"GET .*/resolve/.*\.jsonl", "status", 429),
+                (r"GET .*/resolve/.*\.jsonl", "truncate", 0),
+            )
+        ),
     ],
 )
 def test_a_passing_failure_costs_a_moment(

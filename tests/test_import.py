@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from local_hub import LocalHub
+from local_hub import Client, LocalHub
 
 import calset
 from calset import demo, import_traces
@@ -238,6 +238,43 @@ def test_a_system_prompt_makes_a_run_of_its_own(tmp_path: Path, info: ModelInfo)
     assert prompts == {info.prompt_ids("What is 1 + 2?", s) for s in ("one", "two")}
 
 
+def test_each_import_is_a_run_that_names_its_own_file_and_problems(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "c.duckdb")
+    for name in ("a", "b"):
+        lines(tmp_path / f"{name}-problems.jsonl", [{"question": ASKED["problem"], "answer": "3"}])
+    saying = [lines(tmp_path / f"{i}.jsonl", [ASKED | {"generations": [f"{GOOD}{i}"]}]) for i in range(2)]
+
+    def take(file: Path, problems: str) -> ImportReport:
+        return import_traces(demo.MODEL, file, catalog=catalog, problems=str(tmp_path / f"{problems}-problems.jsonl"))
+
+    reports = [take(saying[0], "a"), take(saying[1], "a"), take(saying[0], "b")]
+    # The same question and answer of two files of problems are two problems: their sources have two names.
+    assert [(r.n_traces, r.n_existing) for r in reports] == [(1, 0)] * 3
+    runs = {run.run_id: run.engine_options or {} for run in catalog.runs()}
+    named = [{Path(runs[i][key]).name for i in r.run_ids for key in ("file", "problems")} for r in reports]
+    assert named == [{"0.jsonl", "a-problems.jsonl"}, {"1.jsonl", "a-problems.jsonl"}, {"0.jsonl", "b-problems.jsonl"}]
+    again = take(saying[0], "a")
+    assert (again.n_traces, again.n_existing, again.run_ids) == (0, 1, reports[0].run_ids)
+    assert len(catalog.runs()) == 3
+
+
+def test_what_a_manifest_says_otherwise_is_another_run_of_the_traces_that_are_new(tmp_path: Path) -> None:
+    path, catalog = tmp_path / "traces.jsonl", Catalog(tmp_path / "c.duckdb")
+    rows = [ASKED | {"generations": [f"<think>1 + 2</think>{i}"]} for i in range(3)]
+
+    def take(n: int, **told: int) -> ImportReport:
+        (tmp_path / "rac_manifest.json").write_text(json.dumps(told))
+        return import_traces(demo.MODEL, lines(path, rows), catalog=catalog, limit=n)
+
+    first, longer, seeded = (take(1, max_new_tokens=60), take(2, max_new_tokens=90), take(3, max_new_tokens=90, seed=7))
+    assert [(r.n_traces, r.n_existing) for r in (first, longer, seeded)] == [(1, 0), (1, 1), (1, 2)]
+    sql = "SELECT r.max_tokens, r.seed, count(*) FROM runs r JOIN traces t USING (run_id) GROUP BY ALL ORDER BY ALL"
+    assert catalog.query(sql).rows == [(60, 0, 1), (90, 0, 1), (90, 7, 1)]
+    nothing_new = take(3, max_new_tokens=120)
+    assert (nothing_new.n_existing, nothing_new.run_ids) == (3, ())  # no run of the catalog says 120
+    assert len(catalog.runs()) == 3
+
+
 @pytest.fixture(scope="module")
 def r1_style(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with a template that opens the thinking itself."""
@@ -317,6 +354,23 @@ def test_what_was_read_before_a_file_breaks_off_is_kept(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="row 2 is not JSON"):
         import_traces(demo.MODEL, path, catalog=tmp_path / "c.duckdb")
     assert Catalog(tmp_path / "c.duckdb").query("SELECT response FROM trace").rows == [("3",)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"max_new_tokens": 1e400}', '{"max_new_tokens": 4294967296}', '{"max_new_tokens": -1}',
+        '{"seed": 1000000000000000000000000000000}',
+        '{"temperature": NaN}', '{"top_p": "x"}', '{"model_path": 5}', '{"system_prompt": ["x"]}', "[]",
+        "[" * 100_000, "{",
+    ],
+)  # fmt: skip
+def test_a_manifest_beside_traces_that_makes_no_sense_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rac_manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"cannot read .*rac_manifest\.json: .*; repair it or take it away") as caught:
+        run(tmp_path, [ASKED | {"generations": [GOOD]}])
+    assert "\n" not in str(caught.value)
+    assert not Catalog(tmp_path / "c.duckdb").exists()
 
 
 def test_a_file_without_one_trace_is_an_error_that_quotes_the_first_row(tmp_path: Path) -> None:
@@ -452,15 +506,12 @@ def import_from_hub(spec: str, catalog: Path) -> ImportReport:
 
 
 @pytest.mark.slow
-def test_a_dataset_on_the_hub_is_imported_at_its_commit(tmp_path: Path) -> None:
+def test_a_dataset_on_the_hub_is_imported_at_its_commit(hub: LocalHub, client: Client, tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": GOOD}]}
     table = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([{**row, "num_tokens": 9, "source": "x"}]), table)
-    with LocalHub() as hub:
-        hub.create("org/mixture")
-        sha = hub.commit("org/mixture", {"data/train-00000-of-00001.parquet": table.getvalue().to_pybytes()})
-        with hub.client(tmp_path / "home") as client:
-            report = client(import_from_hub, "hf:org/mixture", tmp_path / "c.duckdb")
+    sha = hub.commit("org/mixture", {"data/train-00000-of-00001.parquet": table.getvalue().to_pybytes()})
+    report = client(import_from_hub, "hf:org/mixture", tmp_path / "c.duckdb")
     assert report.n_traces == 1
     (source,) = Catalog(tmp_path / "c.duckdb").sources()
     assert (source.kind, source.revision, source.name) == ("hub", str(sha), "org/mixture:train")

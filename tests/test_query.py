@@ -79,7 +79,7 @@ filters = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(filters)
 def test_a_filter_takes_exactly_the_rows_that_python_would(
     all_rows: list[dict[str, Any]], catalog: Catalog, asked: Filter

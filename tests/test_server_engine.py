@@ -25,12 +25,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server_double import EOS, Double, at_most, at_random, drop_connection, for_seed, served_ids, status
 
+from calset import cli
 from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, wire
 from calset.builder.engines.server import Patience
 from calset.builder.generate import build
 from calset.builder.model_info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
-from calset.errors import EngineError, InputError
+from calset.errors import EngineError, EngineWarning, InputError
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 QUICK = {"backoff": 0.05, "probe_every": 0.1, "connect_timeout": 2.0}
@@ -692,6 +693,37 @@ def test_what_a_server_cannot_do_is_kept_as_an_error_that_can_be_run_again(doubl
     double.faults = []
     again = run_build(retry=["error"])
     assert (again.n_new, again.verdicts.get("error", 0)) == (bad, 0)
+
+
+def test_what_went_wrong_with_servers_is_said_before_the_error_that_ends_a_build(doubles, tiny_model, tmp_path, capsys):
+    a, b = doubles(seconds=0.03), doubles(seconds=0.03)
+
+    def die(event: Any) -> None:
+        if event.saved:
+            a.die()
+            b.die()
+
+    def run_build() -> Any:
+        return build(
+            tiny_model,
+            "gym:chain_sum?size=40",
+            samples=6,
+            catalog=tmp_path / "c.duckdb",
+            engine=f"{a.url},{b.url}",
+            max_tokens=64,
+            graders=1,
+            concurrency=2,
+            commit_every_seconds=0.2,
+            engine_options=QUICK | {"failures": 2},
+            progress=die,
+        )
+
+    with pytest.warns(EngineWarning) as warned, pytest.raises(EngineError, match="no server is left"):
+        run_build()
+    said = " ".join(str(one.message) for one in warned)
+    assert any(double.url in said for double in (a, b))
+    cli._warn(warned[0].message, EngineWarning, "generate.py", 1)
+    assert capsys.readouterr().err.startswith("Warning: ")  # and not with a file and a line of code
 
 
 # --- a real vLLM server -----------------------------------------------------------------------------------------

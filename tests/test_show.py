@@ -175,3 +175,15 @@ def test_bands_of_rows_in_memory_are_those_of_the_statistics(catalog: Catalog) -
     assert tuple(label for _, label in length_bands(lengths)) == stats(catalog).length_bands
     assert [label for _, label in length_bands(range(1, 9))] == ["1..2", "3..4", "5..6", "7..8"]
     assert length_bands([]) == []
+
+
+def test_the_grade_of_an_earlier_attempt_is_an_earlier_grade(tmp_path: Path) -> None:
+    catalog, problem, run = Catalog(tmp_path / "c.duckdb"), make_problem(1), make_run()
+    old = make_trace(problem, run, finish_reason="length")
+    catalog.add_run(run)
+    catalog.record([old], [make_grade(old, "truncated")], problems=[problem])
+    catalog.record([replace(old, attempt=1, finish_reason="stop")], [])  # an ungraded build ran it again
+    row = catalog.trace(old.trace_id)
+    assert ("verdict", "ungraded") in show.facts(row)
+    (earlier,) = (rows for title, _, rows in show.tables(row) if title == "earlier grades")
+    assert [(attempt, verdict) for attempt, _, _, verdict, *_ in earlier] == [(0, "truncated")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -370,7 +371,7 @@ def test_a_folder_that_is_not_an_export_says_why(catalog: Catalog, subset: Subse
         ).fetchall()
     expected = {
         newer: "manifest schema 2, this calset knows 1",
-        missing: "lacks 'seed'",
+        missing: "missing required field `seed`",
         unnamed: "cannot name a subset",
         cut: "cannot read",
         nothing: "not an exported subset",
@@ -470,3 +471,23 @@ def test_no_folder_of_the_building_machine_is_in_the_engine_options(tmp_path: Pa
     (made,) = json.loads((export(catalog, "all@1", tmp_path / "out") / "manifest.json").read_text())["runs"]
     assert made["engine_options"] == {"download_dir": "hub", "nested": {"files": ["a.jsonl", "plain"]}, "n": 2}
     assert made["command"] == "calset build --engine-option download_dir=hub"
+
+
+def test_no_secret_of_an_engine_is_in_a_manifest(tmp_path: Path) -> None:
+    options = {"hf_token": "hf_abc", "nested": {"API_KEY": "sk-1"}, "tokenizer": "org/t", "token_ids": "kept", "n": 2}
+    catalog, run, problem = Catalog(tmp_path / "c.duckdb"), make_run(), make_problem(0)
+    command = "calset build --engine http://me:pa55@host:8000/v1,https://t0ken@other --engine-option hf_token=hf_abc"
+    trace = make_trace(problem, replace(run, engine_options=options, command=f"{command} --api-key=sk-1"))
+    catalog.add_source(replace(make_source(), spec="hf:me/x?text=a@b"))
+    catalog.add_run(replace(run, engine_options=options, command=f"{command} --api-key=sk-1"))
+    catalog.record([trace], [make_grade(trace)], problems=[problem])
+    select(catalog, "all", "rac")
+    text = (export(catalog, "all@1", tmp_path / "out") / "manifest.json").read_text()
+    assert not [secret for secret in ("hf_abc", "sk-1", "pa55", "t0ken@") if secret in text]
+    (made,) = json.loads(text)["runs"]
+    hidden = {"hf_token": "***", "nested": {"API_KEY": "***"}}
+    assert made["engine_options"] == {**options, **hidden}
+    assert shlex.split(made["command"])[2:] == [
+        "--engine", "http://***@host:8000/v1,https://***@other", "--engine-option", "hf_token=***", "--api-key=***",
+    ]  # fmt: skip
+    assert json.loads(text)["sources"][0]["spec"] == "hf:me/x?text=a@b"

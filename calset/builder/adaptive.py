@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from calset.builder.beliefs import Beliefs, State
 from calset.builder.schedule import Opened, Unit
 from calset.builder.stopping import StoppingRule, stratum
 from calset.catalog.recipes import Candidate, Recipe, get_recipe, rank
-from calset.catalog.records import JUDGED, Decision, Trace
+from calset.catalog.records import JUDGED, Decision, Problem, Trace
 from calset.errors import InputError
 
 
@@ -60,6 +60,19 @@ class Target:
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
 
+    def rule(self, samples: int) -> StoppingRule:
+        """When a problem of at most so many samples is stopped.
+
+        Raises:
+            InputError: too few samples, or too many, or a confidence out of range.
+        """
+        if (self.recipe.min_k or 0) > samples:
+            raise InputError(
+                f"recipe {self.recipe.name} wants problems with {self.recipe.min_k} judged traces, more than samples "
+                f"({samples})"
+            )
+        return StoppingRule(self.recipe.difficulty, samples, self.confidence)
+
     @property
     def wanted(self) -> int:
         """The need, in samples or in tokens."""
@@ -90,8 +103,11 @@ class _Sample:
 class _Open:
     """A problem that has not all its samples, and is not stopped."""
 
-    opened: Opened
+    problem: Problem
+    decided: tuple[str, int] | None  # see Opened
     stratum: str
+    # None while it is put off: of thousands that are, and may never be needed, the prompts would fill the memory.
+    prompt_ids: tuple[int, ...] | None
     samples: dict[int, _Sample] = field(default_factory=dict)
     flying: int = 0  # handed out, or about to be
     n_correct: int = 0
@@ -99,7 +115,7 @@ class _Open:
 
     @property
     def problem_id(self) -> str:
-        return self.opened.problem.problem_id
+        return self.problem.problem_id
 
     @property
     def unjudged(self) -> int:
@@ -118,15 +134,21 @@ class _Open:
 class AdaptiveSchedule:
     """The least price goes first, a fresh problem's among them, until the recipe has what it needs; a ``Schedule``."""
 
-    def __init__(self, opened: Iterator[Opened], key: str, samples: int, target: Target, *, seed: int = 0) -> None:
-        recipe = target.recipe
-        self._rule = StoppingRule(recipe.difficulty, samples, target.confidence)
+    def __init__(
+        self,
+        opened: Iterator[Opened],
+        key: str,
+        samples: int,
+        target: Target,
+        *,
+        render: Callable[[Problem], tuple[int, ...]],
+        seed: int = 0,
+    ) -> None:
+        """``render`` gives a problem's prompt again, as ``opened`` did."""
+        self._render = render
+        self._rule = target.rule(samples)
         self._beliefs = Beliefs(self._rule)
-        if (recipe.min_k or 0) > samples:
-            raise InputError(
-                f"recipe {recipe.name} wants problems with {recipe.min_k} judged traces, more than samples ({samples})"
-            )
-        self._recipe = recipe.with_options(samples=None, tokens=None, min_k=samples)
+        self._recipe = target.recipe.with_options(samples=None, tokens=None, min_k=samples)
         self._source, self._key, self._samples, self._target, self._seed = opened, key, samples, target, seed
         self._changed = threading.Condition()
         self._open: dict[str, _Open] = {}
@@ -207,11 +229,13 @@ class AdaptiveSchedule:
     def _hand_out(self) -> Unit:
         one, index = self._sending.popleft()
         self._n_flying += 1
-        problem = one.opened.problem
-        return Unit(problem, one.opened.prompt_ids, index, ids.trace_id(problem.problem_id, self._key, index))
+        if one.prompt_ids is None:
+            one.prompt_ids = self._render(one.problem)
+        return Unit(one.problem, one.prompt_ids, index, ids.trace_id(one.problem_id, self._key, index))
 
     def _take_in(self, opened: Opened) -> None:
-        one = _Open(opened, stratum(opened.problem.source, len(opened.prompt_ids)))
+        kind = stratum(opened.problem.source, len(opened.prompt_ids))
+        one = _Open(opened.problem, opened.decided, kind, opened.prompt_ids)
         self._open[one.problem_id] = one
         for index, there in sorted(opened.existing.items()):
             if index < self._samples:
@@ -249,6 +273,7 @@ class AdaptiveSchedule:
             del self._open[one.problem_id]
         else:
             self._note(one, "continue", "open")
+            one.prompt_ids = None
             self._ready[one.state].append(one)
 
     def _complete(self, one: _Open) -> None:
@@ -275,7 +300,7 @@ class AdaptiveSchedule:
         del self._open[one.problem_id]
 
     def _note(self, one: _Open, action: str, reason: str) -> None:
-        if one.opened.decided == (action, one.k):  # by the build that this one continues
+        if one.decided == (action, one.k):  # by the build that this one continues
             return
         prior = self._beliefs.prior(one.stratum)
         self._decisions.append(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings as python_warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from calset.builder.schedule import FixedSchedule, Schedule
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
 from calset.catalog.records import RunKind
-from calset.errors import InputError
+from calset.errors import EngineWarning, InputError
 
 if TYPE_CHECKING:
     from calset.builder.planning import PlanReport
@@ -144,32 +146,19 @@ def build(
         InputError: a bad model, source or option; found before the engine starts.
         EngineError: the engine did not start, or died; what finished is saved, the same call continues.
         CatalogError: the catalog cannot be written.
+
+    Warns:
+        EngineWarning: before an error, what the engine had noted, such as servers that it dropped.
     """
-    aim = _target(target, need, need_tokens, confidence, graded)
-    _check(samples, retry, engine, engine_options or {}, aim, concurrency, seed)
+    asked = dict(locals())
+    aim = _checked(asked, engine)
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    plan = _planned(
-        model,
-        problems,
-        store,
-        given={"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p},
-        columns={"question": question, "answer": answer, "grader": grader, "limit": limit},
-        template_options=template_options,
-        decontaminate=decontaminate,
-        samples=samples,
-        system_prompt=system_prompt,
-        max_tokens=max_tokens,
-        context=None if isinstance(engine, str) else engine.max_model_len,
-        kind=kind,
-        seed=seed,
-        retry=retry,
-        progress=_checking(progress),
-    )
+    plan = _planned(asked, store)
     excluded = Excluded()
     opened = plan.opened(store, excluded.add)
     schedule: Schedule
     if aim is not None:
-        schedule = AdaptiveSchedule(opened, plan.key, samples, aim, seed=seed)
+        schedule = AdaptiveSchedule(opened, plan.key, samples, aim, render=plan.prompt_ids, seed=seed)
     else:
         schedule = FixedSchedule(opened, plan.key, samples, max_tokens=plan.max_tokens, retry=retry)
     if graded:
@@ -204,7 +193,12 @@ def build(
                     f"vLLM is installed but cannot be imported, {running.name} ran instead; --engine vllm says why"
                 )
             work.generate(running, pool)
-            warnings += getattr(running, "warnings", [])
+            warnings += _said_by(running)
+        except Exception:
+            # No report will say them, and they may be why: which server was dropped, and for what.
+            for text in _said_by(running):
+                python_warnings.warn(text, EngineWarning, stacklevel=2)
+            raise
         finally:
             if isinstance(engine, str):
                 running.close()
@@ -215,35 +209,20 @@ def dry_run(
     model: str | Path,
     problems: str | Sequence[str],
     *,
-    samples: int = 4,
-    catalog: Catalog | str | Path | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    min_p: float | None = None,
-    max_tokens: int | None = None,
-    seed: int = 0,
-    system_prompt: str | None = None,
-    template_options: Mapping[str, Any] | None = None,
-    limit: int | None = None,
-    decontaminate: str | Sequence[str] = (),
-    kind: RunKind = "build",
-    question: str | None = None,
-    answer: str | None = None,
-    grader: str | None = None,
-    retry: Collection[str] = (),
     tokens_per_second: float | None = None,
     gpu: str | None = None,
     n_devices: int | None = None,
-    progress: Report | None = None,
+    **options: Any,
 ) -> PlanReport:
     """What ``build`` with these arguments would do and cost; starts no engine, writes nothing, needs no GPU.
+
+    With a ``target`` that is the most that it may do. vLLM and its options are not looked for: it need not be here.
 
     Args:
         tokens_per_second: completion tokens a second of all devices together; the table of measured rates when None.
         gpu: plan for this GPU (H100, H200, A100) instead of what is here.
         n_devices: GPUs in all; those that are here when None.
-        The others are ``build``'s.
+        options: ``build``'s.
 
     Raises:
         InputError: what ``build`` would refuse, or a rate that nothing tells.
@@ -251,25 +230,12 @@ def dry_run(
     from calset.builder.planning import estimate, length_history
     from calset.builder.provenance import hardware
 
-    _check(samples, retry, "transformers", {}, None, None, seed)
-    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    plan = _planned(
-        model,
-        problems,
-        store,
-        given={"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p},
-        columns={"question": question, "answer": answer, "grader": grader, "limit": limit},
-        template_options=template_options,
-        decontaminate=decontaminate,
-        samples=samples,
-        system_prompt=system_prompt,
-        max_tokens=max_tokens,
-        context=None,
-        kind=kind,
-        seed=seed,
-        retry=retry,
-        progress=_checking(progress),
-    )
+    bound = signature(build).bind(model, problems, **options)
+    bound.apply_defaults()
+    asked = bound.arguments
+    _checked(asked, None if asked["engine"] in ("auto", "vllm") else asked["engine"])
+    store = asked["catalog"] if isinstance(asked["catalog"], Catalog) else Catalog(asked["catalog"])
+    plan = _planned(asked, store)
     report = estimate(
         plan.info,
         plan.first_prompt_ids,
@@ -290,30 +256,54 @@ def dry_run(
     return replace(report, warnings=(*plan.warnings, *plan.existing.warnings, *said, *report.warnings))
 
 
-def _planned(
-    model: str | Path,
-    problems: str | Sequence[str],
-    store: Catalog,
-    *,
-    given: Mapping[str, float | None],
-    columns: Mapping[str, Any],
-    template_options: Mapping[str, Any] | None,
-    decontaminate: str | Sequence[str],
-    context: int | None,
-    **options: Any,
-) -> Plan:
-    """The checked plan of a build: ``given`` overrides the model's sampling, ``columns`` are ``open_problems``' own."""
-    sources = open_sources([problems] if isinstance(problems, str) else list(problems), store, **columns)
-    info = inspect(model, template_options=template_options)
+def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
+    """The checked plan of a build that was asked for with these arguments."""
+    problems, engine = asked["problems"], asked["engine"]
+    sources = open_sources(
+        [problems] if isinstance(problems, str) else list(problems),
+        store,
+        **{name: asked[name] for name in ("question", "answer", "grader", "limit")},
+    )
+    info = inspect(asked["model"], template_options=asked["template_options"])
+    given = {name: asked[name] for name in ("temperature", "top_p", "top_k", "min_p") if asked[name] is not None}
     return make_plan(
         info,
         sources,
         store,
-        sampling=replace(info.sampling, **{name: value for name, value in given.items() if value is not None}),
-        limit=None if context is None else min(info.max_model_len, context),
-        decontaminator=_decontaminator(decontaminate),
-        **options,
+        sampling=replace(info.sampling, **given),  # the model's own, where nothing else is asked
+        limit=None if isinstance(engine, str) else min(info.max_model_len, engine.max_model_len),
+        decontaminator=_decontaminator(asked["decontaminate"]),
+        progress=_checking(asked["progress"]),
+        **{name: asked[name] for name in ("samples", "system_prompt", "max_tokens", "kind", "seed", "retry")},
     )
+
+
+def _checked(asked: Mapping[str, Any], engine: str | Engine | None) -> Target | None:
+    """The target of a build that was asked for with these arguments, all checked that can be without its model.
+
+    Args:
+        engine: whose options are checked; None where it need not be here.
+
+    Raises:
+        InputError: naming the argument.
+    """
+    aim = _target(*(asked[name] for name in ("target", "need", "need_tokens", "confidence", "graded")))
+    samples, seed, concurrency, retry = (asked[name] for name in ("samples", "seed", "concurrency", "retry"))
+    if not 1 <= samples <= MAX_SAMPLES:
+        raise InputError(f"samples must be at least 1 and at most {MAX_SAMPLES:,}, not {samples}")
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed must be a whole number of at most 63 bits, not {seed}")
+    if concurrency is not None and concurrency < 1:
+        raise InputError(f"concurrency must be at least 1, not {concurrency}")
+    if unknown := sorted(set(retry) - set(RETRIES)):
+        raise InputError(f"retry takes {' and '.join(RETRIES)}, not {unknown[0]!r}")
+    if aim is not None:
+        aim.rule(samples)
+        if retry:
+            raise InputError("retry and target do not go together: run the retries first, without a target")
+    if isinstance(engine, str):
+        check_options(resolve_engine(engine), asked["engine_options"] or {})
+    return aim
 
 
 def _target(
@@ -334,29 +324,6 @@ def _target(
     return Target.of(target, **given)
 
 
-def _check(
-    samples: int,
-    retry: Collection[str],
-    engine: str | Engine,
-    options: Mapping[str, Any],
-    target: Target | None,
-    concurrency: int | None,
-    seed: int,
-) -> None:
-    if not 1 <= samples <= MAX_SAMPLES:
-        raise InputError(f"samples must be at least 1 and at most {MAX_SAMPLES:,}, not {samples}")
-    if not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed must be a whole number of at most 63 bits, not {seed}")
-    if concurrency is not None and concurrency < 1:
-        raise InputError(f"concurrency must be at least 1, not {concurrency}")
-    if unknown := sorted(set(retry) - set(RETRIES)):
-        raise InputError(f"retry takes {' and '.join(RETRIES)}, not {unknown[0]!r}")
-    if target is not None and retry:
-        raise InputError("retry and target do not go together: run the retries first, without a target")
-    if isinstance(engine, str):
-        check_options(resolve_engine(engine), options)
-
-
 def _decontaminator(sources: str | Sequence[str]) -> Decontaminator | None:
     if not sources:
         return None
@@ -375,6 +342,11 @@ def _running(
     if engine.loaded != info.revision:
         engine.load_weights(info.folder, info.revision)
     return engine
+
+
+def _said_by(engine: Engine) -> list[str]:
+    """What an engine noted while it ran, of those that note anything."""
+    return list(getattr(engine, "warnings", ()))
 
 
 def _checking(progress: Report | None) -> Callable[[int], None] | None:

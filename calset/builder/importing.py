@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import sys
 import time
@@ -35,7 +36,7 @@ from calset.builder.tracefiles import Columns, Draft, RowError, drafts
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Grade, Problem, Run, Source, Trace
 from calset.datafiles import ROW_TYPES, count_rows, list_files, read_rows
-from calset.errors import InputError
+from calset.errors import InputError, first_line
 from calset.hubfiles import PREFIX, open_dataset
 from calset.specs import parse
 
@@ -73,7 +74,7 @@ class ImportReport:
     bad: tuple[BadRow, ...]  # the first ones
     verdicts: Mapping[str, int]
     finish_reasons: Mapping[str, int]
-    run_ids: tuple[str, ...]
+    run_ids: tuple[str, ...]  # of the catalog's runs that these traces belong to, old ones and new
     seconds: float
     warnings: tuple[str, ...] = ()
 
@@ -212,6 +213,17 @@ class _Manifest:
     seed: int = 0
     sampling: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("model", "system_prompt"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} is no text but {getattr(self, name)!r:.80}")
+        if self.max_tokens is not None and not 0 < self.max_tokens < 2**31:
+            raise ValueError(f"max_new_tokens is {self.max_tokens!r:.80}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError("seed has more than 63 bits")
+        if not all(math.isfinite(value) for value in self.sampling.values()):
+            raise ValueError("temperature or top_p is no number")
+
 
 def _manifest(path: Path) -> _Manifest:
     beside = path.with_name(MANIFEST)
@@ -226,8 +238,8 @@ def _manifest(path: Path) -> _Manifest:
             seed=int(found.get("seed") or 0),
             sampling={name: float(found[name]) for name in ("temperature", "top_p") if found.get(name) is not None},
         )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"cannot read {beside}: {error}; repair it or take it away") from error
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(f"cannot read {beside}: {first_line(error)}; repair it or take it away") from error
 
 
 # --- the work ----------------------------------------------------------------------------------------------------
@@ -369,7 +381,7 @@ class _Import:
         matched = problem is not None
         if problem is None:
             problem = self._new_problem(draft, found, source, where)
-        run = self._run_of(found, source, manifest)
+        run = self._run_of(found, place.source, source if matched else None, manifest)
         trace = self._trace(found, problem, run, draft)
         self._problems.add(int(problem.problem_id, 16))
         return _Unit(trace, problem, run, source, bool(problem.answer), matched)
@@ -387,8 +399,13 @@ class _Import:
             metadata=draft.metadata,
         )
 
-    def _run_of(self, found: Recovered, source: Source, manifest: _Manifest) -> Run:
-        """The run of traces that are alike in all but their problem; made once."""
+    def _run_of(self, found: Recovered, file: Source, problems: Source | None, manifest: _Manifest) -> Run:
+        """The run of traces that are alike in all but their problem; made once.
+
+        Args:
+            file: where the traces were read.
+            problems: where their problems were found, if not in the file.
+        """
         how = FROM_TEXT if found.from_text else FROM_FILE
         key = ids.generation_key(
             model=self._generated_by,
@@ -400,9 +417,14 @@ class _Import:
             kind=ENGINE,  # apart from what a build of the same model draws: its samples are counted from 0
             template_options=self._info.template_options,
         )
-        run_id = ids.digest("run", ENGINE, key, source.source_id, how)
+        told = {"file": file.spec, "revision": file.revision, "token_ids": how}
+        if problems is not None:
+            told |= {"problems": problems.spec, "problems_revision": problems.revision}
+        # All that a run says of itself besides its key: of two imports that differ in it, none speaks for the other.
+        said = (file.source_id, problems and problems.source_id, how, manifest.max_tokens, manifest.seed)
+        run_id = ids.digest("run", ENGINE, key, *said)
         if run_id not in self._runs:
-            self._runs[run_id] = self._new_run(run_id, key, found, source, manifest, how)
+            self._runs[run_id] = self._new_run(run_id, key, found, manifest, told)
         return self._runs[run_id]
 
     @property
@@ -410,7 +432,7 @@ class _Import:
         """The model's own, unless another one is said to have generated the traces: of that nothing is known."""
         return self._info.revision if self._generated_by == self._info.model else "unknown"
 
-    def _new_run(self, run_id: str, key: str, found: Recovered, source: Source, manifest: _Manifest, how: str) -> Run:
+    def _new_run(self, run_id: str, key: str, found: Recovered, manifest: _Manifest, told: Mapping[str, str]) -> Run:
         info = self._info
         return Run(
             run_id=run_id,
@@ -425,7 +447,7 @@ class _Import:
             max_tokens=manifest.max_tokens or info.max_model_len,
             seed=manifest.seed,
             engine=ENGINE,
-            engine_version=how,
+            engine_version=told["token_ids"],
             reasoning_format=info.reasoning.name,
             versions=versions(),
             hardware={},  # of the machine that generated them nothing is known
@@ -433,7 +455,7 @@ class _Import:
             model_path=str(info.folder.resolve()) if info.is_local else None,
             sampling_from=dict.fromkeys(manifest.sampling, MANIFEST),
             template_options=dict(info.template_options),
-            engine_options={"file": source.spec, "revision": source.revision, "token_ids": how},
+            engine_options=dict(told),
         )
 
     def _trace(self, found: Recovered, problem: Problem, run: Run, draft: Draft) -> Trace:
@@ -474,7 +496,7 @@ class _Import:
 
     def _submit(self, units: list[_Unit], pool: GradingPool) -> None:
         """Have what is new graded; what was submitted before the last batches is kept."""
-        there = self._there([unit.trace.trace_id for unit in units])
+        there = self._there("traces", "trace_id", [unit.trace.trace_id for unit in units])
         fresh = [unit for unit in units if unit.trace.trace_id not in there]
         self._counts["existing"] += len(units) - len(fresh)
         futures = [
@@ -484,11 +506,12 @@ class _Import:
         while len(self._pending) > PENDING_BATCHES:
             self._commit()
 
-    def _there(self, trace_ids: Sequence[str]) -> set[str]:
-        if not trace_ids or not self._store.exists():
+    def _there(self, table: str, key: str, wanted: Sequence[str]) -> set[str]:
+        """Which of the keys a table of the catalog holds."""
+        if not wanted or not self._store.exists():
             return set()
-        sql = "SELECT DISTINCT trace_id FROM traces WHERE trace_id IN (SELECT unnest(?::VARCHAR[]))"
-        return {row["trace_id"] for row in self._store.rows(sql, [list(trace_ids)])}
+        sql = f"SELECT DISTINCT {key} FROM {table} WHERE {key} IN (SELECT unnest(?::VARCHAR[]))"
+        return {row[key] for row in self._store.rows(sql, [list(wanted)])}
 
     def _commit(self) -> None:
         batch = self._pending.popleft()
@@ -546,7 +569,7 @@ class _Import:
             bad=tuple(self.bad),
             verdicts=dict(self._tally.verdicts),
             finish_reasons=dict(self._tally.finish_reasons),
-            run_ids=tuple(self._runs),
+            run_ids=tuple(sorted(self._kept_runs | self._there("runs", "run_id", list(self._runs)))),
             seconds=seconds,
             warnings=tuple(self._warnings()),
         )

@@ -74,6 +74,10 @@ class Plan:
     def n_todo(self) -> int:
         return self.n_requested - self.existing.n + self.existing.again
 
+    def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
+        """A problem's prompt as the model is served it."""
+        return self.info.prompt_ids(problem.question, self.system_prompt)
+
     def problems(self, leave_out: LeaveOut | None = None) -> Iterator[Problem]:
         """The problems of all sources in order, each once; an excluded one goes to ``leave_out`` with the evidence."""
         for problem in unique(self.sources):
@@ -91,9 +95,8 @@ class Plan:
             found = {} if fresh else patiently(lambda names=names: store.attempts(self.key, names))
             decided = {} if fresh else patiently(lambda names=names: store.last_decisions(self.key, names))
             for problem in block:
-                prompt = self.info.prompt_ids(problem.question, self.system_prompt)
                 name = problem.problem_id
-                yield Opened(problem, prompt, found.get(name, {}), decided.get(name))
+                yield Opened(problem, self.prompt_ids(problem), found.get(name, {}), decided.get(name))
 
 
 def unique(sources: Sequence[ProblemSource]) -> Iterator[Problem]:

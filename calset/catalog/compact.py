@@ -38,12 +38,15 @@ class Compacted:
 def compact(catalog: Catalog | str | Path) -> Compacted:
     """Rewrite a catalog without the space that it no longer needs. It needs as much free space as the result.
 
+    What somebody added to the file (tables, views, macros, sequences, indexes, types, schemas) stays in it.
+
     Nobody can write to the catalog or open it meanwhile; who waits longer than its own lock timeout is told the PID.
 
     Raises:
         InputError: no catalog, or a folder that cannot be written.
         CatalogLocked: others held the file for ``lock_timeout`` seconds.
-        CatalogError: no space left, or the copy does not hold what the file does; the old file stays.
+        CatalogError: no space left, something added that cannot be copied, or a copy that does not hold what the file
+            does; the old file stays.
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     path = Path(os.path.realpath(catalog.path))  # a link stays a link
@@ -67,25 +70,23 @@ def compact(catalog: Catalog | str | Path) -> Compacted:
 
 
 def _copy(con: duckdb.DuckDBPyConnection, draft: Path) -> dict[str, int]:
-    """All tables and views of the attached ``old`` in a new database file; returns the rows of each table."""
+    """All that the attached ``old`` holds, in a new database file; returns the rows of each table.
+
+    Rows go in table by table and not with COPY FROM DATABASE: a migrated table has its columns in another order.
+    """
     # One thread: with more, each writes blocks of its own and a fifth of the file stays empty (measured).
     con.execute("SET threads = 1")
     con.execute(f"ATTACH {quoted(draft)} AS new (STORAGE_VERSION 'v1.5.0')")
     try:
-        names = "SELECT table_name FROM duckdb_tables() WHERE database_name = 'old' AND NOT internal"
-        tables = sorted(name for (name,) in con.execute(names).fetchall())
-        rows = {table: _copy_table(con, table) for table in tables}
-        con.execute("USE new")
-        for view in schema.VIEWS:
-            con.execute(schema.create_view(view))
-        _copy_own_views(con)
-        con.execute("USE memory")
+        _copy_schema(con)
+        rows = _copy_rows(con)
         con.execute("CHECKPOINT new")
         for table, n in rows.items():
-            ((copied,),) = con.execute(f'SELECT count(*) FROM new."{table}"').fetchall()
-            if copied != n:
-                raise CatalogError(f"the copy has {copied} rows of {table} where the catalog has {n}: it was dropped")
-        return rows
+            if (copied := _count(con, "new", *table)) != n:
+                raise CatalogError(
+                    f"the copy has {copied} rows of {_shown(*table)} where the catalog has {n}: it was dropped"
+                )
+        return {_shown(*table): n for table, n in rows.items()}
     finally:
         with suppress(duckdb.Error):
             con.execute("USE memory")
@@ -93,36 +94,126 @@ def _copy(con: duckdb.DuckDBPyConnection, draft: Path) -> dict[str, int]:
             con.execute("DETACH new")
 
 
-def _copy_table(con: duckdb.DuckDBPyConnection, table: str) -> int:
-    ((n,),) = con.execute(f'SELECT count(*) FROM old."{table}"').fetchall()
-    if table in schema.TABLES:
+def _copy_schema(con: duckdb.DuckDBPyConnection) -> None:
+    """Everything but rows: calset's tables and views as they are made today, what somebody added as it is.
+
+    Raises:
+        CatalogError: naming something that cannot be kept.
+    """
+    try:
+        con.execute("COPY FROM DATABASE old TO new (SCHEMA)").fetchall()
         con.execute("USE new")
-        con.execute(schema.create_table(table))
+        for table in schema.TABLES:
+            con.execute(schema.create_table(table).replace("CREATE TABLE", "CREATE OR REPLACE TABLE", 1))
+        for view in schema.VIEWS:
+            con.execute(schema.create_view(view))
         con.execute("USE memory")
-        con.execute(f'INSERT INTO new."{table}" BY NAME FROM old."{table}"').fetchall()
-    else:  # somebody's own
-        con.execute(f'CREATE TABLE new."{table}" AS FROM old."{table}"').fetchall()
+        kept = _entries(con, "new")
+        # Those on calset's own tables went with the tables' old form.
+        for entry, sql in _entries(con, "old").items():
+            if entry not in kept and entry[0] == "index" and sql:
+                con.execute("USE new")
+                con.execute(sql)
+                con.execute("USE memory")
+    except duckdb.Error as error:
+        raise CatalogError(f"{_added(con)}, and it cannot be copied ({first_line(error)}): {_ADVICE}") from error
+    lost = sorted(_entries(con, "old").keys() - _entries(con, "new").keys())
+    if lost:
+        kind, name, _ = lost[0]
+        raise CatalogError(f"the {kind} {name}, which is not calset's, cannot be kept: {_ADVICE}")
+
+
+_ADVICE = "drop it, or leave the catalog as it is; nothing was changed"
+# What a database may hold besides rows: (kind, name, which of several of one name) -> its SQL, where DuckDB has it.
+_ENTRIES = """
+    SELECT 'schema', schema_name, '', NULL FROM duckdb_schemas() WHERE database_name = $db AND NOT internal
+    UNION ALL SELECT 'table', concat_ws('.', schema_name, table_name), '', sql
+    FROM duckdb_tables() WHERE database_name = $db AND NOT internal
+    UNION ALL SELECT 'column', concat_ws('.', schema_name, table_name, column_name), '', NULL
+    FROM duckdb_columns() SEMI JOIN duckdb_tables() USING (database_name, schema_name, table_name)
+    WHERE database_name = $db AND NOT internal
+    UNION ALL SELECT 'view', concat_ws('.', schema_name, view_name), '', sql
+    FROM duckdb_views() WHERE database_name = $db AND NOT internal
+    UNION ALL SELECT 'macro', concat_ws('.', schema_name, function_name),
+        concat_ws(' ', function_type, parameters, macro_definition), NULL
+    FROM duckdb_functions() WHERE database_name = $db AND NOT internal
+    UNION ALL SELECT 'sequence', concat_ws('.', schema_name, sequence_name), '', sql
+    FROM duckdb_sequences() WHERE database_name = $db
+    UNION ALL SELECT 'index', concat_ws('.', schema_name, index_name), '', sql
+    FROM duckdb_indexes() WHERE database_name = $db
+    UNION ALL SELECT 'type', concat_ws('.', schema_name, type_name), '', NULL
+    FROM duckdb_types() WHERE database_name = $db AND NOT internal
+"""
+
+
+def _entries(con: duckdb.DuckDBPyConnection, database: str) -> dict[tuple[str, str, str], str | None]:
+    rows = con.execute(_ENTRIES, {"db": database}).fetchall()
+    return {(kind, name, which): sql for kind, name, which, sql in rows}
+
+
+def _added(con: duckdb.DuckDBPyConnection) -> str:
+    """What somebody added to the catalog, in words."""
+    calsets = {f"main.{name}" for name in (*schema.TABLES, *schema.VIEWS)}
+    entries = (entry for entry in _entries(con, "old") if entry[0] != "column")
+    added = sorted({f"the {kind} {name}" for kind, name, _ in entries if name not in calsets})
+    return f"the catalog holds more than calset made: {', '.join(added[:5])}{', ...' if len(added) > 5 else ''}"
+
+
+def _copy_rows(con: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], int]:
+    """The rows of all tables; those of a table that refers to another come after the other's."""
+    names = "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = 'old' AND NOT internal"
+    left = sorted(con.execute(names).fetchall())
+    rows: dict[tuple[str, str], int] = {}
+    while left:
+        failed: dict[tuple[str, str], duckdb.Error] = {}
+        for table in left:
+            try:
+                con.execute(_insert(con, *table)).fetchall()
+                rows[table] = _count(con, "old", *table)
+            except duckdb.ConstraintException as error:
+                failed[table] = error
+        if len(failed) == len(left):
+            table, error = next(iter(failed.items()))
+            raise CatalogError(
+                f"the table {_shown(*table)} cannot be copied ({first_line(error)}): {_ADVICE}"
+            ) from error
+        left = list(failed)
+    return rows
+
+
+def _insert(con: duckdb.DuckDBPyConnection, schema_name: str, table: str) -> str:
+    """The statement that copies a table's rows, by the names of all columns that can be written."""
+    sql = (
+        "SELECT column_name, column_default FROM duckdb_columns() "
+        "WHERE database_name = 'old' AND schema_name = ? AND table_name = ?"
+    )
+    defaults = dict(con.execute(sql, [schema_name, table]).fetchall())
+    place = _place("old", schema_name, table)
+    # Of a generated column DESCRIBE has no default and duckdb_columns() its expression; 1.5 says it in no other way.
+    listed = ", ".join(
+        _name(column)
+        for column, _, _, _, default, _ in con.execute(f"DESCRIBE {place}").fetchall()
+        if defaults[column] == default
+    )
+    return f"INSERT INTO {_place('new', schema_name, table)} ({listed}) SELECT {listed} FROM {place}"
+
+
+def _count(con: duckdb.DuckDBPyConnection, database: str, schema_name: str, table: str) -> int:
+    ((n,),) = con.execute(f"SELECT count(*) FROM {_place(database, schema_name, table)}").fetchall()
     return n
 
 
-def _copy_own_views(con: duckdb.DuckDBPyConnection) -> None:
-    """Views that somebody added to the catalog, in the database in use; one may rest on another."""
-    sql = "SELECT view_name, sql FROM duckdb_views() WHERE database_name = 'old' AND NOT internal ORDER BY view_name"
-    left = {name: text for name, text in con.execute(sql).fetchall() if name not in schema.VIEWS}
-    while left:
-        failed: dict[str, duckdb.Error] = {}
-        for name, text in left.items():
-            try:
-                con.execute(text)
-            except duckdb.Error as error:
-                failed[name] = error
-        if len(failed) == len(left):
-            name, error = next(iter(failed.items()))
-            raise CatalogError(
-                f"the view {name}, which is not calset's, cannot be copied ({first_line(error)}): drop it, or keep the "
-                "catalog as it is"
-            ) from error
-        left = {name: left[name] for name in failed}
+def _place(*names: str) -> str:
+    return ".".join(map(_name, names))
+
+
+def _name(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _shown(schema_name: str, table: str) -> str:
+    """A table as people call it."""
+    return table if schema_name == "main" else f"{schema_name}.{table}"
 
 
 def _remove(draft: Path) -> None:

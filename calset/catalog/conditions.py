@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import duckdb
@@ -17,21 +17,37 @@ from calset.errors import InputError
 
 # Values that SQL spells without parentheses. rowid is the order of insertion, which a copy need not keep.
 _VALUES = re.compile(r"current_\w+|localtime|localtimestamp|rowid", re.IGNORECASE)
-# DuckDB calls these CONSISTENT, yet they read the clock, depend on the order of rows (an ORDER BY inside may have
-# ties), or are promised to no other version (hash; md5 and sha256 are).
-_MISLABELLED = {
-    "age", "current_localtime", "current_localtimestamp", "any_value", "arbitrary", "first", "last",
-    "reservoir_quantile", "arg_max", "arg_min", "argmax", "argmin", "max_by", "min_by", "arg_max_null", "arg_min_null",
-    "arg_max_nulls_last", "arg_min_nulls_last", "mode", "histogram", "approx_quantile", "approx_top_k",
-    "approx_count_distinct", "list", "array_agg", "string_agg", "group_concat", "listagg", "hash",
+# DuckDB calls these CONSISTENT, yet they read the clock, differ between versions (hash does; md5 and sha256 do not),
+# or are macros that add floating-point numbers.
+_MISLABELLED = {"age", "current_localtime", "current_localtimestamp", "hash", "version", "geomean", "geometric_mean"}
+# The aggregates that give the same whatever the order of rows. All others are refused: most keep an order (an ORDER BY
+# inside may have ties), choose among equals, or add floating-point numbers.
+_ORDER_FREE = {
+    "count", "count_star", "count_if", "countif", "regr_count", "min", "max", "bool_and", "bool_or", "bit_and",
+    "bit_or", "bit_xor", "bitstring_agg", "median", "quantile", "quantile_cont", "quantile_disc", "mad",
 }  # fmt: skip
-_ORDERED_WINDOWS = {"row_number", "ntile", "lag", "lead", "first_value", "last_value", "nth_value"}
+# Free too, but only of whole numbers and decimals: of floating-point ones the last digit depends on the order of
+# adding, and so on the number of threads.
+_SUMS = {"sum", "sum_no_overflow", "avg", "mean"}
+_EXACT_TYPES = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "BOOLEAN", "DECIMAL"}
+_WHOLE_COLUMNS = {"sample_index", "attempt", "k", "n_prompt_tokens", "n_tokens", "n_reasoning_tokens", "max_tokens"}
+# The window functions that give equals the same. The others tell them apart by the order in which rows happen to come,
+# an ORDER BY or not: it may have ties.
+_RANKS = {"rank", "rank_dense", "dense_rank", "percent_rank", "cume_dist"}
+# ASOF takes one of several equally near rows, POSITIONAL goes by the rows' order.
+_JOINS = {"REGULAR", "NATURAL", "CROSS", "DEPENDENT"}
 # Any other table function tells about this process or its files, or runs SQL out of a string.
 _TABLE_FUNCTIONS = {"unnest", "range", "generate_series", "repeat", "json_each", "json_tree"}
 
 
-def require_stable(con: duckdb.DuckDBPyConnection, sql: str) -> None:
+def require_stable(
+    con: duckdb.DuckDBPyConnection, sql: str, *, views: Collection[str] = (), not_content: Collection[str] = ()
+) -> None:
     """Refuse a SELECT whose rows may differ from run to run over the same content.
+
+    Args:
+        views: those that are known to be stable; any other, DuckDB's own too, may say something else tomorrow.
+        not_content: tables that tell about the file and not about what it holds.
 
     Raises:
         InputError: naming what may not be used.
@@ -42,8 +58,12 @@ def require_stable(con: duckdb.DuckDBPyConnection, sql: str) -> None:
     if tree["error"]:
         raise InputError(f"--where cannot be checked: {str(tree.get('error_message')).splitlines()[0]}")
     unstable = _unstable_functions(con)
-    for node in _nodes(tree):
-        if found := _unstable(node, unstable):
+    nodes = list(_nodes(tree))
+    renamed = {str(name).lower() for node in nodes for name in _names_given(node)}
+    other = _views(con) - {name.lower() for name in views} | set(not_content)
+    for node in nodes:
+        found = _unstable(node, unstable) or _inexact(node, _WHOLE_COLUMNS - renamed) or _unknown(node, other)
+        if found:
             raise InputError(f"--where may not use {found}: a selection must be the same tomorrow")
 
 
@@ -64,8 +84,15 @@ def _unstable(node: dict[str, Any], functions: set[str]) -> str | None:
     kind, name = node.get("type"), str(node.get("function_name", "")).lower()
     if name in functions:
         return name
-    if name in _ORDERED_WINDOWS and not (node.get("orders") or node.get("arg_orders")):
-        return f"{name} without ORDER BY"
+    if node.get("class") == "WINDOW":
+        if name not in _RANKS | _ORDER_FREE | _SUMS:
+            return f"{name} as a window (rank() gives equals the same)"
+        if any(str(node.get(end)).endswith("_ROWS") for end in ("start", "end")):
+            return "a window of ROWS (one of RANGE takes equals together)"
+    if kind == "JOIN" and node.get("ref_type") not in _JOINS:
+        return f"{node.get('ref_type')} JOIN"
+    if kind == "OPERATOR_CAST" and "TIME ZONE" in _cast_type(node):
+        return "a time zone (it is the machine's)"
     if kind == "TABLE_FUNCTION":
         called = str(node.get("function", {}).get("function_name", "")).lower()
         return None if called in _TABLE_FUNCTIONS else called
@@ -78,15 +105,75 @@ def _unstable(node: dict[str, Any], functions: set[str]) -> str | None:
     return "SAMPLE" if node.get("sample") else None
 
 
+def _inexact(node: dict[str, Any], whole_columns: set[str]) -> str | None:
+    """A sum of what may be floating-point numbers, in the user's words."""
+    name = str(node.get("function_name", "")).lower()
+    if name not in _SUMS or all(_is_exact(argument, whole_columns) for argument in _arguments(node)):
+        return None
+    return f"{name} of what may be no whole number (median(x) or {name}(x::DECIMAL(18, 9)) is exact)"
+
+
+def _arguments(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of a call, as DuckDB 1.5 and as 2 write them."""
+    return [*node.get("children", ()), *(argument["expression"] for argument in node.get("arguments", ()))]
+
+
+def _is_exact(node: dict[str, Any], whole_columns: set[str]) -> bool:
+    """Whether an expression is surely a whole number or a decimal: a column of the view, a cast, a constant."""
+    if node.get("class") == "COLUMN_REF":
+        return str(node.get("column_names", [""])[-1]).lower() in whole_columns
+    if node.get("class") == "CAST":
+        return _cast_type(node) in _EXACT_TYPES
+    if node.get("class") == "CONSTANT":
+        there = node.get("value", {}).get("type", {}).get("id") or node.get("literal", {}).get("kind")
+        return str(there).upper() in _EXACT_TYPES
+    return False
+
+
+def _cast_type(node: dict[str, Any]) -> str:
+    """What a cast makes, as DuckDB 1.5 and as 2 write it."""
+    return str(node.get("cast_type", {}).get("id") or node.get("type_expr", {}).get("type_name")).upper()
+
+
+def _unknown(node: dict[str, Any], names: set[str]) -> str | None:
+    """A view or table that is no content of the catalog, in the user's words."""
+    if node.get("type") != "BASE_TABLE":
+        return None
+    name = str(node.get("table_name")).lower()
+    outside = str(node.get("schema_name")).lower() not in ("", "main")
+    return f"the view or table {name} (write what it selects)" if outside or name in names else None
+
+
+def _views(con: duckdb.DuckDBPyConnection) -> set[str]:
+    return {name for (name,) in con.execute("SELECT lower(view_name) FROM duckdb_views()").fetchall()}
+
+
+def _names_given(node: dict[str, Any]) -> list[Any]:
+    """Names that a query gives to columns of its own: they hide those of the view."""
+    return [node.get("alias"), *(node.get("column_name_alias") or ()), *(node.get("aliases") or ())]
+
+
 def _unstable_functions(con: duckdb.DuckDBPyConnection) -> set[str]:
-    """The functions that DuckDB does not call CONSISTENT, those it mislabels, and the macros that use one of them."""
-    rows = con.execute("SELECT lower(function_name), stability, lower(macro_definition) FROM duckdb_functions()")
-    macros, found = [], set(_MISLABELLED)
-    for name, stability, definition in rows.fetchall():
-        if definition is not None:
+    """The functions that DuckDB does not call CONSISTENT, those it mislabels, the aggregates that are not known to be
+    free of the rows' order, and the macros that use one of them."""
+    known = _ORDER_FREE | _SUMS | _RANKS
+    macros, found, zones, others = [], set(_MISLABELLED), set(), set()
+    for name, kind, stability, definition, internal, returned in con.execute(_FUNCTIONS).fetchall():
+        (zones if "TIME ZONE" in str(returned) else others).add(name)
+        if definition is not None and internal:
             macros.append((name, set(re.findall(r"\w+", definition))))
-        elif stability not in (None, "CONSISTENT"):
+            continue
+        # Of somebody's own macro a copy of the catalog may have another definition, or none.
+        steady = definition is None and stability in (None, "CONSISTENT")
+        if not steady or (kind == "aggregate" and name not in known):
             found.add(name)
+    found |= zones - others  # what makes nothing but moments of the machine's time zone
     # assert_true and json_group_object call error(), which only ever stops a query.
     unsure = found - {"error"} | {"current_timestamp", "current_user"}
     return found | {name for name, words in macros if words & unsure}
+
+
+_FUNCTIONS = """
+    SELECT lower(function_name), function_type, stability, lower(macro_definition), internal, return_type
+    FROM duckdb_functions()
+"""

@@ -14,22 +14,21 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
+from calset.catalog.manifest import MANIFEST_SCHEMA, fault, moment, read_manifest
 from calset.catalog.recipes import Kind
 from calset.catalog.records import Problem, Sample, Subset
-from calset.errors import CatalogError, InputError
+from calset.errors import CatalogError, InputError, first_line
 from calset.files import NO_SPACE
 from calset.jsonable import jsonable
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MANIFEST_SCHEMA = 1
 MANIFEST = "manifest.json"
 DATA = Path("data") / "train.parquet"
 _REQUIRED = ("sample_id", "kind", "problem_id", "trace_id", "input_ids", "n_prompt_tokens")
@@ -324,19 +323,27 @@ def _without_folders(command: str) -> str:
 
 
 def _bare(value: Any) -> Any:
-    """A JSON-able value, the full paths in it names only."""
+    """A JSON-able value, the full paths in it names only, and no secret in it."""
     if isinstance(value, dict):
-        return {key: _bare(item) for key, item in value.items()}
+        return {key: HIDDEN if _SECRET.search(key) and item else _bare(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_bare(item) for item in value]
     return _without_folder(value) if isinstance(value, str) else value
 
 
+# What an engine may be given that is nobody else's business: hf_token, api_key, VLLM_API_KEY, ...
+_SECRET = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|api_?key)$", re.IGNORECASE)
+HIDDEN = "***"
+
+
 def _without_folder(word: str) -> str:
-    """A word, its full path (``/home/me/x``, ``~/x``, ``--option=/home/me/x``, ``file:///x``) cut to the name."""
+    """A word as others may see it: its full path (``/home/me/x``, ``~/x``, ``--option=/home/me/x``, ``file:///x``) cut
+    to the name, and no secret (``hf_token=...``, ``http://me:password@host``) in it."""
     option, equals, value = word.partition("=") if re.match(r"-|\w+=", word) else ("", "", word)
-    path = value.removeprefix("file://")
-    return f"{option}{equals}{Path(path).name}" if path.startswith(("/", "~")) else word
+    if equals and _SECRET.search(option):
+        return f"{option}={HIDDEN}"
+    path = re.sub(r"(\w://)[^/\s,@]*@", rf"\1{HIDDEN}@", value).removeprefix("file://")
+    return f"{option}{equals}{Path(path).name if path.startswith(('/', '~')) else path}"
 
 
 def read_directory(path: str | Path) -> Subset:
@@ -362,60 +369,40 @@ def read_subset(
     Raises:
         InputError: a manifest or rows that are none, or rows that do not have the manifest's content hash.
     """
+    if wrong := fault(manifest):
+        raise InputError(f"{where} is not a calset manifest ({wrong}): export the subset again")
+    subsets.check_name(manifest["name"])
     samples = [sample for path in data for sample in _read_samples(path)]
-    try:
-        subset = Subset(
-            name=subsets.check_name(manifest["name"]),
-            version=int(manifest["version"]),
-            content_hash=manifest["content_hash"],
-            recipe=dict(manifest["recipe"]),
-            seed=int(manifest["seed"]),
-            model=manifest["model"],
-            model_revision=manifest["model_revision"],
-            tokenizer_hash=manifest["tokenizer_hash"],
-            samples=samples,
-            pool=dict(manifest.get("pool", {})),
-            warnings=list(manifest.get("warnings", [])),
-            created_at=datetime.fromisoformat(manifest["created_at"]),
-            origin=_origin(manifest, hub),
-        )
-    except KeyError as error:
-        raise InputError(f"{where} lacks {error}: export the subset again") from error
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where} is not a calset manifest ({error}): export the subset again") from error
+    subset = Subset(
+        name=manifest["name"],
+        version=manifest["version"],
+        content_hash=manifest["content_hash"],
+        recipe=dict(manifest["recipe"]),
+        seed=manifest["seed"],
+        model=manifest["model"],
+        model_revision=manifest["model_revision"],
+        tokenizer_hash=manifest["tokenizer_hash"],
+        samples=samples,
+        pool=dict(manifest["pool"]),
+        warnings=list(manifest["warnings"]),
+        created_at=moment(manifest["created_at"]),
+        origin=_origin(manifest, hub),
+    )
     if subsets.hash_samples(samples) != subset.content_hash:
         raise InputError(
             f"the rows of {where.parent} do not have the content hash of its manifest: it was changed; export it again"
         )
+    n_problems = len({sample.problem_id for sample in samples if sample.problem_id})
+    counted = {"n_samples": subset.n_samples, "n_tokens": subset.n_tokens, "n_problems": n_problems}
+    if wrong := next((key for key, n in counted.items() if manifest[key] != n), None):
+        raise InputError(f"{where} says {wrong} {manifest[wrong]}, its rows have {counted[wrong]}: export it again")
     return subset
 
 
 def _origin(manifest: Mapping[str, Any], hub: Mapping[str, str] | None) -> dict[str, Any]:
     known = hub or manifest.get("hub")
-    listed = {key: [dict(item) for item in manifest.get(key, ())] for key in ("runs", "sources")}
+    listed = {key: [dict(item) for item in manifest[key]] for key in ("runs", "sources")}
     return {**({"hub": dict(known)} if known else {}), **listed}
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest's content, its schema number checked.
-
-    Raises:
-        InputError: no manifest, or one of a newer schema.
-    """
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent} is not an exported subset: it has no {MANIFEST}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if not isinstance(schema, int):
-        raise InputError(f"{path} is not a calset manifest: it has no schema number")
-    if schema > MANIFEST_SCHEMA:
-        raise InputError(
-            f"{path} has manifest schema {schema}, this calset knows {MANIFEST_SCHEMA}: pip install -U calset"
-        )
-    return manifest
 
 
 def _read_samples(path: Path) -> Sequence[Sample]:
@@ -443,6 +430,27 @@ def _sample(path: Path, number: int, row: Mapping[str, Any]) -> Sample:
         if not is_good:
             raise InputError(f"cannot read {path}: row {number} has no usable {column}; export the subset again")
     return Sample(row["sample_id"], token_ids, n_prompt, row["kind"], row["trace_id"], row["problem_id"])
+
+
+def read_rows(paths: Sequence[Path]) -> pa.Table:
+    """All columns of a subset's Parquet files in order: calset's own with their types, empty where there is none.
+
+    Raises:
+        InputError: a column of another type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pa.concat_tables([pq.read_table(path) for path in paths], promote_options="permissive")
+        for field in _schema():
+            if (at := table.schema.get_field_index(field.name)) >= 0:
+                table = table.set_column(at, field, table.column(at).cast(field.type))
+            else:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise InputError(f"cannot read {paths[0]}: {first_line(error)}; export the subset again") from error
+    return table
 
 
 def _is_count(value: Any, highest: int) -> bool:

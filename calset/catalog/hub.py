@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from calset import hubfiles
 from calset.catalog import card, release, subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import export
+from calset.catalog.export import export, read_rows
 from calset.catalog.publishing import Publishing, writing_to
 from calset.catalog.records import Publication, Subset
 from calset.catalog.release import HubReference, parse_hub
@@ -300,9 +300,6 @@ def _cached_refs(repo: str) -> dict[str, str]:
 
 def published(subset: Subset) -> tuple[pa.Table, dict[str, Any]] | None:
     """The rows with their texts, and the manifest, of a subset that was pulled; None when it left the cache."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     hub = (subset.origin or {}).get("hub")
     if not hub:
         return None
@@ -311,9 +308,9 @@ def published(subset: Subset) -> tuple[pa.Table, dict[str, Any]] | None:
         manifest = release.open_manifest(folder, subset.name)
         if release.read(folder, manifest, hub).content_hash != subset.content_hash:
             return None
+        table = read_rows([folder / file["path"] for file in manifest["files"]])
     except InputError:
         return None
-    table = pa.concat_tables([pq.read_table(folder / file["path"]) for file in manifest["files"]])
     return table, {key: value for key, value in manifest.items() if key != "files"}
 
 

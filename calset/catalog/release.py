@@ -17,11 +17,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from calset.catalog import subsets
-from calset.catalog.export import manifest_of, read_manifest, read_subset, rows_table, write_manifest, write_rows
-from calset.catalog.recipes import Kind
+from calset.catalog.export import manifest_of, read_subset, rows_table, write_manifest, write_rows
+from calset.catalog.manifest import fault, read_manifest
 from calset.errors import InputError
 
 if TYPE_CHECKING:
@@ -154,45 +154,24 @@ def _sha256(path: Path) -> str:
 # --- reading one --------------------------------------------------------------------------------------------------
 
 
-# What a card or a reader takes from a manifest, which may be anybody's.
-_SHAPE: Mapping[str, type | tuple[type, ...]] = {
-    "content_hash": str,
-    "model": str,
-    "recipe": dict,
-    "n_samples": int,
-    "n_tokens": int,
-    "n_problems": int,
-    "seed": int,
-    "pool": dict,
-    "warnings": list,
-    "runs": list,
-    "sources": list,
-    "licences": dict,
-}
-
-
 def open_manifest(folder: Path, name: str) -> dict[str, Any]:
     """A subset's manifest in a downloaded repository, and the list of files in it, checked.
 
     Raises:
-        InputError: none, of a newer schema, of another subset, or with a list of files that cannot be its own.
+        InputError: none, of a newer schema, of another subset, of another shape than is read later (``manifest``), or
+            with a list of files that cannot be its own.
     """
-    path = folder / manifest_path(name)
-    manifest = read_manifest(path)
-    if manifest.get("name") != name or type(manifest.get("version")) is not int:
+    subsets.check_name(name)  # in a repository of others it is whatever a file is called
+    manifest = read_manifest(folder / manifest_path(name))
+    if wrong := fault(manifest):
+        raise InputError(f"{manifest_path(name)} is not a calset manifest ({wrong}): publish the subset again")
+    if manifest["name"] != name:
         raise InputError(f"{manifest_path(name)} is not the manifest of {name}: publish the subset again")
-    if wrong := [key for key, kind in _SHAPE.items() if not isinstance(manifest.get(key), kind)]:
-        raise InputError(f"{manifest_path(name)} has no usable {wrong[0]}: publish the subset again")
-    recipe = manifest["recipe"]
-    if not isinstance(recipe.get("name"), str) or recipe.get("kind") not in get_args(Kind):
-        raise InputError(f"{manifest_path(name)} has no usable recipe: publish the subset again")
+    if manifest.get("licences") is None:
+        raise InputError(f"{manifest_path(name)} names no licences: publish the subset again")
     listed = manifest.get("files")
     if not isinstance(listed, list) or not _are_shards(listed, name):
         raise InputError(f"{manifest_path(name)} lists no usable files: publish the subset again")
-    if not all(isinstance(item, dict) for key in ("runs", "sources") for item in manifest[key]):
-        raise InputError(f"{manifest_path(name)} has no usable runs or sources: publish the subset again")
-    if not isinstance(manifest["licences"].get("questions"), dict):
-        raise InputError(f"{manifest_path(name)} has no usable licences: publish the subset again")
     return manifest
 
 

@@ -33,6 +33,7 @@ from calset.catalog.recipes import (
     window_start,
 )
 from calset.catalog.records import Sample, Subset
+from calset.catalog.schema import VIEWS
 from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
 from calset.catalog.values import chunks, clean, clean_params
 from calset.errors import InputError, first_line
@@ -112,6 +113,8 @@ def select(
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     subsets.check_name(name)
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed must be a whole number of at most 63 bits, not {seed!r}")
     chosen = get_recipe(recipe).with_options(**options)
     if chosen.kind == "text":
         if exclude is not None:
@@ -258,7 +261,7 @@ def _matching(con: duckdb.DuckDBPyConnection, where: str) -> set[str]:
         duckdb.SQLExpression(where)  # one expression: "true) UNION ..." does not parse
         sql = f"SELECT trace_id FROM trace WHERE (\n{where}\n)"
         check_select(con, sql)
-        require_stable(con, sql)
+        require_stable(con, sql, views=VIEWS, not_content=("meta", "migrations"))
         return {trace for (trace,) in con.execute(sql).fetchall()}
     except duckdb.Error as error:
         raise InputError(f"--where {where!r} is not a condition over the view trace: {first_line(error)}") from error

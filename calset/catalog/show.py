@@ -39,7 +39,7 @@ def facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, value) lines about a trace: where it is from, what it cost, what was judged and why."""
     k, rate = row["k"], row["pass_rate"]
     judged = "unjudged" if rate is None else f"{1 - rate:.3f} ({round(rate * k)} of {k} judged samples correct)"
-    grade = next((g for g in reversed(row["grades"]) if g["attempt"] == row["attempt"]), None)
+    grade = _present_grade(row)
     by = f" (by {grade['grader']} {grade['grader_version']})" if grade else ""
     tokens = (
         f"{row['n_prompt_tokens']} prompt, {row['n_tokens']} completion, {row['n_reasoning_tokens']} of it reasoning"
@@ -57,6 +57,11 @@ def facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("reference", row["answer"]),
     ]
     return [(what, str(value)) for what, value in listed if value not in (None, "")]
+
+
+def _present_grade(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The grade that counts: the newest of the attempt that is shown."""
+    return next((g for g in reversed(row["grades"]) if g["attempt"] == row["attempt"]), None)
 
 
 def texts(row: Mapping[str, Any], *, full: bool) -> list[tuple[str, str]]:
@@ -89,7 +94,7 @@ def fold(text: str) -> str:
 def tables(row: Mapping[str, Any]) -> list[Table]:
     """(title, column names, rows): earlier grades, judgements, and the other samples of the problem."""
     found: list[Table] = []
-    if earlier := row["grades"][:-1]:
+    if earlier := [grade for grade in row["grades"] if grade is not _present_grade(row)]:
         keys = ["attempt", "grader", "grader_version", "verdict", "extracted", "detail", "graded_at"]
         found.append(("earlier grades", keys, [tuple(grade[key] for key in keys) for grade in earlier]))
     if judgements := row["judgements"]:

@@ -64,14 +64,14 @@ class Wanted:
             raise InputError(f"unknown verdict {unknown[0]!r}; there are {', '.join(VERDICTS)}")
 
     def condition(self) -> tuple[str, list[Any]]:
-        """SQL over t (latest_traces), r (runs), p (problems), g (newest_grades), and its parameters."""
+        """SQL over t (graded_traces), r (runs), p (problems), with ``done`` g (newest_grades), and its parameters."""
         clauses, params = [], []
         for column, value in (("t.run_id", self.run_id), ("r.model", self.model), ("p.source", self.source)):
             if value is not None:
                 clauses.append(f"{column} = ?")
                 params.append(value)
         if self.verdicts:
-            clauses.append("coalesce(g.verdict, 'ungraded') IN (SELECT unnest(?::VARCHAR[]))")
+            clauses.append("coalesce(t.verdict, 'ungraded') IN (SELECT unnest(?::VARCHAR[]))")
             params.append(list(self.verdicts))
         if self.done:
             clauses.append(
@@ -87,12 +87,16 @@ class Wanted:
             params += self.judged
         return " AND ".join(clauses) or "true", params
 
+    def tables(self) -> str:
+        """The FROM clause of ``condition``. Grades are joined only for their version, which traces do not copy."""
+        joined = "LEFT JOIN newest_grades g ON g.trace_id = t.trace_id AND g.attempt = t.attempt"
+        return f"{_FROM} {joined if self.done else ''}"
+
 
 _FROM = """
-    FROM latest_traces t
+    FROM graded_traces t
     JOIN runs r ON r.run_id = t.run_id
     JOIN problems p ON p.problem_id = t.problem_id
-    LEFT JOIN newest_grades g ON g.trace_id = t.trace_id AND g.attempt = t.attempt
 """
 
 
@@ -104,13 +108,13 @@ def graders_of(catalog: Catalog) -> list[str]:
 def count(catalog: Catalog, wanted: Wanted) -> int:
     """How many traces ``pages`` would give now."""
     where, params = wanted.condition()
-    return catalog.rows(f"SELECT count(*) AS n {_FROM} WHERE {where}", params)[0]["n"]
+    return catalog.rows(f"SELECT count(*) AS n {wanted.tables()} WHERE {where}", params)[0]["n"]
 
 
 def pages(catalog: Catalog, wanted: Wanted, size: int = 256) -> Iterator[list[Gradable]]:
     """The traces in lists of at most ``size``; grades and judgements may be added meanwhile."""
     where, params = wanted.condition()
-    sql = f"SELECT t.trace_id {_FROM} WHERE t.trace_id > ? AND {where} ORDER BY t.trace_id LIMIT ?"
+    sql = f"SELECT t.trace_id {wanted.tables()} WHERE t.trace_id > ? AND {where} ORDER BY t.trace_id LIMIT ?"
     last = ""
     while found := [row["trace_id"] for row in catalog.rows(sql, [last, *params, IDS_AT_A_TIME])]:
         for part in chunks(found, size):
@@ -122,7 +126,7 @@ def _load(catalog: Catalog, trace_ids: Sequence[str]) -> list[Gradable]:
     names = ("problem_id", "source_id", "source", "source_row", "question", "answer", "grader", "metadata")
     sql = f"""
         SELECT t.trace_id, t.attempt, t.response, t.finish_reason, t.answer_start,
-            coalesce(g.verdict, 'ungraded') AS verdict, {", ".join(f"p.{name} AS p_{name}" for name in names)}
+            coalesce(t.verdict, 'ungraded') AS verdict, {", ".join(f"p.{name} AS p_{name}" for name in names)}
         {_FROM} WHERE t.trace_id IN (SELECT unnest(?::VARCHAR[])) ORDER BY t.trace_id
     """
     loaded = []

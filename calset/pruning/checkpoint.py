@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from calset import ids
 from calset.errors import InputError, first_line
 from calset.pruning.layout import parameters_on_meta, quiet
-from calset.pruning.memory import ran_out
 
 if TYPE_CHECKING:
     import torch
@@ -107,33 +106,6 @@ def open_folder(folder: Path, *, name: str | None = None, recorded: str | None =
     except Exception:
         tokenizer_hash = None
     return Source(recorded or folder.name, revision, folder, config, tokenizer_hash)
-
-
-def load_model(folder: Path, name: str, dtype: torch.dtype | str = "auto") -> Any:
-    """A folder's model on the CPU, from safetensors only; called ``name`` in messages.
-
-    Args:
-        dtype: "auto" is the config's, which need not be that of the files.
-
-    Raises:
-        InputError: the weights cannot be read, or some are missing or of another shape.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:
-        if ran_out(error):
-            raise  # no fault of the files
-        raise InputError(f"cannot load the weights of {name}: {first_line(error)}") from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        # transformers would go on with random ones.
-        raise InputError(f"the checkpoint of {name} lacks {len(missing)} tensors, such as {missing[0]}")
-    return model.eval()
 
 
 def _download(model: str, revision: str) -> Path:

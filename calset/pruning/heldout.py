@@ -215,7 +215,8 @@ def _sums(walk: Walk, position: int, batch: Batch, wanted: Tensor) -> Tensor:
 
     n_samples = len(wanted)
     sums = torch.zeros(n_samples, dtype=torch.float64)
-    vocabulary = walk.model.config.get_text_config().vocab_size
+    config: Any = walk.model.config
+    vocabulary = config.get_text_config().vocab_size
     chunks = list(_chunks(wanted.any(0).nonzero()[:, 0], n_samples * vocabulary))
     for columns, logits in zip(chunks, walk.logits(position, chunks), strict=True):
         chosen = wanted[:, columns]

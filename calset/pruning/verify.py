@@ -25,7 +25,6 @@ from calset.pruning.tensorfiles import TensorFiles
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from calset.catalog.catalog import Catalog
     from calset.catalog.records import Subset
@@ -205,15 +204,6 @@ def _label(entry: Mapping[str, Any]) -> str:
     return label(entry["name"], entry.get("expert"), entry.get("rows"))
 
 
-def _read(entry: Mapping[str, Any], tensors: TensorFiles) -> Tensor:
-    """One matrix of the files; of stacked experts only its own slice, or each would read them all."""
-    name, expert = entry["name"], entry.get("expert")
-    if expert is not None and not 0 <= expert < tensors.stored[name].shape[0]:
-        raise IndexError(name)
-    values = tensors.read(name) if expert is None else tensors.slice(name)[expert : expert + 1][0]
-    return cut(values, None, entry.get("rows"), entry.get("transposed", False))
-
-
 def _check_matrix(entry: Mapping[str, Any], tensors: TensorFiles, selection: Selection) -> int:
     """Check one matrix against its entry and against what was asked of all; returns its zeros.
 
@@ -224,7 +214,9 @@ def _check_matrix(entry: Mapping[str, Any], tensors: TensorFiles, selection: Sel
     if name not in tensors.stored:
         raise VerificationError(f"{name} is listed as pruned but not in the checkpoint")
     try:
-        weight = _read(entry, tensors)
+        # Of stacked experts only its own slice, or each would read them all.
+        whole = tensors.read(name, entry.get("expert"))
+        weight = cut(whole, None, entry.get("rows"), entry.get("transposed", False))
     except IndexError as error:
         raise VerificationError(f"{name} has no matrix {entry.get('expert')}, recorded as pruned") from error
     name = _label(entry)

@@ -106,16 +106,24 @@ def verify(
     folder = Path(directory)
     if not folder.is_dir():
         raise InputError(f"there is no folder {directory}")
-    record = read_record(folder)
-    selection = _selection(record, folder)
-    place = find_device(device)
-    source, dense, notes = _opened(folder), *_find_base(record, base)
+    record, place = read_record(folder), find_device(device)
+    dense, notes = _find_base(record, base)
     compare = None
     if held_out is not None:  # what can be refused is refused before the long part
         is_apart = _is_apart(held_out, record, catalog)
-        original = _original(dense, notes)
-        heldout.read_held_out(held_out, original, source, max_length)
-        compare = partial(heldout.compare, held_out, original, source, place, is_apart=is_apart)
+        models = _original(dense, notes), _opened(folder)
+        heldout.read_held_out(held_out, *models, max_length)
+        compare = partial(heldout.compare, held_out, *models, place, is_apart=is_apart)
+    report = _verify_zeros(folder, record, dense, notes, place)
+    if compare is None:
+        return report
+    return replace(report, held_out=compare(max_length=max_length, batch_tokens=batch_tokens))
+
+
+def _verify_zeros(
+    folder: Path, record: Mapping[str, Any], dense: Path | None, notes: Sequence[str], device: torch.device
+) -> VerifyReport:
+    selection = _selection(record, folder)
     with _files(folder) as tensors:
         n_zeros, size = 0, 0
         for entry in record["matrices"]:
@@ -125,13 +133,13 @@ def verify(
         pruned = {entry["name"] for entry in record["matrices"]}
         biases = set(record.get("biases", ()))
         _check_biases(biases, tensors)
-        _check_model(source, tensors, record, place)
+        _check_model(folder, tensors, record, device)
         n_untouched = None
         if dense:
             with _files(dense) as others:
                 n_untouched = _check_untouched(tensors, others, pruned, biases)
     return VerifyReport(
-        directory=str(directory),
+        directory=str(folder),
         n_matrices=len(record["matrices"]),
         pattern=record.get("pattern"),
         sparsity=record.get("sparsity"),
@@ -140,7 +148,6 @@ def verify(
         base=str(dense) if dense else None,
         n_untouched=n_untouched,
         notes=notes,
-        held_out=compare(max_length=max_length, batch_tokens=batch_tokens) if compare else None,
     )
 
 
@@ -248,20 +255,33 @@ def _opened(folder: Path) -> Source:
         raise VerificationError(str(error)) from error
 
 
-def _check_model(source: Source, tensors: TensorFiles, record: Mapping[str, Any], device: torch.device) -> None:
-    """Run a few tokens through it, as it loads anywhere: every tensor is there and the logits are finite.
+def _check_model(folder: Path, tensors: TensorFiles, record: Mapping[str, Any], device: torch.device) -> None:
+    """Every tensor is there and the logits are finite.
 
     The listed matrices and those left dense must be all of its decoder's: one that is in neither list would be neither
     pruned nor missed.
     """
+    source = _opened(folder)
+    try:
+        _check_list(source, tensors, record)
+    except InputError as error:
+        raise VerificationError(str(error)) from error
+    check_logits(source, device)
+
+
+def check_logits(source: Source, device: torch.device) -> None:
+    """Run a few tokens through a model, block by block.
+
+    Raises:
+        VerificationError: its tensors do not make it, or its logits are not finite.
+    """
+    import torch
+
     vocabulary = source.config.get_text_config().vocab_size
     token_ids = [i % vocabulary for i in range(1, LOGIT_TOKENS + 1)]
     batches = Calibration([token_ids], [(0, LOGIT_TOKENS)]).batches()
     try:
-        _check_list(source, tensors, record)
         with walked(source, batches, device, "a few tokens") as walk:
-            import torch
-
             for logits in walk.logits(0, [torch.arange(LOGIT_TOKENS)]):
                 if not bool(logits.isfinite().all()):
                     raise VerificationError(f"{source.folder} gives logits that are not finite")

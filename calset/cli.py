@@ -709,11 +709,18 @@ def doctor(full: bool, catalog: Path, progress_mode: str, as_json: bool) -> None
     multiple=True,
     help="Leave out problems that this evaluation source holds too, as build --decontaminate tells. Repeatable.",
 )
+@click.option(
+    "--held-out-from",
+    metavar="REF",
+    multiple=True,
+    help="Leave out the problems of this subset (NAME, NAME@VERSION, hub:... or an exported folder). Repeatable.",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @catalog_option
 @json_option
 def select(name: str, catalog: Path, as_json: bool, evaluations: tuple[str, ...], **options: Any) -> None:
     """Take a subset from the catalog by a recipe, as a new immutable version of NAME."""
+    from calset.catalog.export import resolve
     from calset.catalog.selection import select as run
     from calset.catalog.selection import tables
 
@@ -722,7 +729,7 @@ def select(name: str, catalog: Path, as_json: bool, evaluations: tuple[str, ...]
         from calset.builder.decontamination import against_sources
 
         options["exclude"] = against_sources(evaluations)
-
+    options["held_out_from"] = [resolve(reference, store) for reference in options["held_out_from"]]
     for band in ("difficulty", "length_quantiles", "length_tokens"):
         options[band] = _band(options[band], band)
     chosen = {key: value for key, value in options.items() if value is not None}
@@ -988,20 +995,22 @@ def prune(
 
     Killed or stopped, the same command continues where it was.
     """
-    from calset.catalog.export import resolve
+    from calset.catalog.export import locate
     from calset.pruning.calibration import find_token_weights
     from calset.pruning.distributed import is_first
     from calset.pruning.prune import plan_pruning
     from calset.pruning.prune import prune as run
 
-    subset = resolve(calibration, catalog)
-    options["token_weights"] = find_token_weights(calibration, options.pop("weights_file"))
+    subset, folder = locate(calibration, catalog)
+    options["token_weights"] = find_token_weights(folder, options.pop("weights_file"))
     if dry_run:
         plan = plan_pruning(model, subset, options.pop("out"), **options)
         if as_json:
             terminal.emit_json(plan.as_dict())
         else:
             terminal.table(["plan", "at most"], plan.rows())
+            for warning in plan.warnings:
+                terminal.note(f"Warning: {warning}")
         plan.check(options["force"])
         return
     with terminal.progress(progress_mode if is_first() else "none", "pruned blocks") as bar:
@@ -1032,12 +1041,27 @@ def _prune_progress(bar: terminal.Progress) -> Callable[[Any], None]:
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="The dense model, to prove the rest untouched.")
+@click.option(
+    "--held-out",
+    metavar="REF",
+    help="Compare both models' loss on this subset's completions: NAME, NAME@VERSION, hub:... or an exported folder.",
+)
+@click.option("--max-length", type=click.IntRange(min=1), help="Cut longer held-out samples to N tokens.")
+@click.option(
+    "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Positions run at a time."
+)
+@click.option("--device", help="Default: a CUDA device when there is one, else the CPU.")
+@catalog_option
 @json_option
-def verify(directory: Path, base: Path | None, as_json: bool) -> None:
+def verify(directory: Path, catalog: Path, held_out: str | None, as_json: bool, **options: Any) -> None:
     """Reopen a pruned checkpoint and prove its pattern, sparsity, finite logits and untouched tensors."""
+    from calset.catalog.export import resolve
     from calset.pruning.verify import verify as check
 
-    report = check(directory, base=base)
+    if held_out is None and options["max_length"] is not None:
+        raise InputError("--max-length is for --held-out REF")
+    subset = resolve(held_out, catalog) if held_out is not None else None
+    report = check(directory, held_out=subset, catalog=catalog, **options)
     if as_json:
         terminal.emit_json(report.as_dict())
         return

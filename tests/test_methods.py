@@ -404,6 +404,25 @@ def test_the_loop_and_the_batched_solve_give_one_error_matrix():
 # --- statistics -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("width", [16, 300])
+def test_the_batched_solve_stays_within_its_memory_whatever_the_blocks_width(monkeypatch, width):
+    limit = 20 * 4 * width * width  # of 20 systems
+    monkeypatch.setattr(updates, "SYSTEM_BYTES", limit)
+    solved = []
+    solve = torch.linalg.solve_triangular
+    monkeypatch.setattr(
+        torch.linalg, "solve_triangular", lambda system, *a, **k: solved.append(system) or solve(system, *a, **k)
+    )
+    generator = torch.Generator().manual_seed(0)
+    upper = torch.randn(width, width, generator=generator).triu() / width + torch.eye(width)
+    columns = torch.randn(width, 50, generator=generator)
+    mask = torch.rand(width, 50, generator=generator) < 0.5
+    errors = updates.solve_errors(columns, upper, mask)
+    assert [len(system) for system in solved] == [20, 20, 10]
+    assert max(system.numel() * system.element_size() for system in solved) <= limit
+    assert torch.allclose(errors, updates.loop_errors(columns.clone(), upper, mask, None), atol=1e-4)
+
+
 @pytest.mark.parametrize("needs", ["diagonal", "gram"])
 def test_statistics_are_the_same_in_batches_and_at_once(needs):
     inputs = make_inputs(100, 16)
@@ -454,6 +473,22 @@ def test_mean_and_variance_are_those_of_the_counted_tokens():
     statistics = statistics_of(inputs, "diagonal")
     assert torch.allclose(statistics.mean, inputs.mean(0), rtol=1e-5)
     assert torch.allclose(statistics.variance, inputs.var(0, unbiased=False), rtol=1e-3)
+
+
+@pytest.mark.parametrize("needs", ["diagonal", "gram"])
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float32, 3000.0), (torch.bfloat16, 100.0)])
+def test_the_variance_of_an_input_far_from_zero_is_its_own(needs, dtype, mean):
+    inputs = (make_inputs(9000, 16) + mean).to(dtype)
+    weights = torch.rand(9000, generator=torch.Generator().manual_seed(0)) + 0.5
+    every = torch.ones(9000, dtype=torch.bool)
+    plain, weighted = InputStatistics.zeros(16, needs), InputStatistics.zeros(16, needs)
+    for part in range(0, 9000, 1000):
+        rows = slice(part, part + 1000)
+        plain.add(inputs[rows], every[rows])
+        weighted.add(inputs[rows], every[rows], weights[rows])
+    x, w = inputs.double(), weights.double()[:, None] / weights.double().sum()
+    assert torch.allclose(plain.variance.double(), x.var(0, unbiased=False), rtol=1e-4)
+    assert torch.allclose(weighted.variance.double(), (w * (x - (w * x).sum(0)) ** 2).sum(0), rtol=1e-4)
 
 
 def test_scores_use_every_group_of_a_mask():

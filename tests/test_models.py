@@ -15,7 +15,7 @@ from small_models import make_model, make_samples, make_subset, save_model
 from calset.errors import InputError, VerificationError
 from calset.pruning.decoder import find_decoder
 from calset.pruning.layout import Layout, cut
-from calset.pruning.prune import prune
+from calset.pruning.prune import plan_pruning, prune
 from calset.pruning.tensorfiles import TensorFiles
 from calset.pruning.verify import verify
 
@@ -141,6 +141,37 @@ def test_every_expert_is_pruned_and_no_router(tmp_path, models, kind):
     assert set(counted.values()) == {2 * sum(len(s.input_ids) for s in SAMPLES)}
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        # As many outputs as there are experts, or a single one.
+        ("Qwen3Next", {"shared_expert_intermediate_size": 4}),
+        ("Qwen3Next", {"shared_expert_intermediate_size": 1}),
+        ("DeepseekV3", {"moe_intermediate_size": 8}),
+        ("GraniteMoeShared", {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 2}),
+        ("Jamba", {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 1, "attn_layer_offset": 0,
+                   "expert_layer_period": 1, "expert_layer_offset": 0}),
+        ("HunYuanMoEV1", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}),
+        ("Ernie4_5_Moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 4, "moe_num_shared_experts": 1,
+                          "moe_layer_start_index": 0}),
+        # Routers with other outputs than experts, of several matrices, or beside experts that are not understood.
+        ("Zaya", {"num_experts": 4, "router_hidden_size": 8, "head_dim": 8}),
+        ("JetMoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}),
+    ],
+)  # fmt: skip
+def test_a_router_is_told_from_a_matrix_with_as_many_outputs(kind, changes):
+    model = make_model(kind, **changes)
+    decoder = find_decoder(model, allow_partial=True)
+    routers = {name for block in decoder.blocks for name in block.routers}
+    named = {name: bool({"gate", "router", "shared_expert_gate"} & set(name.split("."))) for name in decoder.weights()}
+    assert not any(named.values()), named
+    assert routers
+    assert all({"gate", "router", "shared_expert_gate"} & set(name.split(".")) for name in routers), routers
+    inside = {n for b in decoder.blocks for n, p in b.module.named_parameters(prefix=b.name) if p.ndim >= 2}
+    convolutions = {n for n in inside if "conv" in n}
+    assert inside - convolutions == routers | decoder.weights().keys() | set(decoder.unknown())
+
+
 @pytest.mark.parametrize("tokens", ["completion", "prompt"])
 def test_an_expert_counts_only_the_tokens_that_were_asked_for(tmp_path, models, tokens):
     report = prune(
@@ -189,6 +220,24 @@ def test_verify_catches_an_expert_that_came_back(tmp_path, models):
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match=r"down_proj\[2\] has 767 zeros of 1536, recorded as 768"):
         verify(out)
+
+
+def test_matrices_that_transformers_does_not_load_are_counted_and_kept(tmp_path, models):
+    folder = shutil.copytree(models("Qwen3"), tmp_path / "dense")
+    weights = weights_of(folder)
+    extra = {f"mtp.layers.0.mlp.{name}_proj.weight": torch.ones(4, 4) for name in ("up", "down")}
+    extra["mtp.norm.weight"] = torch.ones(4)
+    save_file({**weights, **extra}, folder / "model.safetensors", metadata={"format": "pt"})
+    options = {"method": "wanda", "sparsity": 0.5}
+    report = prune(folder, make_subset(SAMPLES), tmp_path / "out", **options)
+    (said,) = [w for w in report.warnings if "mtp" in w]
+    assert said.startswith("2 matrices of the checkpoint, such as mtp.layers.0.mlp.")
+    plan = plan_pruning(folder, make_subset(SAMPLES), tmp_path / "planned", **options)
+    assert said in plan.warnings
+    assert verify(tmp_path / "out").n_untouched
+    assert all(torch.equal(weights_of(tmp_path / "out")[n], extra[n]) for n in extra)
+    plain = prune(models("Qwen3"), make_subset(SAMPLES), tmp_path / "plain", **options)
+    assert not any("of the checkpoint" in w for w in plain.warnings)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from calset.catalog.recipes import (
     standard_error,
     window_start,
 )
-from calset.catalog.records import Subset
+from calset.catalog.records import Sample, Subset
 from calset.catalog.selection import UNNAMED, select, tables
 from calset.errors import InputError
 from calset.overlap import Decontaminator
@@ -306,6 +306,33 @@ def test_problems_of_an_evaluation_are_left_out_whatever_their_spelling(catalog:
     other = Decontaminator([(replace(make_source("held out"), revision="2"), held_out)])
     assert select(catalog, "clean", "random", exclude=other).version == 2  # another question, though the same answer
     assert "exclude_problems_of" not in select(catalog, "unclean", "random").recipe
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 5), st.integers(1, 40), st.booleans())
+def test_a_split_held_out_from_others_has_none_of_their_problems_and_all_others(
+    catalog: Catalog, seed: int, samples: int, by_reference: bool
+) -> None:
+    first = select(catalog, "first", "random", samples=samples, seed=seed)
+    second = select(catalog, "second", "correct", samples=5, seed=seed + 1)
+    others = [first.ref, second.ref] if by_reference else [second, first]
+    rest = select(catalog, "rest", "random", seed=seed, held_out_from=others)
+    taken = {s.problem_id for subset in (first, second) for s in subset.samples}
+    assert {s.problem_id for s in rest.samples} == set(_problem_ids(catalog)) - taken
+    assert rest.pool["held_out_from"] == 4 * (72 - len(taken))
+    recorded = {(o["subset"], o["content_hash"]) for o in rest.recipe["held_out_from"]}
+    assert recorded == {(s.ref, s.content_hash) for s in (first, second)}
+    again = select(catalog, "rest", "random", seed=seed, held_out_from=[first, second])
+    assert (again.version, again.content_hash) == (rest.version, rest.content_hash)
+    assert "held_out_from" not in first.recipe
+
+
+def test_a_text_has_no_problems_to_hold_out(catalog: Catalog, tmp_path: Path) -> None:
+    windows = replace(select(catalog, "some", "random", samples=1), samples=[Sample("w", [1, 2], 0, "text")])
+    with pytest.raises(InputError, match="some@1 holds no problems"):
+        select(catalog, "rest", "random", held_out_from=[windows])
+    with pytest.raises(InputError, match="has no problems to exclude"):
+        select(catalog, "rest", "text", text=tmp_path / "t.txt", held_out_from=["some"])
 
 
 def test_when_every_problem_is_excluded_it_says_so(catalog: Catalog) -> None:

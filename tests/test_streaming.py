@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from small_models import make_samples, make_subset, save_model
 
 from calset.errors import CalsetError, InputError, PruningError, Stopped
-from calset.pruning import workfolder
+from calset.pruning import checkpoint, memory, workfolder
 from calset.pruning.estimate import Estimate
 from calset.pruning.hidden import HiddenStates
 from calset.pruning.layout import Layout
+from calset.pruning.memory import free_in_groups, free_memory
 from calset.pruning.prune import plan_pruning, prune
 from calset.pruning.tensorfiles import Added, TensorFiles, read_headers, write_tensor
 from calset.pruning.verify import verify
@@ -446,3 +447,70 @@ def test_hidden_states_move_to_the_disk_when_the_host_has_no_room(tmp_path, dens
     tight = plan_pruning(dense, SUBSET, tmp_path / "out", sparsity=0.5)
     assert (tight.hidden, tight.problems()) == ("disk", [])
     assert replace(tight, disk_free=0).problems() != []
+
+
+@pytest.mark.parametrize(("kind", "bytes_a_pair"), [("Llama", 1), ("GptOss", 1 + 4 * (2 * 4 + 4))])
+def test_eager_attentions_scores_count(tmp_path, kind, bytes_a_pair):
+    folder = save_model(tmp_path / "dense", kind)
+    assert (checkpoint.open_source(folder).skeleton().config._attn_implementation == "eager") == (kind == "GptOss")
+
+    def activations(length: int) -> int:
+        samples = make_subset(make_samples((length,)))
+        return plan_pruning(folder, samples, tmp_path / "out", sparsity=0.5).device_parts["activations"]
+
+    # What grows with the square of the length: a mask, and eager's scores of 4 heads, their softmax in float32 and as
+    # it is read.
+    assert activations(100) - 2 * activations(50) == (100**2 - 2 * 50**2) * bytes_a_pair
+
+
+def test_processes_that_share_a_host_share_its_memory_and_the_hidden_states(tmp_path, dense, monkeypatch):
+    options = {"sparsity": 0.5, "batch_tokens": 64}
+    alone = plan_pruning(dense, SUBSET, tmp_path / "out", **options)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    four = plan_pruning(dense, SUBSET, tmp_path / "out", **options)
+    assert four.host_free == pytest.approx(alone.host_free / 4, rel=0.2)
+    assert four.device_parts["hidden states"] == alone.device_parts["hidden states"] / 4
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_a_control_groups_limit_is_the_memory_there_is(tmp_path):
+    two = write(
+        tmp_path / "v2",
+        {
+            "proc/self/cgroup": "0::/batch/job\n",
+            "sys/fs/cgroup/batch/job/memory.max": "max\n",
+            "sys/fs/cgroup/batch/job/memory.current": "900\n",
+            "sys/fs/cgroup/batch/memory.max": "1000\n",
+            "sys/fs/cgroup/batch/memory.current": "900\n",
+            "sys/fs/cgroup/batch/memory.stat": "anon 500\ninactive_file 300\n",
+        },
+    )
+    assert free_in_groups(two) == [1000 - 900 + 300]
+    one = write(
+        tmp_path / "v1",
+        {
+            # The host's path, of which a container sees only the mount.
+            "proc/self/cgroup": "7:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "5000\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "4000\n",
+            "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 250\n",
+        },
+    )
+    assert free_in_groups(one) == [5000 - 4000 + 250]
+    assert free_in_groups(tmp_path / "another system") == []
+
+
+def test_free_memory_is_the_least_of_the_machines_and_the_groups(monkeypatch):
+    machine = free_memory(None)
+    assert machine > 0
+    monkeypatch.setattr(memory, "free_in_groups", lambda: [machine * 10, 1 << 20])
+    assert free_memory(None) == 1 << 20
+    monkeypatch.setattr(memory, "free_in_groups", lambda: [-5])  # over its limit already
+    assert free_memory(None) == 0

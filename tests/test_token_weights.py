@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
 from click.testing import CliRunner
+from factories import fill
 from safetensors.torch import load_file
 from small_models import make_samples, make_subset, save_model
 
+from calset.catalog import subsets
 from calset.catalog.export import DATA, export, read_directory
 from calset.cli import cli
 from calset.errors import InputError
@@ -90,12 +93,28 @@ def test_a_sample_of_weight_two_counts_like_two_samples(tmp_path, llama):
 def test_a_file_of_its_own_is_taken_instead_and_unnamed_samples_weigh_one(tmp_path, folder):
     path = tmp_path / "weights.parquet"
     pl.DataFrame({"sample_id": ["s1"], "token_weights": [[0.25] * 40]}).write_parquet(path)
-    assert find_token_weights(str(folder)) is None
-    found = find_token_weights("some-name@2", path)
+    assert find_token_weights(folder) is None
+    found = find_token_weights(None, path)
     assert found == {"s1": [0.25] * 40}
     (batch,) = read(SUBSET, token_weights=found).batches()
     assert sorted(set(batch.weights[batch.counted].tolist())) == [0.25, 1.0]
     assert int((batch.weights[batch.counted] == 0.25).sum()) == 40
+
+
+def test_a_folder_here_does_not_weigh_the_catalogs_subset_of_its_name(tmp_path, llama, folder, monkeypatch):
+    add_column(folder, {"s1": [0.0] * 40})
+    monkeypatch.chdir(folder.parent)
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 5)]])
+    args = ["prune", str(llama), "--method", "wanda", "--sparsity", "0.5", "--catalog", str(catalog.path)]
+
+    def hash_in_record(out: str) -> str | None:
+        done = CliRunner().invoke(cli, [*args, "--calibration", folder.name, "-o", out])
+        assert done.exit_code == 0, done.output
+        return json.loads(Path(out, "pruning.json").read_text())["calibration"]["token_weights"]
+
+    assert hash_in_record("of-the-folder") is not None
+    subsets.keep(catalog, replace(SUBSET, name=folder.name))
+    assert hash_in_record("of-the-catalog") is None
 
 
 @pytest.mark.parametrize(
@@ -115,10 +134,10 @@ def test_weights_that_do_not_fit_are_refused(weights, message):
 
 def test_a_file_without_weights_is_refused_when_it_was_asked_for(tmp_path, folder):
     with pytest.raises(InputError, match="no columns"):
-        find_token_weights("x", folder / DATA)
+        find_token_weights(None, folder / DATA)
     (tmp_path / "broken").write_text("no parquet")
     with pytest.raises(InputError, match="cannot read"):
-        find_token_weights("x", tmp_path / "broken")
+        find_token_weights(None, tmp_path / "broken")
     pl.DataFrame({"sample_id": ["s1"], "token_weights": ["heavy"]}).write_parquet(tmp_path / "text.parquet")
     with pytest.raises(InputError, match="cannot read"):
-        find_token_weights("x", tmp_path / "text.parquet")
+        find_token_weights(None, tmp_path / "text.parquet")

@@ -48,15 +48,20 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
         InputError: neither, or a folder whose content is not what its manifest says.
         CatalogError: stored samples without their hash.
     """
+    return locate(ref, catalog)[0]
+
+
+def locate(ref: str | Path, catalog: Catalog | str | Path | None = None) -> tuple[Subset, Path | None]:
+    """As ``resolve``, with the exported folder that the subset was read from, if it was one."""
     path = Path(ref)
     if isinstance(ref, str) and ref.startswith("hub:"):
         from calset.catalog.hub import open_reference
 
-        return open_reference(ref)
+        return open_reference(ref), None
     if isinstance(ref, Path) or "/" in ref or os.sep in ref:
         # os.path says False, where Path's methods raise, of a text that can be no path.
         if os.path.isdir(path):
-            return read_directory(path)
+            return read_directory(path), path
         raise InputError(
             f"no calibration subset at {ref}: give NAME or NAME@VERSION of the catalog, an exported folder, or "
             "hub:ORG/REPO/NAME@VERSION"
@@ -64,11 +69,11 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     try:
         subset = subsets.load(catalog, ref)
-        return subset if subset.origin else replace(subset, origin=provenance_of(subset, catalog))
+        return (subset if subset.origin else replace(subset, origin=provenance_of(subset, catalog))), None
     except InputError:
         # A name means the catalog's subset; a folder of that name here counts only when there is none.
         if os.path.isfile(path / MANIFEST):
-            return read_directory(path)
+            return read_directory(path), path
         raise
 
 

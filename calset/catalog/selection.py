@@ -85,6 +85,7 @@ def select(
     seed: int = 0,
     text: str | Path | None = None,
     exclude: Decontaminator | None = None,
+    held_out_from: Sequence[Subset | str] = (),
     **options: Any,
 ) -> Subset:
     """Take a subset from a catalog by a recipe, and keep it as a new immutable version of ``name``.
@@ -102,6 +103,8 @@ def select(
             (``hf:org/name@revision?config=&split=&text=COLUMN``).
         exclude: evaluation questions whose problems are left out (``calset.against_sources("math500")``): those of an
             equal normalised text, and those that share n-grams of words (docs/decontamination.md). Part of the recipe.
+        held_out_from: subsets (or references to some of this catalog) whose problems are left out: the same recipe then
+            gives another split of the same family. Part of the recipe, by their content hashes.
         options: any field of Recipe (``samples``, ``tokens``, ``difficulty``, ``window``, ...) in its place.
 
     Returns:
@@ -117,12 +120,13 @@ def select(
         raise InputError(f"seed must be a whole number of at most 63 bits, not {seed!r}")
     chosen = get_recipe(recipe).with_options(**options)
     if chosen.kind == "text":
-        if exclude is not None:
+        if exclude is not None or held_out_from:
             raise InputError(f"recipe {chosen.name} takes windows of a text: it has no problems to exclude")
         return _select_text(catalog, name, chosen, model=model, where=where, seed=seed, text=text)
     if text is not None:
         raise InputError(f"recipe {chosen.name} takes no text file: --text is for recipes of the kind text")
-    pool = _pool(catalog, chosen, model, where, exclude)
+    others = [subsets.load(catalog, s) if isinstance(s, str) else s for s in held_out_from]
+    pool = _pool(catalog, chosen, model, where, exclude, others)
     ranking = rank(pool.candidates, chosen, seed)
     _require_some(ranking, pool)
     offered = _offered(catalog, chosen, pool, ranking, seed)
@@ -136,7 +140,7 @@ def select(
     samples = _read_tokens(catalog, chosen, taken, pool)
     facts = _facts(chosen, pool, ranking, offered, taken)
     warnings = _warnings(chosen, ranking, facts, samples)
-    resolved = _resolved(chosen, where, None, exclude)
+    resolved = _resolved(chosen, where, None, exclude, others)
     return _keep(catalog, name, resolved, seed, pool.owner, samples, facts, warnings)
 
 
@@ -151,7 +155,12 @@ _CANDIDATES = """
 
 
 def _pool(
-    catalog: Catalog, recipe: Recipe, model: str | None, where: str | None, exclude: Decontaminator | None
+    catalog: Catalog,
+    recipe: Recipe,
+    model: str | None,
+    where: str | None,
+    exclude: Decontaminator | None,
+    held_out_from: Sequence[Subset],
 ) -> _Pool:
     with opened(catalog.path, "query", catalog.lock_timeout) as con:
         rows = con.execute(_CANDIDATES, clean_params([model, model, model, _folder(model)])).fetchall()
@@ -172,6 +181,10 @@ def _pool(
         found = _overlapping(catalog, exclude, sorted({row[2] for row in rows}))
         rows = [row for row in rows if row[2] not in found]
         stages["exclude_problems_of"] = len(rows)
+    if held_out_from:
+        taken = {problem for subset in held_out_from for problem in _problems_in(subset)}
+        rows = [row for row in rows if row[2] not in taken]
+        stages["held_out_from"] = len(rows)
     if recipe.kind != "trace":
         rows = _first_of_each_problem(rows)
         stages["problems"] = len(rows)
@@ -184,6 +197,16 @@ def _pool(
         sources[sample] = (trace, attempt)
         sizes[sample] = (n_prompt, n_tokens)
     return _Pool(owner, candidates, sources, sizes, stages)
+
+
+def _problems_in(subset: Subset) -> set[str]:
+    """
+    Raises:
+        InputError: there are none.
+    """
+    if found := {s.problem_id for s in subset.samples if s.problem_id}:
+        return found
+    raise InputError(f"{subset.ref} holds no problems to hold others out from: its samples are of no problem")
 
 
 _PAGE = 512  # problems compared at a time
@@ -448,12 +471,19 @@ def _builder(catalog: Catalog, model: str | None) -> _Model:
 
 
 def _resolved(
-    recipe: Recipe, where: str | None, text: dict[str, Any] | None, exclude: Decontaminator | None
+    recipe: Recipe,
+    where: str | None,
+    text: dict[str, Any] | None,
+    exclude: Decontaminator | None,
+    held_out_from: Sequence[Subset] = (),
 ) -> dict[str, Any]:
     """The recipe as it is kept; exclusion is left out where there is none, as every key that came later."""
     found: dict[str, Any] = {**recipe.as_dict(), "where": where, "text": text}
     if exclude is not None:
         found["exclude_problems_of"] = exclude.facts()
+    if held_out_from:
+        known = {subset.content_hash: subset.ref for subset in held_out_from}
+        found["held_out_from"] = [{"subset": known[key], "content_hash": key} for key in sorted(known)]
     return found
 
 

@@ -146,21 +146,24 @@ def _check_weights(
     return token_weights or {}
 
 
-def find_token_weights(calibration: str, path: Path | None = None) -> dict[str, list[float]] | None:
-    """Token weights by sample id from ``path``, or from the calibration reference when it is a folder that has them.
+def find_token_weights(folder: Path | None, path: Path | None = None) -> dict[str, list[float]] | None:
+    """Token weights by sample id from ``path``, or from the exported folder that the calibration subset came from.
 
     The file is Parquet with columns ``sample_id`` and ``token_weights`` (a list of numbers, one a token, from the
     sample's first on); rows without weights are left out.
+
+    Args:
+        folder: see ``calset.catalog.export.locate``; None for a subset from elsewhere.
 
     Raises:
         InputError: a file that cannot be read or has no such columns.
     """
     from calset.catalog.export import DATA
 
-    data = Path(calibration) / DATA
-    if path is None and not data.is_file():
+    data = path or (folder / DATA if folder is not None else None)
+    if data is None:
         return None
-    weights = _read_weights(path or data)
+    weights = _read_weights(data)
     if weights is None and path is not None:
         raise InputError(f"{path} has no columns sample_id and {WEIGHTS_COLUMN}")
     return weights

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from calset import ids
 from calset.errors import InputError, first_line
 from calset.pruning.layout import parameters_on_meta, quiet
-from calset.pruning.memory import ran_out
 
 if TYPE_CHECKING:
     import torch
@@ -76,49 +75,37 @@ def open_source(model: str | Path) -> Source:
     Raises:
         InputError: no such model, no config, or a quantised checkpoint.
     """
-    from transformers import AutoTokenizer
-
     # The builder and the pruner must give one model one name and revision.
-    from calset.builder.model_info import locate, read_config, recorded_name
+    from calset.builder.model_info import locate, recorded_name
 
     folder, revision, is_local = locate(model, None)
     if not is_local:
         folder = _download(str(model), revision)
-    config = read_config(model, folder)
+    return open_folder(folder, name=str(model), recorded=recorded_name(model, folder, is_local), revision=revision)
+
+
+def open_folder(folder: Path, *, name: str | None = None, recorded: str | None = None, revision: str = "") -> Source:
+    """A model folder, without the hash over its weights that ``open_source`` takes.
+
+    Args:
+        name: what the user called it, for messages; default: the folder.
+        recorded: what records call it; default: the folder's name.
+
+    Raises:
+        InputError: no config, or a quantised checkpoint.
+    """
+    from transformers import AutoTokenizer
+
+    from calset.builder.model_info import read_config
+
+    config = read_config(name or folder, folder)
     if getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None):
-        raise InputError(f"{model} is quantised: prune the unquantised checkpoint, then quantise the result")
+        raise InputError(f"{name or folder} is quantised: prune the unquantised checkpoint, then quantise the result")
     try:
         tokenizer_hash = ids.vocabulary_hash(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
     except Exception:
         tokenizer_hash = None
-    return Source(recorded_name(model, folder, is_local), revision, folder, config, tokenizer_hash)
-
-
-def load_model(folder: Path, name: str, dtype: torch.dtype | str = "auto") -> Any:
-    """A folder's model on the CPU, from safetensors only; called ``name`` in messages.
-
-    Args:
-        dtype: "auto" is the config's, which need not be that of the files.
-
-    Raises:
-        InputError: the weights cannot be read, or some are missing or of another shape.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:
-        if ran_out(error):
-            raise  # no fault of the files
-        raise InputError(f"cannot load the weights of {name}: {first_line(error)}") from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        # transformers would go on with random ones.
-        raise InputError(f"the checkpoint of {name} lacks {len(missing)} tensors, such as {missing[0]}")
-    return model.eval()
+    return Source(recorded or folder.name, revision, folder, config, tokenizer_hash)
 
 
 def _download(model: str, revision: str) -> Path:
@@ -202,6 +189,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     for key in ("base", "calibration"):
         if not isinstance(record.get(key, {}), dict):
             raise InputError(f"{path} is corrupt: {key} is {json.dumps(record[key])[:40]}, not an object")
+    for key in ("sample_ids", "problem_ids"):
+        listed = record.get("calibration", {}).get(key, [])
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise InputError(f"{path} is corrupt: the calibration's {key} are no list of names")
     return record
 
 

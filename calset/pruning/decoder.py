@@ -208,19 +208,44 @@ def _is_left_alone(module: nn.Module) -> bool:
 def _routers(block: nn.Module) -> Iterator[tuple[int, str]]:
     """(id, name) of the parameters that choose experts or weigh a shared one.
 
-    A router stands beside its experts and has one output for each (or, for a shared expert's gate, a single one).
+    Shapes alone would take a shared expert's matrix for a router, when it has as many outputs as there are experts, and
+    names alone its ``gate_proj``. So: all of a module whose class says that it routes; and of what stands beside
+    experts, all of a ``router``, and of a ``gate`` what has one output, or where nothing else routes one an expert.
     """
+    inside: dict[int, str] = {}
+    for path, module in block.named_modules():
+        if _says_router(type(module).__name__):
+            inside.update(_matrices_of(module, path))
     for path, module in block.named_modules():
         if (n := _n_experts(module)) is None:
             continue
-        parent = block.get_submodule(path.rpartition(".")[0])
-        inside = {id(m) for m in module.modules()}
-        for name, part in parent.named_modules(prefix=path.rpartition(".")[0]):
-            if id(part) in inside:
-                continue
-            for attribute, parameter in part.named_parameters(recurse=False):
-                if parameter.ndim == 2 and len(parameter) in (1, n) and not is_conv1d(part):
-                    yield id(parameter), f"{name}.{attribute}".removeprefix(".")
+        place = path.rpartition(".")[0]
+        beside = [(name, part) for name, part in block.get_submodule(place).named_children() if part is not module]
+        routers = [(name, part) for name, part in beside if _says_router(type(part).__name__) or _ends(name, "router")]
+        for name, part in routers:
+            inside.update(_matrices_of(part, f"{place}.{name}"))
+        outputs = (1,) if routers else (1, n)
+        for name, part in beside:
+            if _ends(name, "gate"):
+                found = _matrices_of(part, f"{place}.{name}")
+                own = {id(p) for p in part.parameters() if len(p) in outputs}
+                inside.update({key: full for key, full in found.items() if key in own})
+    yield from inside.items()
+
+
+def _says_router(class_name: str) -> bool:
+    return "Router" in class_name or class_name.endswith("Gating")
+
+
+def _ends(name: str, word: str) -> bool:
+    """``shared_expert_gate`` ends in "gate", ``gate_proj`` does not."""
+    return name.rpartition("_")[2] == word
+
+
+def _matrices_of(module: nn.Module, path: str) -> dict[int, str]:
+    """Ids and full names of a module's parameters of two dimensions or more."""
+    named = module.named_parameters(prefix=path)
+    return {id(p): name.removeprefix(".") for name, p in named if p.ndim >= 2}
 
 
 def _n_experts(module: Any) -> int | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from calset.errors import CalsetError
 from calset.files import existing_parent, size
+from calset.pruning import distributed
 from calset.pruning.allocate import SEARCH_STEPS
 from calset.pruning.decoder import surroundings
 from calset.pruning.hidden import Where
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from calset.pruning.tensorfiles import TensorFiles
 
 SHARE = 0.5  # of the free memory that hidden states may take before they move on
-FLOAT = 4  # bytes; statistics and solves are in float32
+FLOAT = 4  # bytes; Grams and solves are in float32
+DOUBLE = 8  # bytes; sums and sums of squares are in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Estimate:
     host_free: int
     disk_bytes: int
     disk_free: int
+    warnings: Sequence[str] = ()  # of the plan
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "problems": self.problems()}
@@ -141,6 +144,7 @@ def estimate(
     positions = sum(n * length for n, length in shapes)
     width = model.get_input_embeddings().weight.shape[1]
     hidden_bytes = positions * width * dtype.itemsize
+    own_hidden = -(-hidden_bytes // distributed.n_processes())  # each process has its part of the batches
     parts = {
         "a block's weights": max(sum(p.numel() for p in b.module.parameters()) for b in decoder.blocks)
         * dtype.itemsize,
@@ -155,9 +159,9 @@ def estimate(
         )
     device_free, host_free = free_memory(device), free_memory(None)
     host = max((s.stop - s.start for n, s in files.stored.items() if n in {m.name for m in matrices}), default=0)
-    where = hidden or _where(hidden_bytes, device, sum(parts.values()), device_free, host_free)
+    where = hidden or nearest_place(own_hidden, device, sum(parts.values()), device_free, host_free)
     if where == "device" or (where == "host" and device.type == "cpu"):
-        parts["hidden states"] = hidden_bytes
+        parts["hidden states"] = own_hidden
     total = sum(parts.values())
     weights_bytes = sum(path.stat().st_size for path in {s.path for s in files.stored.values()})
     blocks = decoder.blocks
@@ -179,7 +183,7 @@ def estimate(
         device_parts=parts,
         device_bytes=total,
         device_free=device_free,
-        host_bytes=total if device.type == "cpu" else host + (hidden_bytes if where == "host" else 0),
+        host_bytes=total if device.type == "cpu" else host + (own_hidden if where == "host" else 0),
         host_free=host_free,
         disk_bytes=weights_bytes + (hidden_bytes if where == "disk" else 0),
         disk_free=shutil.disk_usage(existing_parent(out)).free,
@@ -192,7 +196,8 @@ def _n_forwards(method: Method, surveyed: Needs, propagate: str) -> int:
     return pruning + (surveyed != "nothing")
 
 
-def _where(hidden: int, device: torch.device, others: int, device_free: int, host_free: int) -> Where:
+def nearest_place(hidden: int, device: torch.device, others: int, device_free: int, host_free: int) -> Where:
+    """Where ``hidden`` bytes of hidden states fit beside ``others`` on the device, the nearest first."""
     if others + hidden <= device_free and hidden <= SHARE * device_free:
         return "device"
     if device.type != "cpu" and hidden <= SHARE * host_free:
@@ -205,7 +210,7 @@ def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:
     if needs == "nothing":
         return 0
     widths = [(w.shape[1], w.n_experts or 1) for w in weights]
-    return sum(n * FLOAT * (width * width if needs == "gram" else width) for width, n in widths)
+    return sum(n * ((FLOAT * width * width if needs == "gram" else 0) + 2 * DOUBLE * width) for width, n in widths)
 
 
 def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int:
@@ -227,7 +232,12 @@ def _activation_bytes(block: Block, shapes: Sequence[tuple[int, int]], hidden: i
     positions = max(n * length for n, length in shapes)
     outputs = sum(w.shape[0] * _uses(w, config) for w in block.weights.values())
     widest = max((w.shape[1] for w in block.weights.values()), default=hidden)
-    mask = max(n * length * length for n, length in shapes)  # one byte a pair, where the model builds one
+    pairs = max(n * length * length for n, length in shapes)
+    mask = pairs  # one byte a pair, where the model builds one
+    if getattr(config, "_attn_implementation", None) == "eager":
+        # Eager attention holds every head's scores, their softmax in float32 and that cast back.
+        heads = getattr(config.get_text_config(), "num_attention_heads", None) or 1
+        mask += pairs * heads * (2 * itemsize + FLOAT)
     return positions * itemsize * (6 * hidden + 2 * round(outputs)) + min(positions, CHUNK) * widest * FLOAT + mask
 
 

@@ -26,11 +26,20 @@ def ran_out(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device | None) -> int:
-    """Bytes that a device can still give; of the host for None or a CPU."""
+    """Bytes that a device can still give; of the host for None or a CPU.
+
+    Of the host's, the least of what the machine and this process's control groups (containers, batch systems) have
+    left, shared out evenly over the processes that torchrun started here.
+    """
     import torch
 
     if device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    left = [_free_on_machine(), *free_in_groups()]
+    return max(0, min(left)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_on_machine() -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="ascii").splitlines():
@@ -38,3 +47,42 @@ def free_memory(device: torch.device | None) -> int:
                 return int(line.split()[1]) * 1024
     # Not Linux: what is installed, for lack of what is free.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_in_groups(root: Path = Path("/")) -> list[int]:
+    """What each of this process's control groups has left of its limit, in bytes; a group without a limit says nothing.
+
+    A group's parents limit it too. What it holds of files can be given up, and counts as free, as in MemAvailable.
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    found = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        here = mount / path.lstrip("/")
+        # Inside a container the path may be the host's, and only the mount itself is there.
+        groups = [g for g in (here, *here.parents) if g == mount or mount in g.parents]
+        for group in groups:
+            most, now = _read(group / limit).strip(), _read(group / usage).strip()
+            if most.isdigit() and now.isdigit():
+                found.append(int(most) - int(now) + _file_pages(_read(group / "memory.stat")))
+    return found
+
+
+def _file_pages(stat: str) -> int:
+    values = dict(line.split(None, 1) for line in stat.splitlines() if line.strip())
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:  # another system, or another version of it
+        return ""

@@ -140,7 +140,7 @@ def make_plan(
     )
     if uses_data:
         warnings.extend(samples.warnings)
-    on_device = _device(device)
+    on_device = find_device(device)
     with TensorFiles(source.folder) as files:
         skeleton = source.skeleton()
         decoder = find_decoder(skeleton, allow_partial=allow_partial)
@@ -168,6 +168,7 @@ def make_plan(
     warnings.extend(_without_effect(chosen, parsed, group, damping))
     if unknown := decoder.unknown():
         warnings.append(f"{len(unknown)} decoder weights are not understood and stay dense, such as {unknown[0]}")
+    warnings.extend(_not_loaded(layout))
     keys = frozenset(m.key for m in matrices)
     settings = _settings(
         {**asked, "allocation": _told_apart(allocation, shares), "token_weights": hash_of(samples.weights)},
@@ -403,6 +404,17 @@ def _check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, fo
     return warnings
 
 
+def _not_loaded(layout: Layout) -> list[str]:
+    """A warning about matrices that transformers leaves in the files, such as those for multi-token prediction."""
+    names = [n for n, stored in layout.files.stored.items() if n not in layout.target and len(stored.shape) > 1]
+    if not names:
+        return []
+    return [
+        f"{len(names)} matrices of the checkpoint, such as {names[0]}, are no part of the model that transformers "
+        f"loads from it (layers for multi-token prediction, an image tower): they are copied and stay dense"
+    ]
+
+
 def _too_few_tokens(method: methods.Method, matrices: Sequence[Matrix], n_tokens: int) -> list[str]:
     wide = [m.shape[1] for m in matrices if m.shape[1] > n_tokens]
     if method.needs != "gram" or not wide:
@@ -430,7 +442,12 @@ def _rounded(selection: Selection, matrices: Sequence[Matrix]) -> list[str]:
     ]
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; by default CUDA when there is one, else the CPU.
+
+    Raises:
+        InputError: it cannot be used.
+    """
     import torch
 
     if name is None:

@@ -127,12 +127,15 @@ def prune(
 def plan_pruning(model: str | Path, calibration: Subset, out: str | Path, **options: Any) -> Estimate:
     """What ``prune`` with the same arguments would do and need, without loading a weight.
 
+    Its ``warnings`` are those that the report of such a pruning would begin with.
+
     Raises:
         InputError: what ``prune`` would refuse (but not for memory or disk: ``Estimate.problems`` says that).
     """
     bound = inspect.signature(prune).bind(model, calibration, out, **options)
     bound.apply_defaults()
-    return make_plan(**_planned(bound.arguments)).estimate
+    plan = make_plan(**_planned(bound.arguments))
+    return replace(plan.estimate, warnings=tuple(plan.warnings))
 
 
 def _planned(asked: Mapping[str, Any]) -> dict[str, Any]:

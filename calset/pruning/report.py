@@ -131,6 +131,9 @@ def make_report(
             "tokenizer_hash": subset.tokenizer_hash,
             "n_samples": subset.n_samples,
             "n_tokens": subset.n_tokens,
+            # What it saw, so that a held-out subset can be told from it wherever the checkpoint goes.
+            "sample_ids": [s.sample_id for s in subset.samples] if uses_data else [],
+            "problem_ids": sorted({s.problem_id for s in subset.samples if s.problem_id}) if uses_data else [],
             "token_weights": hash_of(plan.calibration.weights) if uses_data else None,
             # The runs and sources behind it; of a subset from the Hub also repo, commit and tag.
             "origin": dict(subset.origin) if subset.origin else None,

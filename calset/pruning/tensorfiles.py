@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name -> torch's
 MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
+HELD = 32 << 20  # bytes read of open files before they are closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,7 @@ class TensorFiles:
         self.folder = folder
         self.stored = read_headers(folder)
         self._open: dict[Path, Any] = {}
+        self._n_read = 0  # bytes since the files were last closed
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -165,6 +167,7 @@ class TensorFiles:
     def release(self) -> None:
         """Close the files, to be opened again when needed: pages of an open one that were read count as ours."""
         self._open.clear()
+        self._n_read = 0
 
     def slice(self, name: str) -> Any:
         """safetensors' lazy slice of a tensor: ``slice[...]`` reads it."""
@@ -175,8 +178,23 @@ class TensorFiles:
             self._open[path] = safe_open(path, framework="pt")
         return self._open[path].get_slice(name)
 
-    def read(self, name: str) -> Tensor:
-        return self.slice(name)[...]
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor, or only its slice ``index`` (from 0) along the first dimension.
+
+        Raises:
+            IndexError: there is no such slice.
+        """
+        stored = self.stored[name]
+        if index is None:
+            value, share = self.slice(name)[...], 1
+        elif not stored.shape or not 0 <= index < stored.shape[0]:
+            raise IndexError(f"{name} has no slice {index}")
+        else:
+            value, share = self.slice(name)[index : index + 1][0], stored.shape[0]
+        self._n_read += (stored.stop - stored.start) // share
+        if self._n_read > HELD:
+            self.release()
+        return value
 
 
 def write_tensor(stored: Stored, value: Tensor) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CANCELLED = 1e-2  # of a sum of float32 errors: a smaller difference is computed anew
 MAX_RAISES = 4  # of the damping, by 10 each
 KERNEL_WIDTH = 256  # columns of a block that the Triton kernel holds in registers
+SYSTEM_BYTES = 256 << 20  # of triangular systems solved at once
 STEP = 16  # columns updated one by one before their errors go to the rest of the block at once
 
 
@@ -276,14 +277,18 @@ def loop_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern |
     return errors
 
 
-def solve_errors(columns: Tensor, upper: Tensor, mask: Tensor, chunk: int = 4096) -> Tensor:
+def solve_errors(columns: Tensor, upper: Tensor, mask: Tensor, chunk: int | None = None) -> Tensor:
     """The same errors for a mask known before: one batched triangular solve.
 
     The errors e of an output satisfy sum_(i <= j) e_i U_ij = w_j where j is pruned and e_j = 0 elsewhere. For GPUs,
     where the loop's many small launches cost more than the solve's memory; ``columns`` is left as it is.
+
+    Args:
+        chunk: outputs at a time; default: as many as ``SYSTEM_BYTES`` hold the systems of.
     """
     import torch
 
+    chunk = chunk or max(1, SYSTEM_BYTES // (upper.numel() * upper.element_size()))
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     parts = []
     for weights, pruned in zip(columns.T.split(chunk), mask.T.split(chunk), strict=True):

@@ -7,25 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calset.errors import InputError, VerificationError
+from calset.errors import InputError, PruningError, VerificationError
+from calset.pruning import heldout
 from calset.pruning.allocate import MEASURED
-from calset.pruning.checkpoint import RECORD, load_model, read_record
+from calset.pruning.calibration import BATCH_TOKENS, Calibration
+from calset.pruning.checkpoint import RECORD, open_folder, read_record
+from calset.pruning.heldout import HeldOut
 from calset.pruning.layout import Layout, cut, label
 from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection, nearest
+from calset.pruning.plan import find_device
+from calset.pruning.streamed import walked
 from calset.pruning.tensorfiles import TensorFiles
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+
+    from calset.catalog.catalog import Catalog
+    from calset.catalog.records import Subset
+    from calset.pruning.checkpoint import Source
 
 LOGIT_TOKENS = 16
+NOT_COMPARED = "untouched tensors were not compared: "
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was proved of a checkpoint. ``n_untouched``: tensors bit-equal to the base's; None when not compared."""
+    """What was proved of a checkpoint. ``n_untouched``: tensors bit-equal to the base's; None when not compared.
+
+    ``held_out``: the losses of both models, where they were asked for.
+    """
 
     directory: str
     n_matrices: int
@@ -36,6 +50,7 @@ class VerifyReport:
     base: str | None
     n_untouched: int | None
     notes: Sequence[str] = ()
+    held_out: HeldOut | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,26 +65,64 @@ class VerifyReport:
         ]
         if self.n_untouched is not None:
             found.append(f"{self.n_untouched} other tensors are bit-equal to those of {self.base}")
+        if self.held_out is not None:
+            found += self.held_out.lines()
         return found + list(self.notes)
 
 
-def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyReport:
+def verify(
+    directory: str | Path,
+    *,
+    base: str | Path | None = None,
+    held_out: Subset | None = None,
+    max_length: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    device: str | None = None,
+    catalog: Catalog | str | Path | None = None,
+) -> VerifyReport:
     """Prove what ``pruning.json`` says.
 
     Every matrix of the decoder has the zeros that the asked sparsity or pattern means, logits are finite, and
     untouched tensors are bit-equal to the dense model's, and so are the matrices that were left dense.
 
+    Models run block by block from their files: memory holds the embeddings, the output layer, one block and the hidden
+    states.
+
     Args:
         base: the dense model's folder; default: where ``pruning.json`` says it was, if it is still there unchanged.
+        held_out: samples on whose completions the pruned model's loss is compared with the dense model's; none of
+            those that calibrated the pruning, nor of their problems.
+        max_length: cut longer held-out samples.
+        batch_tokens: positions of a micro-batch of held-out samples.
+        device: where models run; default: CUDA when there is one, else the CPU.
+        catalog: where the samples of a calibration subset are looked up that an older ``pruning.json`` does not list.
 
     Raises:
-        InputError: no such folder, no or a corrupt ``pruning.json``, or a ``base`` that is not the recorded one.
+        InputError: no such folder, no or a corrupt ``pruning.json``, a ``base`` that is not the recorded one; held-out
+            samples that calibrated the pruning or are of another tokenizer, or no dense model to compare with.
         VerificationError: naming the matrix and the numbers that differ.
+        PruningError: activations on the held-out samples that are not finite.
     """
     folder = Path(directory)
     if not folder.is_dir():
         raise InputError(f"there is no folder {directory}")
-    record = read_record(folder)
+    record, place = read_record(folder), find_device(device)
+    dense, notes = _find_base(record, base)
+    compare = None
+    if held_out is not None:  # what can be refused is refused before the long part
+        is_apart = _is_apart(held_out, record, catalog)
+        models = _original(dense, notes), _opened(folder)
+        heldout.read_held_out(held_out, *models, max_length)
+        compare = partial(heldout.compare, held_out, *models, place, is_apart=is_apart)
+    report = _verify_zeros(folder, record, dense, notes, place)
+    if compare is None:
+        return report
+    return replace(report, held_out=compare(max_length=max_length, batch_tokens=batch_tokens))
+
+
+def _verify_zeros(
+    folder: Path, record: Mapping[str, Any], dense: Path | None, notes: Sequence[str], device: torch.device
+) -> VerifyReport:
     selection = _selection(record, folder)
     with _files(folder) as tensors:
         n_zeros, size = 0, 0
@@ -80,14 +133,13 @@ def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyRe
         pruned = {entry["name"] for entry in record["matrices"]}
         biases = set(record.get("biases", ()))
         _check_biases(biases, tensors)
-        _check_model(folder, tensors, record)
-        dense, notes = _find_base(record, base)
+        _check_model(folder, tensors, record, device)
         n_untouched = None
         if dense:
             with _files(dense) as others:
                 n_untouched = _check_untouched(tensors, others, pruned, biases)
     return VerifyReport(
-        directory=str(directory),
+        directory=str(folder),
         n_matrices=len(record["matrices"]),
         pattern=record.get("pattern"),
         sparsity=record.get("sparsity"),
@@ -169,7 +221,9 @@ def _check_matrix(entry: Mapping[str, Any], tensors: TensorFiles, selection: Sel
     if name not in tensors.stored:
         raise VerificationError(f"{name} is listed as pruned but not in the checkpoint")
     try:
-        weight = cut(tensors.read(name), entry.get("expert"), entry.get("rows"), entry.get("transposed", False))
+        # Of stacked experts only its own slice, or each would read them all.
+        whole = tensors.read(name, entry.get("expert"))
+        weight = cut(whole, None, entry.get("rows"), entry.get("transposed", False))
     except IndexError as error:
         raise VerificationError(f"{name} has no matrix {entry.get('expert')}, recorded as pruned") from error
     name = _label(entry)
@@ -194,30 +248,51 @@ def _check_matrix(entry: Mapping[str, Any], tensors: TensorFiles, selection: Sel
     return n_zeros
 
 
-def _check_model(folder: Path, tensors: TensorFiles, record: Mapping[str, Any]) -> None:
-    """Load it as anybody would and run a few tokens: every tensor is there and the logits are finite.
+def _opened(folder: Path) -> Source:
+    try:
+        return open_folder(folder)
+    except InputError as error:
+        raise VerificationError(str(error)) from error
+
+
+def _check_model(folder: Path, tensors: TensorFiles, record: Mapping[str, Any], device: torch.device) -> None:
+    """Every tensor is there and the logits are finite.
 
     The listed matrices and those left dense must be all of its decoder's: one that is in neither list would be neither
     pruned nor missed.
     """
-    import torch
-
+    source = _opened(folder)
     try:
-        model = load_model(folder, str(folder))
-        _check_list(model, tensors, record)
+        _check_list(source, tensors, record)
     except InputError as error:
         raise VerificationError(str(error)) from error
-    vocabulary = model.config.get_text_config().vocab_size
-    input_ids = torch.arange(1, LOGIT_TOKENS + 1).remainder(vocabulary).unsqueeze(0)
-    with torch.no_grad():
-        logits = model(input_ids=input_ids, use_cache=False).logits
-    if not bool(logits.isfinite().all()):
-        raise VerificationError(f"{folder} gives logits that are not finite")
+    check_logits(source, device)
 
 
-def _check_list(model: nn.Module, tensors: TensorFiles, record: Mapping[str, Any]) -> None:
+def check_logits(source: Source, device: torch.device) -> None:
+    """Run a few tokens through a model, block by block.
+
+    Raises:
+        VerificationError: its tensors do not make it, or its logits are not finite.
+    """
+    import torch
+
+    vocabulary = source.config.get_text_config().vocab_size
+    token_ids = [i % vocabulary for i in range(1, LOGIT_TOKENS + 1)]
+    batches = Calibration([token_ids], [(0, LOGIT_TOKENS)]).batches()
+    try:
+        with walked(source, batches, device, "a few tokens") as walk:
+            for logits in walk.logits(0, [torch.arange(LOGIT_TOKENS)]):
+                if not bool(logits.isfinite().all()):
+                    raise VerificationError(f"{source.folder} gives logits that are not finite")
+    except (InputError, PruningError) as error:
+        raise VerificationError(str(error)) from error
+
+
+def _check_list(source: Source, tensors: TensorFiles, record: Mapping[str, Any]) -> None:
     from calset.pruning.decoder import find_decoder
 
+    model = source.skeleton()
     decoder = find_decoder(model, allow_partial=True)
     found = {m.label for m in Layout.of(tensors, model).matrices(decoder.weights().values())}
     found |= set(decoder.unknown())
@@ -238,16 +313,57 @@ def _find_base(record: Mapping[str, Any], base: str | Path | None) -> tuple[Path
     recorded = record.get("base", {})
     folder = Path(base) if base is not None else Path(recorded.get("path") or "")
     if base is None and not recorded.get("path"):
-        return None, ["untouched tensors were not compared: the dense model's place is not recorded (--base)"]
+        return None, [f"{NOT_COMPARED}the dense model's place is not recorded (--base)"]
     if not folder.is_dir() or not any(folder.glob("*.safetensors")):
         if base is not None:
             raise InputError(f"{base} is no folder of a dense model")
-        return None, [f"untouched tensors were not compared: the dense model is not at {folder} (--base)"]
+        return None, [f"{NOT_COMPARED}the dense model is not at {folder} (--base)"]
     if recorded.get("revision") not in (folder_revision(folder), folder.name):
         if base is not None:
             raise InputError(f"{base} is not the model that was pruned: its revision differs from the recorded one")
-        return None, [f"untouched tensors were not compared: the model at {folder} has changed since (--base)"]
+        return None, [f"{NOT_COMPARED}the model at {folder} has changed since (--base)"]
     return folder, []
+
+
+def _original(dense: Path | None, notes: Sequence[str]) -> Source:
+    if dense is None:
+        why = notes[0].removeprefix(NOT_COMPARED)
+        raise InputError(f"the held-out loss needs the dense model to compare with: {why}")
+    return open_folder(dense)
+
+
+def _is_apart(held_out: Subset, record: Mapping[str, Any], catalog: Catalog | str | Path | None) -> bool | None:
+    """Whether the pruning saw none of these samples and problems; None where what it saw is not known.
+
+    Raises:
+        InputError: it saw some.
+    """
+    calibration = record.get("calibration", {})
+    if not calibration.get("used", True):
+        return True
+    if held_out.content_hash == calibration.get("content_hash"):
+        raise InputError(f"{held_out.ref} is what calibrated this pruning: it is not held out")
+    if "sample_ids" in calibration and "problem_ids" in calibration:
+        seen = (calibration["sample_ids"], calibration["problem_ids"])
+    elif (seen := _look_up(calibration.get("content_hash"), catalog)) is None:
+        return None
+    heldout.check_apart(held_out, str(calibration.get("subset")), *seen)
+    return True
+
+
+def _look_up(content_hash: str | None, catalog: Catalog | str | Path | None) -> tuple[list[str], list[str]] | None:
+    """The sample and problem ids of a subset that the catalog holds, under whatever name."""
+    from calset.catalog.catalog import Catalog
+
+    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    if not content_hash or not store.exists():
+        return None
+    rows = store.rows(
+        "SELECT DISTINCT i.sample_id, i.problem_id FROM subset_items i JOIN subsets s USING (name, version) "
+        "WHERE s.content_hash = ?",
+        [content_hash],
+    )
+    return ([r["sample_id"] for r in rows], [r["problem_id"] for r in rows if r["problem_id"]]) if rows else None
 
 
 def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], biases: set[str]) -> int:

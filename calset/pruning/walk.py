@@ -9,7 +9,8 @@ Shared inputs are found by identity. It must not know methods, masks or files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,13 @@ class Walk:
     Holds one hidden state per batch, replaced in place as blocks finish. Only the block at hand and what surrounds the
     blocks (embeddings, norms) are on ``device``.
 
-    Usage: for each block ``statistics(i, needs)``, prune, ``advance(i)``, ``finish(i)``.
+    Usage: for each block ``statistics(i, needs)``, prune, ``advance(i)``, ``finish(i)``. ``logits`` after the last.
 
     Args:
         hidden: where the hidden states are kept; default: on the device.
         load: puts a block's weights on the device; the block is emptied when it is finished. Default: the model is in
             memory, and finished blocks go back to the CPU.
+        data: what the batches are, for messages.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Walk:
         *,
         hidden: HiddenStates | None = None,
         load: Load | None = None,
+        data: str = "the calibration data",
     ) -> None:
         self.model = model
         self.decoder = decoder
@@ -59,6 +62,7 @@ class Walk:
         self.device = device
         self.hidden = hidden or HiddenStates(len(batches), device)
         self._load = load
+        self._data = data
         self._input: Any = None  # what the last finished block gave for the batch at hand
         self._ready: int | None = None
 
@@ -133,6 +137,38 @@ class Walk:
             place(module, torch.device("cpu"))
         self._ready = None
 
+    def logits(self, position: int, columns: Iterable[Tensor]) -> Iterator[Tensor]:
+        """What the model predicts for a batch once every block is finished, a few of its positions at a time.
+
+        The model's own forward again, all blocks being stand-ins: whatever comes after them (a norm, an output layer,
+        soft-capping) needs no code here. What surrounds the blocks and the output layer must be loaded.
+
+        Args:
+            position: the batch's.
+            columns: positions within the padded samples (int64), one tensor a turn.
+
+        Yields:
+            samples x positions x vocabulary, in the model's dtype, for each tensor of ``columns``.
+        """
+        import torch
+
+        batch = self.batches[position]
+        takes_columns = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._input = self.hidden.get(position)
+        try:
+            for chosen in columns:
+                keep = {"logits_to_keep": chosen.to(self.device)} if takes_columns else {}
+                with torch.no_grad():
+                    logits = self.model(
+                        input_ids=batch.input_ids.to(self.device),
+                        attention_mask=batch.attention_mask.to(self.device),
+                        use_cache=False,
+                        **keep,
+                    ).logits
+                yield logits if takes_columns else logits[:, chosen]
+        finally:
+            self._input = None
+
     def _stand_in(self, *args: Any, **kwargs: Any) -> Any:
         # Earlier blocks' outputs were replaced by this one's: only the last one is read.
         return self._input
@@ -176,7 +212,7 @@ class Walk:
         except _Stop as stop:
             hidden = stop.output[0] if isinstance(stop.output, tuple) else stop.output
             if not bool(hidden.isfinite().all()):
-                raise PruningError(f"the outputs of {block.name} are not finite on the calibration data") from None
+                raise PruningError(f"the outputs of {block.name} are not finite on {self._data}") from None
             return stop.output
         raise PruningError(f"the model never ran its block {block.name}: calset cannot follow its forward")
 

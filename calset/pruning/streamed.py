@@ -1,0 +1,94 @@
+"""A checkpoint run to its logits, block by block from its files.
+
+Why: loading a pruned model whole to look at it would need more memory than pruning it did. Held are what surrounds the
+blocks (embeddings, output layer), one block, and the hidden states. It must not know how a model was pruned.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calset.pruning.decoder import find_decoder
+from calset.pruning.estimate import nearest_place
+from calset.pruning.hidden import HiddenStates, Where
+from calset.pruning.layout import Layout, place
+from calset.pruning.memory import free_memory
+from calset.pruning.tensorfiles import DTYPES, TensorFiles
+from calset.pruning.walk import Walk
+
+if TYPE_CHECKING:
+    import torch
+
+    from calset.pruning.calibration import Batch
+    from calset.pruning.checkpoint import Source
+    from calset.pruning.decoder import Block, Decoder
+
+
+@contextmanager
+def walked(source: Source, batches: Sequence[Batch], device: torch.device, data: str) -> Iterator[Walk]:
+    """A walk over ``batches`` with every block finished: ``Walk.logits`` is what is left to do.
+
+    It runs in the narrowest dtype that holds the blocks' matrices exactly, as pruning does, whatever the config says.
+
+    Args:
+        data: what the batches are, for messages.
+
+    Raises:
+        InputError: the files do not fit the model, or cannot be read.
+        PruningError: activations that are not finite, or a model that calset cannot follow.
+    """
+    import torch
+
+    with TensorFiles(source.folder) as files, tempfile.TemporaryDirectory(prefix="calset-") as scratch:
+        trial = source.skeleton()
+        whole = Layout.of(files, trial)
+        whole.check(torch.float32)
+        dtype = _dtype(whole, find_decoder(trial, allow_partial=True))
+        model = source.skeleton(dtype)
+        decoder = find_decoder(model, allow_partial=True)
+        layout = Layout.of(files, model)
+        hidden = HiddenStates(len(batches), device, _where(model, decoder, batches, device, dtype), Path(scratch))
+        _load_around(layout, decoder, dtype, device)
+
+        def load(block: Block) -> None:
+            layout.load(layout.names(f"{block.name}."), dtype, device)
+
+        with Walk(model, decoder, batches, device, hidden=hidden, load=load, data=data) as walk:
+            for index in range(len(decoder.blocks)):
+                walk.advance(index)
+                walk.finish(index)
+            yield walk
+
+
+def _dtype(layout: Layout, decoder: Decoder) -> torch.dtype:
+    import torch
+
+    inside = tuple(f"{block.name}." for block in decoder.blocks)
+    stored = [layout.files.stored[name] for name, target in layout.target.items() if target.startswith(inside)]
+    kept = {s.torch_dtype for s in stored if len(s.shape) > 1 and s.dtype in DTYPES}
+    return reduce(torch.promote_types, kept, next(iter(kept), torch.float32))
+
+
+def _load_around(layout: Layout, decoder: Decoder, dtype: torch.dtype, device: torch.device) -> None:
+    """Everything outside the blocks; the output layer is tied to the embeddings where config and files say so."""
+    inside = tuple(f"{block.name}." for block in decoder.blocks)
+    layout.load([n for n, target in layout.target.items() if not target.startswith(inside)], dtype, device)
+    model = layout.model
+    absent = {n for n, p in model.named_parameters(remove_duplicate=False) if p.device.type == "meta"}
+    model.tie_weights(missing_keys=absent, recompute_mapping=False)
+    place(model, device)
+
+
+def _where(model: Any, decoder: Decoder, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype) -> Where:
+    """The nearest place where the hidden states fit beside the weights that are held at a time."""
+    width = model.get_input_embeddings().weight.shape[1]
+    inside = {id(p) for block in decoder.blocks for p in block.module.parameters()}
+    around = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    largest = max(sum(p.numel() for p in block.module.parameters()) for block in decoder.blocks)
+    n_bytes = sum(batch.input_ids.numel() for batch in batches) * width * dtype.itemsize
+    return nearest_place(n_bytes, device, (around + largest) * dtype.itemsize, free_memory(device), free_memory(None))

@@ -101,11 +101,17 @@ def compare(args: argparse.Namespace, pruners: Sequence[str], folder: Path) -> l
         for pruner in pruners:
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 job = {
-                    "pruner": pruner, "method": args.method, "model": str(model), "ids": str(ids),
-                    "profile": args.profile, "pattern": args.pattern, "sparsity": None if args.pattern else args.sparsity,
-                    "out": f"{work}/pruned", "result": f"{work}/result.json",
+                    "pruner": pruner,
+                    "method": args.method,
+                    "sparsity": None if args.pattern else args.sparsity,
+                    "pattern": args.pattern,
+                    "model": str(model),
+                    "ids": str(ids),
+                    "out": f"{work}/pruned",
                     "warm_up": {"model": str(tiny), "ids": str(tiny_ids), "out": f"{work}/tiny"},
-                }  # fmt: skip
+                    "result": f"{work}/result.json",
+                    "profile": args.profile,
+                }
                 measured = run(job, args.peer_python if pruner == "llm-compressor" else Path(sys.executable))
                 if number == 0:
                     measured |= evaluator.measure(Path(job["out"]))

@@ -315,21 +315,25 @@ def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
     return [MatrixReport(**{**m, "shape": pair(m["shape"]), "rows": pair(m["rows"])}) for m in record["matrices"]]
 
 
-def _prune_block(
-    matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], run: _Run
-) -> list[MatrixReport]:
-    """Prune a block's matrices in place, those with one input together; reports in the given order."""
+def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatistics], run: _Run) -> list[MatrixReport]:
+    """Prune a block's matrices in place, those with one input together; reports in the given order.
+
+    Statistics are dropped as they are used: the widest first, since its Gram is most of a block's memory.
+    """
     team = run.team
     together: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         inputs = statistics.get(matrix.reads)
         together.setdefault(id(inputs) if inputs is not None else id(matrix), []).append(matrix)
-    groups = list(together.values())
+    inputs = None
+    groups = sorted(together.values(), key=lambda members: -members[0].shape[1])
     owners = team.owners([sum(m.shape[0] for m in g) * g[0].shape[1] ** 2.0 + g[0].shape[1] ** 3.0 for g in groups])
     reports: dict[Any, MatrixReport] = {}
     for members, owner in zip(groups, owners, strict=True):
         if owner == team.rank:
             reports.update(_prune_group(members, statistics.get(members[0].reads), run))
+        for matrix in members:
+            statistics.pop(matrix.reads, None)
     for members, owner in zip(groups, owners, strict=True):
         for matrix in members:
             team.tell(matrix.values(), owner)

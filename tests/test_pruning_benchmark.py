@@ -22,7 +22,7 @@ def test_calset_and_the_textbook_do_the_same_work(tmp_path, how):
     ours, theirs = map(json.loads, results.read_text().splitlines())
     assert ours["n_matrices"] == theirs["n_matrices"] == 14
     assert ours["sparsity"] == 0.5
-    # The authors' threshold takes one weight too many of each block of columns: 22 of 73,728.
+    # The authors' threshold takes one weight too many of each block of columns: 14 of 73,728.
     assert 0.5 <= theirs["sparsity"] < 0.501
     assert ours["error"] == pytest.approx(theirs["error"], rel=0.01)
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Needs = Literal["nothing", "diagonal", "gram"]
 CHUNK = 8192  # tokens turned to float32 at a time
-TILE = 512  # columns of a Gram computed at a time
+TILE = 256  # columns of a Gram computed at a time; on a CPU as fast as any, from 576 inputs to 8192
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import PruningError
 from calset.pruning import allocate, distributed, methods, workfolder
 from calset.pruning import survey as surveys
-from calset.pruning.calibration import BATCH_TOKENS, Tokens
+from calset.pruning.calibration import Tokens
 from calset.pruning.decoder import find_decoder, surroundings
 from calset.pruning.estimate import Estimate
 from calset.pruning.hidden import HiddenStates, Where
@@ -60,7 +60,7 @@ def prune(
     damping: float = DAMPING,
     block_size: int = BLOCK_SIZE,
     device: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     max_length: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -87,7 +87,7 @@ def prune(
         damping: SparseGPT, ADMM, ALPS: the share of the mean diagonal added to the Hessian.
         block_size: columns of a block, for group ``block`` and SparseGPT's updates.
         device: default: CUDA when there is one, else the CPU.
-        batch_tokens: positions a micro-batch.
+        batch_tokens: positions a micro-batch; default: 8192, on a CPU 2048.
         max_length: cut longer samples.
         include: regular expressions; only matrices whose stored name one of them is found in are pruned.
         exclude: the same, of matrices that stay dense.
@@ -141,15 +141,16 @@ def _planned(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _enough_memory(batch_tokens: int) -> Iterator[None]:
+def _enough_memory(batch_tokens: int | None) -> Iterator[None]:
     """Too little memory is the user's to solve: said with what to lower."""
     try:
         yield
     except Exception as error:
         if not ran_out(error):
             raise
+        was = f" (it was {batch_tokens})" if batch_tokens else ""
         raise PruningError(
-            f"out of memory: lower --batch-tokens (it was {batch_tokens}), cut the samples with --max-length, keep "
+            f"out of memory: lower --batch-tokens{was}, cut the samples with --max-length, keep "
             f"hidden states elsewhere with --hidden disk, or on a GPU use --device cpu"
         ) from error
 

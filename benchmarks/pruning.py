@@ -83,13 +83,10 @@ def main() -> None:
     if "llm-compressor" in pruners and args.peer_python is None:
         parser.error("llm-compressor needs --peer-python; or name others with --pruners")
     with tempfile.TemporaryDirectory() as temporary:
-        results = compare(args, pruners, args.folder or Path(temporary))
-    if args.json:
-        with args.json.open("a") as file:
-            file.writelines(json.dumps(result) + "\n" for result in results)
+        compare(args, pruners, args.folder or Path(temporary))
 
 
-def compare(args: argparse.Namespace, pruners: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+def compare(args: argparse.Namespace, pruners: Sequence[str], folder: Path) -> None:
     task = TASKS[args.model]
     model = checkpoint(folder, args.model, task.shape, args.dtype)
     tiny = checkpoint(folder, "tiny", TINY, args.dtype)
@@ -121,7 +118,9 @@ def compare(args: argparse.Namespace, pruners: Sequence[str], folder: Path) -> l
                 asked |= {"asked": args.pattern or args.sparsity, "pruner": pruner}
                 results[pruner] = asked | before | measured
             show(results[pruner], results.get("calset"))
-    return list(results.values())
+            if args.json and number + 1 == args.rounds:
+                with args.json.open("a") as file:
+                    file.write(json.dumps(results[pruner]) + "\n")
 
 
 def run(job: dict[str, Any], python: Path) -> dict[str, Any]:

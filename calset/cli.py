@@ -970,7 +970,7 @@ def compact(catalog: Path, as_json: bool) -> None:
 )
 @click.option("--device", help="Default: a CUDA device when there is one, else the CPU.")
 @click.option(
-    "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Positions run at a time."
+    "--batch-tokens", type=click.IntRange(min=1), help="Positions run at a time; default: 8192, on a CPU 2048."
 )
 @click.option("--max-length", type=click.IntRange(min=1), help="Cut longer samples to N tokens; the report says so.")
 @click.option(

@@ -355,13 +355,35 @@ def test_the_relative_error_is_that_of_the_outputs(name, kind, n_tokens):
 # --- the Hessian ------------------------------------------------------------------------------------------------
 
 
-def test_the_factor_is_the_upper_cholesky_of_the_inverse():
-    statistics = statistics_of(make_inputs(300, 48))
-    hessian = statistics.gram.double() / 300
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(48)
+@pytest.mark.parametrize("width", [1, 48, 700])
+def test_the_factor_is_the_upper_cholesky_of_the_inverse(width):
+    statistics = statistics_of(make_inputs(1000, width))
+    before = statistics.gram.clone()
+    hessian = before.double() / 1000
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(width)
     want = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    got = updates.factorise(statistics).upper
-    assert torch.allclose(got.double(), want, atol=1e-4)
+    factor = updates.factorise(statistics)
+    assert torch.allclose(factor.upper.double(), want, atol=1e-4 * float(want.abs().max()))
+    assert torch.equal(factor.diagonal, factor.upper.diagonal())
+    start, stop = width // 3, max(1, width // 2)
+    assert torch.equal(factor.rows(start, stop), factor.upper[start:stop, start:])
+    assert torch.equal(statistics.gram, before)
+
+
+@pytest.mark.parametrize("width", [1, 7, 256, 700])
+def test_a_triangular_matrix_is_inverted_in_its_place(width):
+    lower = torch.randn(width, width, generator=torch.Generator().manual_seed(0)).tril() / width
+    lower.diagonal().copy_(torch.linspace(0.5, 2, width))
+    want = torch.linalg.inv(lower.double())
+    updates.invert_lower(lower)
+    assert torch.allclose(lower.double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [6, 512, 1100])
+def test_an_error_is_that_of_the_whole_product(width):
+    change, inputs = make_weight(5, width), make_inputs(60, width)
+    want = float((inputs.double() @ change.double().T).square().sum())
+    assert updates.squared_error(change, statistics_of(inputs)) == pytest.approx(want, rel=1e-5)
 
 
 def test_a_singular_gram_raises_the_damping_and_says_so():
@@ -436,6 +458,16 @@ def test_statistics_are_the_same_in_batches_and_at_once(needs):
     assert torch.allclose(whole.diagonal, inputs[counted].square().sum(0), rtol=1e-5)
     if needs == "gram":
         assert torch.allclose(whole.gram, inputs[counted].T @ inputs[counted], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [6, 512, 1100])
+def test_a_gram_added_by_tiles_is_the_whole_product(width):
+    first, second = make_inputs(40, width), make_inputs(70, width, "duplicated")
+    statistics = InputStatistics.zeros(width, "gram")
+    for inputs in (first, second):
+        statistics.add(inputs, torch.ones(len(inputs), dtype=torch.bool))
+    both = torch.cat([first, second]).double()
+    assert torch.allclose(statistics.gram.double(), both.T @ both, rtol=1e-5, atol=1e-4)
 
 
 def test_bfloat16_inputs_are_summed_in_float32():

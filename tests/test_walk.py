@@ -166,6 +166,21 @@ def test_one_tensor_is_told_from_others_by_identity():
     assert not _is_same(x, version, x)
 
 
+def test_where_only_inputs_count_a_block_runs_no_further_than_to_the_last_of_them():
+    model = make_model()
+    batches = batches_of(make_samples())
+    down, runs = model.model.layers[0].mlp.down_proj, []
+    down.register_forward_hook(lambda *_: runs.append(1))
+    found = {}
+    for keep in (True, False):
+        runs.clear()
+        with Walk(model, find_decoder(model), batches, CPU) as walk:
+            found[keep] = walk.statistics(0, "gram", keep=keep)
+        assert len(runs) == (len(batches) if keep else 1)
+    assert len(batches) > 1
+    assert all(torch.equal(found[True][name].gram, found[False][name].gram) for name in found[True])
+
+
 def test_statistics_leave_no_trace_on_the_model():
     model = make_model()
     ids = torch.tensor([[5, 6, 7]])

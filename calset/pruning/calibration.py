@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Tokens = Literal["all", "completion", "prompt"]
 BATCH_TOKENS = 8192  # positions a micro-batch, padding included
+# On a CPU less is faster, since more of it stays in the caches (by 10 % in float32, 20 % in bfloat16), and smaller.
+CPU_BATCH_TOKENS = 2048
 WEIGHTS_COLUMN = "token_weights"  # of a subset's Parquet file, optional
 
 

@@ -214,16 +214,17 @@ def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:
 
 
 def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int:
-    """The matrices of one input at a time: as float32, updated, their errors and scores; the Gram, damped, factored.
+    """The matrices of one input at a time: as float32, updated, their errors and scores; a factor of the Gram.
 
-    Splitting methods also hold the scaled weights, their product with the Gram, and two iterates with their sums.
+    Splitting methods also hold the Gram damped and scaled, the scaled weights, their product with it, and two iterates
+    with their sums.
     """
     together: dict[tuple[int, int], int] = {}
     for weight in weights:
         # What one module holds may share an input; an attention's projections do.
         key = (id(weight.module) if weight.n_experts else hash(weight.name.rsplit(".", 2)[0]), weight.shape[1])
         together[key] = together.get(key, 0) + weight.shape[0]
-    grams = 5 if needs == "gram" else 0
+    grams = (5 if method.products > 1 or method.refined else 2) if needs == "gram" else 0
     copies = 10 if method.products > 1 else 4
     return max(((copies * rows + grams * width) * width * FLOAT for (_, width), rows in together.items()), default=0)
 

@@ -191,12 +191,27 @@ def lowest_of_rows(scores: Tensor, k: int) -> Tensor:
         # topk leaves the order of ties open; a stable sort does not.
         order = torch.sort(scores, dim=-1, stable=True).indices[..., :k]
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
-    # The k-th value is found in linear time (4M values: 0.30 s against 1.3 s for sorting); of those equal to it, the
-    # first ones fill up.
-    edge = torch.kthvalue(scores, k, dim=-1, keepdim=True).values
+    edge = _kth_lowest(scores, k)
+    mask = scores <= edge
+    if bool((mask.sum(-1) == k).all()):
+        return mask
+    # Of those equal to the k-th the first ones fill up.
     below, ties = scores < edge, scores == edge
     missing = k - below.sum(-1, keepdim=True)
     return below | (ties & (ties.cumsum(-1, dtype=torch.int32) <= missing))
+
+
+def _kth_lowest(scores: Tensor, k: int) -> Tensor:
+    """The k-th lowest value of each row (... x 1), in linear time."""
+    import torch
+
+    if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+        return torch.kthvalue(scores, k, dim=-1, keepdim=True).values
+    # numpy's selection is vectorised: 2048 rows of 8192 take 0.02 s instead of 0.13 s, 500,000 values 13 times less.
+    import numpy as np
+
+    selected = np.partition(scores.detach().numpy(), k - 1, axis=-1)[..., k - 1 : k]
+    return torch.from_numpy(selected.copy())  # or all of the copy that was made stays
 
 
 def lowest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calset.errors import InputError
 from calset.pruning import allocate, biases, checkpoint, distributed, methods, workfolder
-from calset.pruning.calibration import Calibration, Tokens, read
+from calset.pruning.calibration import BATCH_TOKENS, CPU_BATCH_TOKENS, Calibration, Tokens, read
 from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate, estimate
 from calset.pruning.hidden import Where
@@ -83,12 +83,12 @@ def _without_effect(method: methods.Method, pattern: Pattern | None, group: str 
     return warnings
 
 
-def _check_options(propagate: str, damping: float, batch_tokens: int, hidden: str | None) -> None:
+def _check_options(propagate: str, damping: float, batch_tokens: int | None, hidden: str | None) -> None:
     if propagate not in get_args(Propagate):
         raise InputError(f"propagate must be one of {', '.join(get_args(Propagate))}, not {propagate!r}")
     if not 0 < damping <= 1e4:
         raise InputError(f"damping is a positive share of the mean diagonal, such as 0.01, not {damping}")
-    if batch_tokens < 1:
+    if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"batch_tokens must be positive, not {batch_tokens}")
     if hidden is not None and hidden not in get_args(Where):
         raise InputError(f"hidden must be one of {', '.join(get_args(Where))}, not {hidden!r}")
@@ -110,7 +110,7 @@ def make_plan(
     damping: float,
     block_size: int,
     device: str | None,
-    batch_tokens: int,
+    batch_tokens: int | None,
     max_length: int | None,
     include: Sequence[str],
     exclude: Sequence[str],
@@ -141,6 +141,8 @@ def make_plan(
     if uses_data:
         warnings.extend(samples.warnings)
     on_device = find_device(device)
+    if batch_tokens is None:
+        batch_tokens = CPU_BATCH_TOKENS if on_device.type == "cpu" else BATCH_TOKENS
     with TensorFiles(source.folder) as files:
         skeleton = source.skeleton()
         decoder = find_decoder(skeleton, allow_partial=allow_partial)
@@ -171,7 +173,12 @@ def make_plan(
     warnings.extend(_not_loaded(layout))
     keys = frozenset(m.key for m in matrices)
     settings = _settings(
-        {**asked, "allocation": _told_apart(allocation, shares), "token_weights": hash_of(samples.weights)},
+        {
+            **asked,
+            "allocation": _told_apart(allocation, shares),
+            "token_weights": hash_of(samples.weights),
+            "batch_tokens": batch_tokens,
+        },
         source,
         calibration,
         on_device,

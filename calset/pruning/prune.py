@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import PruningError
 from calset.pruning import allocate, distributed, methods, workfolder
 from calset.pruning import survey as surveys
-from calset.pruning.calibration import BATCH_TOKENS, Tokens
+from calset.pruning.calibration import Tokens
 from calset.pruning.decoder import find_decoder, surroundings
 from calset.pruning.estimate import Estimate
 from calset.pruning.hidden import HiddenStates, Where
@@ -60,7 +60,7 @@ def prune(
     damping: float = DAMPING,
     block_size: int = BLOCK_SIZE,
     device: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     max_length: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -87,7 +87,7 @@ def prune(
         damping: SparseGPT, ADMM, ALPS: the share of the mean diagonal added to the Hessian.
         block_size: columns of a block, for group ``block`` and SparseGPT's updates.
         device: default: CUDA when there is one, else the CPU.
-        batch_tokens: positions a micro-batch.
+        batch_tokens: positions a micro-batch; default: 8192, on a CPU 2048.
         max_length: cut longer samples.
         include: regular expressions; only matrices whose stored name one of them is found in are pruned.
         exclude: the same, of matrices that stay dense.
@@ -144,15 +144,16 @@ def _planned(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _enough_memory(batch_tokens: int) -> Iterator[None]:
+def _enough_memory(batch_tokens: int | None) -> Iterator[None]:
     """Too little memory is the user's to solve: said with what to lower."""
     try:
         yield
     except Exception as error:
         if not ran_out(error):
             raise
+        was = f" (it was {batch_tokens})" if batch_tokens else ""
         raise PruningError(
-            f"out of memory: lower --batch-tokens (it was {batch_tokens}), cut the samples with --max-length, keep "
+            f"out of memory: lower --batch-tokens{was}, cut the samples with --max-length, keep "
             f"hidden states elsewhere with --hidden disk, or on a GPU use --device cpu"
         ) from error
 
@@ -318,21 +319,25 @@ def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
     return [MatrixReport(**{**m, "shape": pair(m["shape"]), "rows": pair(m["rows"])}) for m in record["matrices"]]
 
 
-def _prune_block(
-    matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], run: _Run
-) -> list[MatrixReport]:
-    """Prune a block's matrices in place, those with one input together; reports in the given order."""
+def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatistics], run: _Run) -> list[MatrixReport]:
+    """Prune a block's matrices in place, those with one input together; reports in the given order.
+
+    Statistics are dropped as they are used: the widest first, since its Gram is most of a block's memory.
+    """
     team = run.team
     together: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         inputs = statistics.get(matrix.reads)
         together.setdefault(id(inputs) if inputs is not None else id(matrix), []).append(matrix)
-    groups = list(together.values())
+    inputs = None
+    groups = sorted(together.values(), key=lambda members: -members[0].shape[1])
     owners = team.owners([sum(m.shape[0] for m in g) * g[0].shape[1] ** 2.0 + g[0].shape[1] ** 3.0 for g in groups])
     reports: dict[Any, MatrixReport] = {}
     for members, owner in zip(groups, owners, strict=True):
         if owner == team.rank:
             reports.update(_prune_group(members, statistics.get(members[0].reads), run))
+        for matrix in members:
+            statistics.pop(matrix.reads, None)
     for members, owner in zip(groups, owners, strict=True):
         for matrix in members:
             team.tell(matrix.values(), owner)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Needs = Literal["nothing", "diagonal", "gram"]
 CHUNK = 8192  # tokens turned to float32 at a time
 FINE = 256  # tokens turned to float64 at a time: those stay in the cache
+TILE = 256  # columns of a Gram computed at a time; on a CPU as fast as any, from 576 inputs to 8192
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class InputStatistics:
             counted: tokens, bool.
             weights: tokens, float32, not negative; None: each weighs 1.
         """
-        chosen = inputs[counted]
+        chosen = inputs if bool(counted.all()) else inputs[counted]
         chosen_weights = None if weights is None else weights[counted].float()
         for start in range(0, len(chosen), CHUNK):
             rows = chosen[start : start + CHUNK]
@@ -86,8 +87,7 @@ class InputStatistics:
             self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
         else:
             # 16-bit products are exact in float32; a bfloat16 result would be off by 2e-3.
-            x = rows.float()
-            self.gram.addmm_(x.T, x)
+            add_gram(self.gram, rows.float())
 
     @property
     def diagonal(self) -> Tensor:
@@ -108,3 +108,14 @@ class InputStatistics:
     def is_finite(self) -> bool:
         """False when an activation was infinite, NaN or too large to square."""
         return bool((self.diagonal if self.gram is None else self.gram).isfinite().all())
+
+
+def add_gram(gram: Tensor, inputs: Tensor) -> None:
+    """Add X^T X to a symmetric ``gram`` (width x width), X the ``inputs`` (tokens x width) of its dtype.
+
+    Tile by tile from the diagonal down, and mirrored: little more than half the operations of the whole product.
+    """
+    for start in range(0, len(gram), TILE):
+        stop = start + TILE
+        gram[start:, start:stop].addmm_(inputs[:, start:].T, inputs[:, start:stop])
+        gram[start:stop, stop:] = gram[stop:, start:stop].T

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from calset.errors import PruningError
 from calset.pruning.masks import Pattern, Selection, blocks, lowest, lowest_of_groups, prune_mask
+from calset.pruning.stats import TILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,8 @@ class Stack:
     def of(cls, weights: Sequence[Tensor], selections: Sequence[Selection]) -> Stack:
         import torch
 
-        return cls(torch.cat(list(weights)), [len(w) for w in weights], selections)
+        stacked = torch.cat(list(weights)) if len(weights) > 1 else weights[0]  # a copy can take hundreds of MB
+        return cls(stacked, [len(w) for w in weights], selections)
 
     @property
     def pattern(self) -> Pattern | None:
@@ -83,16 +85,32 @@ class Hessian:
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """What one Gram gives to every matrix that shares it.
+    """What one Gram gives to every matrix that shares it: U, upper triangular, with H^-1 = U^T U.
 
-    ``upper`` (inputs x inputs): U with H^-1 = U^T U. ``dead`` (inputs, bool): inputs that were always zero.
-    ``damping``: the share of the mean diagonal that was added in the end, ``ridge`` what that came to.
+    ``flipped`` (inputs x inputs): U with rows and columns in reverse, so lower triangular; it is read a few rows at a
+    time, since turning it round whole would take as much memory again. ``dead`` (inputs, bool): inputs that were
+    always zero. ``damping``: the share of the mean diagonal that was added in the end, ``ridge`` what that came to.
     """
 
-    upper: Tensor
+    flipped: Tensor
     dead: Tensor
     damping: float
     ridge: float
+
+    @property
+    def upper(self) -> Tensor:
+        """U, turned round whole."""
+        return self.rows(0, len(self.flipped))
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Of U (inputs)."""
+        return self.flipped.diagonal().flip(0)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of U, from column ``start`` on: what is left of it is zero."""
+        width = len(self.flipped)
+        return self.flipped[width - stop : width - start, : width - start].flip(0, 1).contiguous()
 
 
 def hessian(statistics: InputStatistics) -> Hessian:
@@ -103,8 +121,7 @@ def hessian(statistics: InputStatistics) -> Hessian:
     assert statistics.gram is not None
     matrix = statistics.gram / (statistics.weight or 1.0)
     diagonal = matrix.diagonal()
-    dead = diagonal == 0
-    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 0.0
+    dead, mean = _live(diagonal)
     diagonal[dead] = 1.0
     return Hessian(matrix, mean, dead)
 
@@ -120,16 +137,23 @@ def damp(matrix: Tensor, mean: float, damping: float) -> tuple[Tensor, Tensor, f
     """
     import torch
 
-    tried = damping
-    for _ in range(MAX_RAISES + 1):
+    for tried in _raised(damping):
         damped = matrix.clone()
         damped.diagonal().add_(tried * mean)
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(info) and bool(lower.isfinite().all()):
             return damped, lower, tried
-        tried *= 10
-    raise PruningError(
-        f"the input statistics are not positive definite even with a damping of {tried / 10:g}: "
+    raise _indefinite(damping)
+
+
+def _raised(damping: float) -> list[float]:
+    """What is tried, in order."""
+    return [damping * 10**i for i in range(MAX_RAISES + 1)]
+
+
+def _indefinite(damping: float) -> PruningError:
+    return PruningError(
+        f"the input statistics are not positive definite even with a damping of {_raised(damping)[-1]:g}: "
         f"use more calibration tokens or raise --damping"
     )
 
@@ -140,18 +164,55 @@ def factorise(statistics: InputStatistics, damping: float = 0.01) -> Factor:
     When H is not positive definite the damping is raised tenfold, and the caller records the one that held.
 
     U comes from one Cholesky of the flipped H and one triangular inverse (2/3 d^3 rather than 4/3 d^3 flops, and H^-1
-    is never formed): flip(H) = L L^T gives H^-1 = U^T U with U = flip(L^-1).
+    is never formed): flip(H) = L L^T gives H^-1 = U^T U with U = flip(L^-1). All of it happens in one matrix beside the
+    Gram.
 
     Raises:
         PruningError: no damping up to 10^4 times the asked one makes H positive definite.
     """
     import torch
 
-    found = hessian(statistics)
-    _, lower, used = damp(found.matrix, found.mean, damping)
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return Factor(upper.contiguous(), found.dead, used, used * found.mean)
+    assert statistics.gram is not None
+    dead, mean = _live(statistics.gram.diagonal() / (statistics.weight or 1.0))
+    for tried in _raised(damping):
+        # A symmetric matrix is its own transpose, which is the order of elements that LAPACK works on in place.
+        lower = statistics.gram.flip(0, 1).mT
+        lower /= statistics.weight or 1.0
+        diagonal = lower.diagonal()
+        diagonal[dead.flip(0)] = 1.0
+        diagonal += tried * mean
+        info = torch.empty((), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        # What is not finite in a row of it is not finite on its diagonal.
+        if not int(info) and bool(lower.diagonal().isfinite().all()):
+            invert_lower(lower)
+            return Factor(lower, dead, tried, tried * mean)
+    raise _indefinite(damping)
+
+
+def _live(diagonal: Tensor) -> tuple[Tensor, float]:
+    """Which inputs were always zero (bool), and the mean over the others."""
+    dead = diagonal == 0
+    return dead, float(diagonal[~dead].mean()) if bool((~dead).any()) else 0.0
+
+
+def invert_lower(lower: Tensor, smallest: int = 256) -> None:
+    """Invert a lower triangular matrix in place: its halves are inverted, and what is below them follows.
+
+    1/3 d^3 flops, where a solve against the identity takes d^3.
+    """
+    import torch
+
+    if len(lower) <= smallest:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = len(lower) // 2
+    first, below, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    below.copy_(torch.linalg.solve_triangular(first, below, upper=False, left=False))
+    below.copy_(torch.linalg.solve_triangular(second, below, upper=False)).neg_()
+    invert_lower(first, smallest)
+    invert_lower(second, smallest)
 
 
 def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) -> Updated:
@@ -167,7 +228,7 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
     import torch
 
     factor = factorise(statistics, damping)
-    saliency = factor.upper.diagonal().square()[:, None]
+    saliency = factor.diagonal.square()[:, None]
     # Inputs first: the work goes input by input, and those lie together this way.
     columns = stack.weight.T.clone(memory_format=torch.contiguous_format)
     columns[factor.dead] = 0
@@ -180,26 +241,29 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
         part = slice(start, stop)
         if by_block:
             mask[part] = _block_mask(columns[part].square() / saliency[part], counts, stack.sizes)
-        upper = factor.upper[part, part]
-        errors = _block_errors(columns[part], upper, mask[part], stack.pattern)
-        columns[stop:].addmm_(factor.upper[part, stop:].T, errors, alpha=-1)
+        upper = factor.rows(start, stop)
+        errors = _block_errors(columns[part], upper[:, : stop - start], mask[part], stack.pattern)
+        columns[stop:].addmm_(upper[:, stop - start :].T, errors, alpha=-1)
         damped += errors.square().sum(0)
+    dead, ridge, used = factor.dead, factor.ridge, factor.damping
+    del factor  # as large as the Gram; what follows needs room for weights
     columns[mask] = 0
-    columns[factor.dead] = 0
+    columns[dead] = 0
     new = columns.T.contiguous()
-    return Updated(new, mask.T.contiguous(), factor.damping, _errors(stack, new, factor, damped, statistics))
+    del columns
+    return Updated(new, mask.T.contiguous(), used, _errors(stack, new, dead, ridge, damped, statistics))
 
 
 def _errors(
-    stack: Stack, new: Tensor, factor: Factor, damped: Tensor, statistics: InputStatistics
+    stack: Stack, new: Tensor, dead: Tensor, ridge: float, damped: Tensor, statistics: InputStatistics
 ) -> list[float] | None:
     """Each matrix's squared error from the errors of its columns, whose squares sum to that under the damped Hessian.
 
     None where the damping is nearly all of it, and the difference of two such numbers would say little.
     """
-    change = (stack.weight - new).masked_fill(factor.dead, 0.0)
-    ridge = factor.ridge * change.square().sum(1, dtype=damped.dtype)
-    sums = [(float(a.sum()), float(b.sum())) for a, b in zip(stack.split(damped), stack.split(ridge), strict=True)]
+    change = (stack.weight - new).masked_fill_(dead, 0.0)
+    added = ridge * change.square_().sum(1, dtype=damped.dtype)
+    sums = [(float(a.sum()), float(b.sum())) for a, b in zip(stack.split(damped), stack.split(added), strict=True)]
     if any(whole - part < CANCELLED * whole for whole, part in sums):
         return None
     return [(whole - part) * statistics.weight for whole, part in sums]
@@ -306,8 +370,16 @@ def _checked(scores: Tensor) -> Tensor:
 
 def squared_error(change: Tensor, statistics: InputStatistics) -> float:
     """||X change^T||^2 over the calibration inputs, each by its weight."""
-    assert statistics.gram is not None
-    return max(0.0, float(((change @ statistics.gram) * change).sum(dtype=statistics.total.dtype)))
+    gram, total = statistics.gram, 0.0
+    assert gram is not None
+    for start in range(0, len(gram), TILE):
+        stop = start + TILE
+        part = change[:, start:stop]
+        # The Gram is symmetric: what stands below its diagonal counts twice, what stands above is not read.
+        product = 2 * (change[:, stop:] @ gram[stop:, start:stop])
+        product.addmm_(part, gram[start:stop, start:stop])
+        total += float((product * part).sum(dtype=statistics.total.dtype))
+    return max(0.0, total)
 
 
 def errs_at_most(change: Tensor, statistics: InputStatistics, limit: float) -> float | None:

@@ -109,7 +109,8 @@ class Walk:
         """
         block = self.ready(index)
         readers = {r for w in block.weights.values() for r in w.readers()}
-        collector = _Collector(needs, self.device, readers if only is None else readers & set(only))
+        asked = readers if only is None else readers & set(only)
+        collector = _Collector(needs, self.device, asked, cut_off=not keep)
         linears = {name: linear for name, linear in block.linears.items() if name in collector.readers}
         handles = [linear.register_forward_pre_hook(collector.hook(name)) for name, linear in linears.items()]
         try:
@@ -210,6 +211,8 @@ class Walk:
                 use_cache=False,
             )
         except _Stop as stop:
+            if stop.output is None:
+                return None
             hidden = stop.output[0] if isinstance(stop.output, tuple) else stop.output
             if not bool(hidden.isfinite().all()):
                 raise PruningError(f"the outputs of {block.name} are not finite on {self._data}") from None
@@ -230,7 +233,7 @@ def _experts_one_by_one(block: Block, tell: Callable[[str], experts.OnInputs] | 
 
 
 class _Stop(Exception):
-    """Carries a block's output out of the model's forward."""
+    """Carries a block's output out of the model's forward; None where only its inputs were of interest."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -238,10 +241,17 @@ class _Stop(Exception):
 
 
 class _Collector:
-    """Sums the inputs of a block's weights, once per tensor: those that read the same one share statistics."""
+    """Sums the inputs of a block's weights, once per tensor: those that read the same one share statistics.
 
-    def __init__(self, needs: Needs, device: torch.device, readers: Collection[str]) -> None:
+    Args:
+        cut_off: nobody needs the block's output. From the second batch on it is not run further than to the last
+            reader's input, which saves that one's product (down_proj: a quarter of a Llama block), when each reader
+            was called once in the batch before.
+    """
+
+    def __init__(self, needs: Needs, device: torch.device, readers: Collection[str], *, cut_off: bool = False) -> None:
         self.readers = readers
+        self.cut_off = cut_off
         self.needs: Needs = needs
         self.device = device
         self.leaders: dict[str, str] = {}  # linear -> the first linear that read the same tensor
@@ -249,8 +259,13 @@ class _Collector:
         self._counted: Any = None
         self._weights: Any = None
         self._seen: list[tuple[Tensor, int, str]] = []  # held, so that no memory is reused within a batch
+        self._calls: list[str] = []  # of linears, in this batch
+        self._last: int | None = None  # how many calls a batch takes, where it may be cut off
 
     def start(self, batch: Batch) -> None:
+        each_once = sorted(self._calls) == sorted(self.readers)
+        self._last = len(self._calls) if self.cut_off and self._calls and each_once else None
+        self._calls = []
         self._counted = batch.counted.reshape(-1).to(self.device)
         self._weights = None if batch.weights is None else batch.weights.reshape(-1).to(self.device)
         self._seen = []
@@ -258,6 +273,9 @@ class _Collector:
     def hook(self, name: str) -> Callable[[Any, tuple[Any, ...]], None]:
         def see(module: Any, args: tuple[Any, ...]) -> None:
             self._see(name, args[0])
+            self._calls.append(name)
+            if len(self._calls) == self._last:
+                raise _Stop(None)
 
         return see
 

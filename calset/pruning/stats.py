@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Needs = Literal["nothing", "diagonal", "gram"]
 CHUNK = 8192  # tokens turned to float32 at a time
-FINE = 256  # tokens turned to float64 at a time: those stay in the cache
+FINE = 256  # tokens turned to float64 at a time: they stay in a CPU's cache, which is three times as fast
 TILE = 256  # columns of a Gram computed at a time; on a CPU as fast as any, from 576 inputs to 8192
 
 
@@ -69,8 +69,7 @@ class InputStatistics:
 
     def _add_sums(self, rows: Tensor, weights: Tensor | None) -> None:
         wide = self.total.dtype
-        # A GPU takes all at once; a CPU is three times as fast on what its cache holds.
-        step = CHUNK if rows.is_cuda else FINE
+        step = FINE * 4 if rows.is_cuda else FINE
         for start in range(0, len(rows), step):
             x = rows[start : start + step].to(wide)
             weighted = x if weights is None else x * weights[start : start + step].to(wide)[:, None]

@@ -356,6 +356,7 @@ def _window(condition: str) -> str:
         ("version() <> ''", "version"),
         ("created_at::TIMESTAMPTZ::VARCHAR < '2026'", "a time zone"),
         ("created_at < to_timestamp(n_tokens)", "to_timestamp"),
+        ("created_at AT TIME ZONE 'UTC' > '2020-01-01'", "timezone"),
         ("k > (SELECT count(*) FROM information_schema.tables)", "the view or table tables"),
         ("k > (SELECT count(*) FROM duckdb_tables)", "the view or table duckdb_tables"),
         ("k > (SELECT count(*) FROM Migrations)", "the view or table migrations"),

@@ -115,6 +115,8 @@ def _copy_schema(con: duckdb.DuckDBPyConnection) -> None:
                 con.execute("USE new")
                 con.execute(sql)
                 con.execute("USE memory")
+    except (duckdb.IOException, duckdb.FatalException):  # a full disk is nothing that somebody added
+        raise
     except duckdb.Error as error:
         raise CatalogError(f"{_added(con)}, and it cannot be copied ({first_line(error)}): {_ADVICE}") from error
     lost = sorted(_entries(con, "old").keys() - _entries(con, "new").keys())

@@ -19,7 +19,9 @@ from calset.errors import InputError
 _VALUES = re.compile(r"current_\w+|localtime|localtimestamp|rowid", re.IGNORECASE)
 # DuckDB calls these CONSISTENT, yet they read the clock, differ between versions (hash does; md5 and sha256 do not),
 # or are macros that add floating-point numbers.
-_MISLABELLED = {"age", "current_localtime", "current_localtimestamp", "hash", "version", "geomean", "geometric_mean"}
+_MISLABELLED = {
+    "age", "current_localtime", "current_localtimestamp", "timezone", "hash", "version", "geomean", "geometric_mean",
+}  # fmt: skip
 # The aggregates that give the same whatever the order of rows. All others are refused: most keep an order (an ORDER BY
 # inside may have ties), choose among equals, or add floating-point numbers.
 _ORDER_FREE = {

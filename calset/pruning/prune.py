@@ -320,7 +320,7 @@ def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
 
 
 def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatistics], run: _Run) -> list[MatrixReport]:
-    """Prune a block's matrices in place, those with one input together; reports in the given order.
+    """Prune a block's matrices in place; an update takes those with one input together. Reports in the given order.
 
     Statistics are dropped as they are used: the widest first, since its Gram is most of a block's memory.
     """
@@ -328,7 +328,8 @@ def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatisti
     together: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         inputs = statistics.get(matrix.reads)
-        together.setdefault(id(inputs) if inputs is not None else id(matrix), []).append(matrix)
+        stacked = inputs is not None and run.plan.method.update is not None
+        together.setdefault(id(inputs) if stacked else id(matrix), []).append(matrix)
     inputs = None
     groups = sorted(together.values(), key=lambda members: -members[0].shape[1])
     owners = team.owners([sum(m.shape[0] for m in g) * g[0].shape[1] ** 2.0 + g[0].shape[1] ** 3.0 for g in groups])
@@ -395,11 +396,11 @@ def _write(
     if result.bias_shift is not None:
         _shift_bias(matrix, result.bias_shift, run.plan)
     rows, width = matrix.shape
-    n_zeros = int((place == 0).sum())
+    n_zeros = place.numel() - int(place.count_nonzero())
     return MatrixReport(
         name=matrix.name,
         shape=(rows, width),
-        n_pruned=int(result.mask.sum()),
+        n_pruned=int(result.mask.count_nonzero()),
         n_zeros=n_zeros,
         sparsity=n_zeros / (rows * width),
         n_tokens=statistics.n_tokens if statistics is not None else 0,

@@ -56,6 +56,8 @@ class InputStatistics:
         chosen_weights = None if weights is None else weights[counted].float()
         for start in range(0, len(chosen), CHUNK):
             rows = chosen[start : start + CHUNK]
+            if not self._takes_16_bits(rows):
+                rows = rows.float()  # once, for every sum
             self.n_tokens += len(rows)
             if chosen_weights is None:
                 self.weight += len(rows)
@@ -76,12 +78,18 @@ class InputStatistics:
             self.total += weighted.sum(0)
             self.squares += (weighted * x).sum(0)
 
+    def _takes_16_bits(self, rows: Tensor) -> bool:
+        """Whether 16-bit inputs go into the products as they are."""
+        import torch
+
+        return self.gram is not None and rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
+
     def _add_gram(self, rows: Tensor) -> None:
         import torch
 
         if self.gram is None:
             return
-        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        if self._takes_16_bits(rows):
             # Tensor cores take 16-bit inputs and add up in float32, without a float32 copy of the inputs.
             self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
         else:

@@ -939,9 +939,14 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--method",
     default="sparsegpt",
     show_default=True,
-    help="magnitude, wanda, ria, stade, sparsegpt, admm or alps; with +dsnot after it, the mask is refined.",
+    help="magnitude, wanda, ria, stade, sparsegpt, admm or alps; with +dsnot after it, the mask is refined. reap drops "
+    "experts, depth drops blocks.",
 )
-@click.option("--sparsity", type=float, help="The share of zeros in every matrix, e.g. 0.5.")
+@click.option(
+    "--sparsity",
+    type=float,
+    help="The share of zeros in every matrix, or of the experts or blocks that go, e.g. 0.5.",
+)
 @click.option("--pattern", help="N:M with N kept of every M, e.g. 2:4.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--tokens", type=click.Choice(["all", "completion", "prompt"]), default="all", show_default=True)
@@ -1021,7 +1026,7 @@ def prune(
         return
     counted = f"calibrated on {subset.ref} ({report.n_counted_tokens:,} tokens)"
     terminal.say(
-        f"{report.out}: {report.method}, sparsity {report.realised_sparsity:.4f} over {len(report.matrices)} matrices, "
+        f"{report.out}: {report.method}, {report.outcome()}, "
         f"{counted if report.calibration['used'] else 'no calibration used'} in {terminal.duration(report.seconds)}"
     )
     for warning in report.warnings:

@@ -83,7 +83,7 @@ def _without_effect(method: methods.Method, pattern: Pattern | None, group: str 
     return warnings
 
 
-def _check_options(propagate: str, damping: float, batch_tokens: int, hidden: str | None) -> None:
+def check_options(propagate: str, damping: float, batch_tokens: int, hidden: str | None) -> None:
     if propagate not in get_args(Propagate):
         raise InputError(f"propagate must be one of {', '.join(get_args(Propagate))}, not {propagate!r}")
     if not 0 < damping <= 1e4:
@@ -124,12 +124,12 @@ def make_plan(
     parsed = Pattern.parse(pattern) if pattern is not None else None
     chosen = methods.find(method)
     selection = Selection(sparsity, parsed, group or chosen.group, block_size)
-    _check_options(propagate, damping, batch_tokens, hidden)
+    check_options(propagate, damping, batch_tokens, hidden)
     patterns = _Patterns.of(include, exclude)
     source = checkpoint.open_source(model)
     allocation = str(allocation)
     uses_data = _uses_data(chosen, allocation)
-    warnings = _check_subset(calibration, source, uses_data, force)
+    warnings = check_subset(calibration, source, uses_data, force)
     samples = read(
         calibration,
         tokens,
@@ -140,7 +140,7 @@ def make_plan(
     )
     if uses_data:
         warnings.extend(samples.warnings)
-    on_device = _device(device)
+    on_device = open_device(device)
     with TensorFiles(source.folder) as files:
         skeleton = source.skeleton()
         decoder = find_decoder(skeleton, allow_partial=allow_partial)
@@ -169,7 +169,7 @@ def make_plan(
     if unknown := decoder.unknown():
         warnings.append(f"{len(unknown)} decoder weights are not understood and stay dense, such as {unknown[0]}")
     keys = frozenset(m.key for m in matrices)
-    settings = _settings(
+    settings = settings_of(
         {**asked, "allocation": _told_apart(allocation, shares), "token_weights": hash_of(samples.weights)},
         source,
         calibration,
@@ -249,7 +249,7 @@ def _matches(pattern: re.Pattern[str], matrix: Matrix) -> bool:
     return bool(pattern.search(matrix.label) or pattern.search(matrix.reads))
 
 
-def _settings(
+def settings_of(
     asked: Mapping[str, Any], source: checkpoint.Source, subset: Subset, device: torch.device
 ) -> dict[str, Any]:
     """All that decides the result: only a run with the same may go on where one was interrupted."""
@@ -374,7 +374,7 @@ def _bias_warnings(
     return warnings
 
 
-def _check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, force: bool) -> list[str]:
+def check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, force: bool) -> list[str]:
     """Warnings about where the subset comes from.
 
     Raises:
@@ -430,7 +430,7 @@ def _rounded(selection: Selection, matrices: Sequence[Matrix]) -> list[str]:
     ]
 
 
-def _device(name: str | None) -> torch.device:
+def open_device(name: str | None) -> torch.device:
     import torch
 
     if name is None:

@@ -20,6 +20,8 @@ from calset.pruning.tensorfiles import TensorFiles
 if TYPE_CHECKING:
     from torch import nn
 
+    from calset.pruning.structured_verify import DropVerifyReport
+
 LOGIT_TOKENS = 16
 
 
@@ -53,11 +55,13 @@ class VerifyReport:
         return found + list(self.notes)
 
 
-def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyReport:
+def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyReport | DropVerifyReport:
     """Prove what ``pruning.json`` says.
 
     Every matrix of the decoder has the zeros that the asked sparsity or pattern means, logits are finite, and
-    untouched tensors are bit-equal to the dense model's, and so are the matrices that were left dense.
+    untouched tensors are bit-equal to the dense model's, and so are the matrices that were left dense. Of a structured
+    pruning: as many experts or blocks stay as were asked, those of the highest scores, config and tensors agree, and
+    every tensor is bit-equal to the dense model's under the recorded numbers.
 
     Args:
         base: the dense model's folder; default: where ``pruning.json`` says it was, if it is still there unchanged.
@@ -70,6 +74,10 @@ def verify(directory: str | Path, *, base: str | Path | None = None) -> VerifyRe
     if not folder.is_dir():
         raise InputError(f"there is no folder {directory}")
     record = read_record(folder)
+    if "structure" in record:
+        from calset.pruning.structured_verify import verify_structured
+
+        return verify_structured(directory, record, *_find_base(record, base))
     selection = _selection(record, folder)
     with _files(folder) as tensors:
         n_zeros, size = 0, 0
@@ -200,13 +208,22 @@ def _check_model(folder: Path, tensors: TensorFiles, record: Mapping[str, Any]) 
     The listed matrices and those left dense must be all of its decoder's: one that is in neither list would be neither
     pruned nor missed.
     """
-    import torch
-
     try:
         model = load_model(folder, str(folder))
         _check_list(model, tensors, record)
     except InputError as error:
         raise VerificationError(str(error)) from error
+    check_logits(model, folder)
+
+
+def check_logits(model: Any, folder: Path) -> None:
+    """Run a few tokens.
+
+    Raises:
+        VerificationError: logits that are not finite.
+    """
+    import torch
+
     vocabulary = model.config.get_text_config().vocab_size
     input_ids = torch.arange(1, LOGIT_TOKENS + 1).remainder(vocabulary).unsqueeze(0)
     with torch.no_grad():

@@ -997,6 +997,8 @@ def prune(
 ) -> None:
     """Prune MODEL against a calibration subset and save an ordinary checkpoint with pruning.json.
 
+    Most methods put zeros into matrices; reap and depth drop whole experts or blocks, which makes the model smaller.
+
     Killed or stopped, the same command continues where it was.
     """
     from calset.catalog.export import resolve
@@ -1045,7 +1047,10 @@ def _prune_progress(bar: terminal.Progress) -> Callable[[Any], None]:
 @click.option("--base", type=click.Path(path_type=Path), help="The dense model, to prove the rest untouched.")
 @json_option
 def verify(directory: Path, base: Path | None, as_json: bool) -> None:
-    """Reopen a pruned checkpoint and prove its pattern, sparsity, finite logits and untouched tensors."""
+    """Reopen a pruned checkpoint and prove its pattern, sparsity, finite logits and untouched tensors.
+
+    Of one without some experts or blocks: counts, config, finite logits, and that every tensor is the dense model's.
+    """
     from calset.pruning.verify import verify as check
 
     report = check(directory, base=base)

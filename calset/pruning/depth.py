@@ -27,7 +27,7 @@ INDEX_LISTS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn
 FIRST_BLOCKS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "moe_layer_start_index")
 # Lists with an entry a block, which transformers works out where config.json does not say them.
 WORKED_OUT = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "moe_layers")
-NUMBER_OF_BLOCK = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")  # what a block calls its own
+NUMBER_OF_BLOCK = re.compile(r"(idx|index|number|layer_id|block_id)$")  # what modules call the number of their block
 
 
 class BlockInfluence(Watcher):
@@ -173,7 +173,7 @@ def _described(block: nn.Module, number: int) -> dict[str, Any]:
         for name, parameter in module.named_parameters(recurse=False):
             found[f"{path}.{name} shape"] = tuple(parameter.shape)
         for name, value in vars(module).items():
-            if _is_plain(value) and not (name in NUMBER_OF_BLOCK and value == number):
+            if _is_plain(value) and not (value == number and NUMBER_OF_BLOCK.search(name)):
                 found[f"{path}.{name}"] = value
     return found
 

@@ -9,7 +9,7 @@ Shared inputs are found by identity. It must not know methods, masks or files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +183,7 @@ class Walk:
 
         def run_and_stop(*args: Any, **kwargs: Any) -> Any:
             # A copy: a block may write on what it reads.
-            read: Any = None if watcher is None else (args[0] if args else kwargs["hidden_states"]).clone()
+            read: Any = None if watcher is None else _read(block, args, kwargs).clone()
             output = own_forward(*args, **kwargs)
             if watcher is not None:
                 watcher.states(read, _states(output))
@@ -215,6 +215,14 @@ class Walk:
                 raise PruningError(f"the outputs of {block.name} are not finite on the calibration data") from None
             return stop.output
         raise PruningError(f"the model never ran its block {block.name}: calset cannot follow its forward")
+
+
+def _read(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The hidden states that a block is called with."""
+    found = args[0] if args else kwargs.get("hidden_states")
+    if not hasattr(found, "clone"):
+        raise PruningError(f"calset cannot tell what {block.name} reads: it is called with {sorted(kwargs)}")
+    return found
 
 
 def _states(output: Any) -> Any:

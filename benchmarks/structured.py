@@ -147,7 +147,8 @@ def generate(folder: Path, args: argparse.Namespace) -> list[float]:
     top = len(info.tokenizer) - 1
     prompts = [[rng.randrange(3, top) for _ in range(PROMPT)] for _ in range(args.requests)]
     asked = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True, detokenize=False)
-    llm = bare_engine(info, PROMPT + args.tokens, args.slots)
+    # By default it takes nearly all memory that there is, and refuses to start where others hold some.
+    llm = bare_engine(info, PROMPT + args.tokens, args.slots, gpu_memory_utilization=0.2)
     rates = []
     try:
         for _ in range(args.rounds + 1):

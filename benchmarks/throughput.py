@@ -101,7 +101,7 @@ def build_rate(engine, args: argparse.Namespace, problems: Path, seed: int) -> f
     return report.n_tokens / report.seconds
 
 
-def bare_engine(info, max_model_len: int, slots: int):
+def bare_engine(info, max_model_len: int, slots: int, **more):
     """vLLM's own LLM with the settings that calset's engine uses."""
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -109,7 +109,7 @@ def bare_engine(info, max_model_len: int, slots: int):
     extra = {"enforce_eager": True, "enable_chunked_prefill": False} if current_platform.is_cpu() else {}
     return LLM(
         model=info.location, max_model_len=max_model_len, max_num_seqs=slots, generation_config="vllm",
-        max_num_batched_tokens=max(max_model_len, 4096), enable_prefix_caching=True, **extra,
+        max_num_batched_tokens=max(max_model_len, 4096), enable_prefix_caching=True, **extra, **more,
     )  # fmt: skip
 
 

@@ -940,9 +940,14 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--method",
     default="sparsegpt",
     show_default=True,
-    help="magnitude, wanda, ria, stade, sparsegpt, admm or alps; with +dsnot after it, the mask is refined.",
+    help="magnitude, wanda, ria, stade, sparsegpt, admm or alps; with +dsnot after it, the mask is refined. reap drops "
+    "experts, depth drops blocks.",
 )
-@click.option("--sparsity", type=float, help="The share of zeros in every matrix, e.g. 0.5.")
+@click.option(
+    "--sparsity",
+    type=float,
+    help="The share of zeros in every matrix, or of the experts or blocks that go, e.g. 0.5.",
+)
 @click.option("--pattern", help="N:M with N kept of every M, e.g. 2:4.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--tokens", type=click.Choice(["all", "completion", "prompt"]), default="all", show_default=True)
@@ -993,6 +998,8 @@ def prune(
 ) -> None:
     """Prune MODEL against a calibration subset and save an ordinary checkpoint with pruning.json.
 
+    Most methods put zeros into matrices; reap and depth drop whole experts or blocks, which makes the model smaller.
+
     Killed or stopped, the same command continues where it was.
     """
     from calset.catalog.export import locate
@@ -1024,7 +1031,7 @@ def prune(
         return
     counted = f"calibrated on {subset.ref} ({report.n_counted_tokens:,} tokens)"
     terminal.say(
-        f"{report.out}: {report.method}, sparsity {report.realised_sparsity:.4f} over {len(report.matrices)} matrices, "
+        f"{report.out}: {report.method}, {report.outcome()}, "
         f"{counted if report.calibration['used'] else 'no calibration used'} in {terminal.duration(report.seconds)}"
     )
     for warning in report.warnings:
@@ -1054,7 +1061,10 @@ def _prune_progress(bar: terminal.Progress) -> Callable[[Any], None]:
 @catalog_option
 @json_option
 def verify(directory: Path, catalog: Path, held_out: str | None, as_json: bool, **options: Any) -> None:
-    """Reopen a pruned checkpoint and prove its pattern, sparsity, finite logits and untouched tensors."""
+    """Reopen a pruned checkpoint and prove its pattern, sparsity, finite logits and untouched tensors.
+
+    Of one without some experts or blocks: counts, config, finite logits, and that every tensor is the dense model's.
+    """
     from calset.catalog.export import resolve
     from calset.pruning.verify import verify as check
 

@@ -171,6 +171,12 @@ class _Follower(WorkFolder):
     def finish_block(self, tensors: Iterable[tuple[str, Tensor]], record: Mapping[str, Any]) -> None:
         self.blocks.append(record)
 
+    def note(self, record: Mapping[str, Any]) -> None:
+        self.blocks.append(record)
+
+    def fill(self, write: Callable[[Path], None]) -> None:
+        pass
+
     def remember(self, shares: Mapping[str, float]) -> None:
         self.shares = dict(shares)
 

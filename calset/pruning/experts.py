@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 # (attribute of the weight, expert, its inputs: rows x width, the token of each row)
 OnInputs = Callable[[str, int, "Tensor", "Tensor"], None]
+# (expert, its outputs before they are weighed: rows x width, the weight and the token of each row)
+OnOutputs = Callable[[int, "Tensor", "Tensor", "Tensor"], None]
 
 
-def forward(experts: Any, tell: OnInputs | None = None) -> Callable[..., Tensor]:
+def forward(experts: Any, tell: OnInputs | None = None, tell_outputs: OnOutputs | None = None) -> Callable[..., Tensor]:
     """A forward for ``experts`` that calls ``tell`` with the inputs of every expert that gets tokens.
+
+    ``tell_outputs`` is called with what each of them made of its tokens.
 
     Deterministic also on CUDA, where summing with ``index_add_`` is not.
     """
@@ -41,6 +45,8 @@ def forward(experts: Any, tell: OnInputs | None = None) -> Callable[..., Tensor]
             if len(pairs):
                 tokens = pairs.div(top_k_index.shape[-1], rounding_mode="floor")
                 outputs[pairs] = _run_one(experts, expert, hidden_states[tokens], tokens, tell)
+                if tell_outputs is not None:
+                    tell_outputs(expert, outputs[pairs], top_k_weights.reshape(-1)[pairs], tokens)
         weighted = outputs * top_k_weights.reshape(-1, 1)
         return weighted.reshape(n_tokens, -1, width).sum(1).to(hidden_states.dtype)
 

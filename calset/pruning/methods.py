@@ -116,7 +116,8 @@ def find(name: str) -> Method:
     base = name.removesuffix(REFINEMENT)
     if base not in METHODS:
         raise InputError(
-            f"there is no pruning method {name!r}: choose {', '.join(METHODS)}, each also with {REFINEMENT} after it"
+            f"there is no pruning method {name!r}: choose {', '.join(METHODS)}, each also with {REFINEMENT} after it, "
+            f"or reap or depth, which drop experts or blocks"
         )
     method = METHODS[base]
     if base == name:

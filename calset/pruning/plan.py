@@ -83,7 +83,7 @@ def _without_effect(method: methods.Method, pattern: Pattern | None, group: str 
     return warnings
 
 
-def _check_options(propagate: str, damping: float, batch_tokens: int | None, hidden: str | None) -> None:
+def check_options(propagate: str, damping: float, batch_tokens: int | None, hidden: str | None) -> None:
     if propagate not in get_args(Propagate):
         raise InputError(f"propagate must be one of {', '.join(get_args(Propagate))}, not {propagate!r}")
     if not 0 < damping <= 1e4:
@@ -124,12 +124,12 @@ def make_plan(
     parsed = Pattern.parse(pattern) if pattern is not None else None
     chosen = methods.find(method)
     selection = Selection(sparsity, parsed, group or chosen.group, block_size)
-    _check_options(propagate, damping, batch_tokens, hidden)
+    check_options(propagate, damping, batch_tokens, hidden)
     patterns = _Patterns.of(include, exclude)
     source = checkpoint.open_source(model)
     allocation = str(allocation)
     uses_data = _uses_data(chosen, allocation)
-    warnings = _check_subset(calibration, source, uses_data, force)
+    warnings = check_subset(calibration, source, uses_data, force)
     samples = read(
         calibration,
         tokens,
@@ -141,8 +141,7 @@ def make_plan(
     if uses_data:
         warnings.extend(samples.warnings)
     on_device = find_device(device)
-    if batch_tokens is None:
-        batch_tokens = CPU_BATCH_TOKENS if on_device.type == "cpu" else BATCH_TOKENS
+    batch_tokens = batch_positions(batch_tokens, on_device)
     with TensorFiles(source.folder) as files:
         skeleton = source.skeleton()
         decoder = find_decoder(skeleton, allow_partial=allow_partial)
@@ -172,7 +171,7 @@ def make_plan(
         warnings.append(f"{len(unknown)} decoder weights are not understood and stay dense, such as {unknown[0]}")
     warnings.extend(_not_loaded(layout))
     keys = frozenset(m.key for m in matrices)
-    settings = _settings(
+    settings = settings_of(
         {
             **asked,
             "allocation": _told_apart(allocation, shares),
@@ -257,7 +256,7 @@ def _matches(pattern: re.Pattern[str], matrix: Matrix) -> bool:
     return bool(pattern.search(matrix.label) or pattern.search(matrix.reads))
 
 
-def _settings(
+def settings_of(
     asked: Mapping[str, Any], source: checkpoint.Source, subset: Subset, device: torch.device
 ) -> dict[str, Any]:
     """All that decides the result: only a run with the same may go on where one was interrupted."""
@@ -382,7 +381,7 @@ def _bias_warnings(
     return warnings
 
 
-def _check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, force: bool) -> list[str]:
+def check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, force: bool) -> list[str]:
     """Warnings about where the subset comes from.
 
     Raises:
@@ -468,6 +467,11 @@ def find_device(name: str | None) -> torch.device:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"the device {name!r} cannot be used: {reason}") from error
     return device
+
+
+def batch_positions(asked: int | None, device: torch.device) -> int:
+    """Positions a micro-batch: those asked for, or what suits the device."""
+    return asked or (CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS)
 
 
 def device_name(device: torch.device) -> str:

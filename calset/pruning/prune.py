@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import PruningError
-from calset.pruning import allocate, distributed, methods, workfolder
+from calset.pruning import allocate, distributed, methods, structured, workfolder
 from calset.pruning import survey as surveys
 from calset.pruning.calibration import Tokens
 from calset.pruning.decoder import find_decoder, surroundings
@@ -25,8 +25,10 @@ from calset.pruning.hidden import HiddenStates, Where
 from calset.pruning.layout import Layout, Matrix, place
 from calset.pruning.masks import BLOCK_SIZE, Group
 from calset.pruning.memory import ran_out
+from calset.pruning.phases import timed as _timed
 from calset.pruning.plan import DAMPING, Plan, Propagate, as_allocated, check_shapes, make_plan, own_selection
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
+from calset.pruning.structured_report import DropReport
 from calset.pruning.tensorfiles import TensorFiles
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from calset.pruning.walk import Walk
     from calset.pruning.workfolder import WorkFolder
 
-# Events: {"done": blocks, "total": blocks, "phase": "loading" | "surveying" | "pruning" | "saving"}
+# Events: {"done": blocks, "total": blocks, "phase": "loading" | "surveying" | "pruning" | "measuring" | "saving"}
 OnProgress = Callable[[Mapping[str, Any]], None]
 
 
@@ -68,8 +70,10 @@ def prune(
     hidden: Where | None = None,
     force: bool = False,
     progress: OnProgress | None = None,
-) -> PruneReport:
+) -> PruneReport | DropReport:
     """Prune every linear layer of every decoder block, and save an ordinary checkpoint with ``pruning.json``.
+
+    With ``reap`` or ``depth`` whole experts or blocks go instead, and the checkpoint becomes smaller.
 
     Embeddings, norms, routers and lm_head stay bit-equal. Weights are read and written block by block, so that memory
     holds one block. A run that was killed is continued by the same call, and ends with the same bytes.
@@ -77,7 +81,8 @@ def prune(
     Args:
         model: a checkpoint folder or a Hub id.
         out: a new (or empty) folder.
-        sparsity: the share of zeros in every matrix, in (0, 1); or
+        method: a name of ``methods.METHODS``, or of ``structured.METHODS``.
+        sparsity: the share of zeros in every matrix, or of a mixture's experts or of the blocks that go, in (0, 1); or
         pattern: "N:M", N kept of every M.
         tokens: which tokens the statistics count.
         propagate: a block's inputs come from the blocks before it ``pruned`` or ``dense``.
@@ -106,6 +111,8 @@ def prune(
     asked = dict(locals())
     began = time.monotonic()
     with _enough_memory(batch_tokens):
+        if structured.is_structured(method):
+            return structured.drop_units(_planned(asked), progress or (lambda event: None))
         plan = make_plan(**_planned(asked))
         plan.estimate.check(force)
         tell = progress or (lambda event: None)
@@ -134,7 +141,8 @@ def plan_pruning(model: str | Path, calibration: Subset, out: str | Path, **opti
     """
     bound = inspect.signature(prune).bind(model, calibration, out, **options)
     bound.apply_defaults()
-    plan = make_plan(**_planned(bound.arguments))
+    asked = _planned(bound.arguments)
+    plan = structured.make_plan(asked) if structured.is_structured(asked["method"]) else make_plan(**asked)
     return replace(plan.estimate, warnings=tuple(plan.warnings))
 
 
@@ -156,16 +164,6 @@ def _enough_memory(batch_tokens: int | None) -> Iterator[None]:
             f"out of memory: lower --batch-tokens{was}, cut the samples with --max-length, keep "
             f"hidden states elsewhere with --hidden disk, or on a GPU use --device cpu"
         ) from error
-
-
-@contextmanager
-def _timed(phases: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the seconds of a ``with`` block to a phase."""
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        phases[phase] = phases.get(phase, 0.0) + time.monotonic() - began
 
 
 def _prune_blocks(

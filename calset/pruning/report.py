@@ -15,6 +15,8 @@ from calset.pruning.layout import label
 from calset.pruning.plan import Plan, device_name, hash_of, versions
 
 if TYPE_CHECKING:
+    from calset.catalog.records import Subset
+    from calset.pruning.calibration import Calibration
     from calset.pruning.workfolder import WorkFolder
 
 
@@ -76,6 +78,10 @@ class PruneReport:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def outcome(self) -> str:
+        """What became of the model, for a line."""
+        return f"sparsity {self.realised_sparsity:.4f} over {len(self.matrices)} matrices"
+
 
 def make_report(
     plan: Plan,
@@ -112,32 +118,8 @@ def make_report(
         block_size=selection.block_size,
         max_length=plan.max_length if uses_data else None,
         n_counted_tokens=plan.calibration.n_counted_tokens if uses_data else 0,
-        base={
-            "model": source.name,
-            "revision": source.revision,
-            "path": str(source.folder.resolve()),
-            "tokenizer_hash": source.tokenizer_hash,
-        },
-        calibration={
-            "used": uses_data,
-            "subset": subset.ref,
-            "name": subset.name,
-            "version": subset.version,
-            "content_hash": subset.content_hash,
-            "recipe": dict(subset.recipe),
-            "seed": subset.seed,
-            "model": subset.model,
-            "model_revision": subset.model_revision,
-            "tokenizer_hash": subset.tokenizer_hash,
-            "n_samples": subset.n_samples,
-            "n_tokens": subset.n_tokens,
-            # What it saw, so that a held-out subset can be told from it wherever the checkpoint goes.
-            "sample_ids": [s.sample_id for s in subset.samples] if uses_data else [],
-            "problem_ids": sorted({s.problem_id for s in subset.samples if s.problem_id}) if uses_data else [],
-            "token_weights": hash_of(plan.calibration.weights) if uses_data else None,
-            # The runs and sources behind it; of a subset from the Hub also repo, commit and tag.
-            "origin": dict(subset.origin) if subset.origin else None,
-        },
+        base=about_base(source),
+        calibration=about_calibration(subset, plan.calibration, used=uses_data),
         matrices=tuple(matrices),
         left_dense=tuple(plan.left_dense),
         resumed_at=tuple(work.resumed_at),
@@ -151,6 +133,40 @@ def make_report(
         biases=tuple(sorted(plan.bias_names.values())),
         switches=plan.carriers.switches,
     )
+
+
+def about_base(source: checkpoint.Source) -> dict[str, Any]:
+    """The dense model, for the record."""
+    return {
+        "model": source.name,
+        "revision": source.revision,
+        "path": str(source.folder.resolve()),
+        "tokenizer_hash": source.tokenizer_hash,
+    }
+
+
+def about_calibration(subset: Subset, calibration: Calibration, *, used: bool) -> dict[str, Any]:
+    """The subset, for the record."""
+    return {
+        "used": used,
+        "subset": subset.ref,
+        "name": subset.name,
+        "version": subset.version,
+        "content_hash": subset.content_hash,
+        "recipe": dict(subset.recipe),
+        "seed": subset.seed,
+        "model": subset.model,
+        "model_revision": subset.model_revision,
+        "tokenizer_hash": subset.tokenizer_hash,
+        "n_samples": subset.n_samples,
+        "n_tokens": subset.n_tokens,
+        # What it saw, so that a held-out subset can be told from it wherever the checkpoint goes.
+        "sample_ids": [s.sample_id for s in subset.samples] if used else [],
+        "problem_ids": sorted({s.problem_id for s in subset.samples if s.problem_id}) if used else [],
+        "token_weights": hash_of(calibration.weights) if used else None,
+        # The runs and sources behind it; of a subset from the Hub also repo, commit and tag.
+        "origin": dict(subset.origin) if subset.origin else None,
+    }
 
 
 def _about_experts(plan: Plan, matrices: Sequence[MatrixReport]) -> list[str]:
@@ -179,10 +195,8 @@ def card_section(report: PruneReport) -> str:
     data = {"calibration": f"none: {report.method} uses no data"}
     allocated = "" if report.allocation == "uniform" else f", shared out by {report.allocation}"
     if calibration["used"]:
-        hub = (calibration["origin"] or {}).get("hub")
-        place = f" of the dataset {hub['repo']} (commit `{hub['commit']}`)" if hub else ""
         data = {
-            "calibration": f"{calibration['subset']}{place}, content hash `{calibration['content_hash']}`",
+            "calibration": named_calibration(calibration),
             "calibration tokens": f"{counted}, inputs from {report.propagate} blocks",
         }
     rows = {
@@ -202,6 +216,13 @@ def card_section(report: PruneReport) -> str:
         f"checkpoint is as large and as fast as the dense one where the runtime does not use sparsity. "
         f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
     )
+
+
+def named_calibration(calibration: Mapping[str, Any]) -> str:
+    """A record's subset, in Markdown."""
+    hub = (calibration["origin"] or {}).get("hub")
+    place = f" of the dataset {hub['repo']} (commit `{hub['commit']}`)" if hub else ""
+    return f"{calibration['subset']}{place}, content hash `{calibration['content_hash']}`"
 
 
 def _biases_section(report: PruneReport) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from calset.catalog.catalog import Catalog
     from calset.catalog.records import Subset
     from calset.pruning.checkpoint import Source
+    from calset.pruning.structured_verify import DropVerifyReport
 
 LOGIT_TOKENS = 16
 NOT_COMPARED = "untouched tensors were not compared: "
@@ -79,11 +80,13 @@ def verify(
     batch_tokens: int = BATCH_TOKENS,
     device: str | None = None,
     catalog: Catalog | str | Path | None = None,
-) -> VerifyReport:
+) -> VerifyReport | DropVerifyReport:
     """Prove what ``pruning.json`` says.
 
     Every matrix of the decoder has the zeros that the asked sparsity or pattern means, logits are finite, and
-    untouched tensors are bit-equal to the dense model's, and so are the matrices that were left dense.
+    untouched tensors are bit-equal to the dense model's, and so are the matrices that were left dense. Of a structured
+    pruning: as many experts or blocks stay as were asked, those of the highest scores, config and tensors agree, and
+    every tensor is bit-equal to the dense model's under the recorded numbers.
 
     Models run block by block from their files: memory holds the embeddings, the output layer, one block and the hidden
     states.
@@ -114,7 +117,13 @@ def verify(
         models = _original(dense, notes), _opened(folder)
         heldout.read_held_out(held_out, *models, max_length)
         compare = partial(heldout.compare, held_out, *models, place, is_apart=is_apart)
-    report = _verify_zeros(folder, record, dense, notes, place)
+    report: VerifyReport | DropVerifyReport
+    if "structure" in record:
+        from calset.pruning.structured_verify import verify_structured
+
+        report = verify_structured(folder, record, dense, notes, place)
+    else:
+        report = _verify_zeros(folder, record, dense, notes, place)
     if compare is None:
         return report
     return replace(report, held_out=compare(max_length=max_length, batch_tokens=batch_tokens))

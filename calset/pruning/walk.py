@@ -10,7 +10,7 @@ Shared inputs are found by identity. It must not know methods, masks or files.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,20 @@ if TYPE_CHECKING:
     from calset.pruning.calibration import Batch
 
 Load = Callable[[Block], None]
+
+
+class Watcher:
+    """Sees what a block does with each batch; nothing by itself."""
+
+    def start(self, batch: Batch) -> None:
+        """Before a batch."""
+
+    def states(self, before: Tensor, after: Tensor) -> None:
+        """The hidden states that the block read and those it gave: samples x positions x width, padding included."""
+
+    def outputs(self, module_name: str) -> experts.OnOutputs | None:
+        """What to call with the outputs of a module of fused experts; its tokens are positions of the whole batch."""
+        return None
 
 
 class Walk:
@@ -120,10 +134,25 @@ class Walk:
                 handle.remove()
         return collector.result(linears)
 
-    def advance(self, index: int) -> None:
-        """Run block ``index`` as it now is over all batches; its outputs are the next block's inputs."""
+    def watch(self, index: int, watcher: Watcher, *, keep: bool) -> None:
+        """Run block ``index`` over all batches and let ``watcher`` see them.
+
+        Args:
+            keep: also keep the block's outputs, as the inputs of the next one.
+
+        Raises:
+            PruningError: activations that are not finite.
+        """
+        self._run(self.ready(index), keep=keep, before=watcher.start, watcher=watcher)
+
+    def advance(self, index: int, through: Block | None = None) -> None:
+        """Run block ``index`` as it now is over all batches; its outputs are the next block's inputs.
+
+        Args:
+            through: a block to run in its place, on the device.
+        """
         if self.batches:
-            self._run(self.ready(index), keep=True)
+            self._run(self.ready(index), keep=True, through=through)
 
     def finish(self, index: int) -> None:
         """Put a stand-in in the place of block ``index``, and take the block off the device."""
@@ -181,17 +210,25 @@ class Walk:
         keep: bool,
         before: Callable[[Batch], None] | None = None,
         tell: Callable[[str], experts.OnInputs] | None = None,
+        watcher: Watcher | None = None,
+        through: Block | None = None,
     ) -> None:
         import torch
 
-        own_forward = block.module.forward
+        running = through or block
+        own_forward = running.module.forward
 
         def run_and_stop(*args: Any, **kwargs: Any) -> Any:
-            raise _Stop(own_forward(*args, **kwargs))
+            # A copy: a block may write on what it reads.
+            read: Any = None if watcher is None else _read(block, args, kwargs).clone()
+            output = own_forward(*args, **kwargs)
+            if watcher is not None:
+                watcher.states(read, _states(output))
+            raise _Stop(output)
 
         block.module.forward = run_and_stop
         try:
-            with torch.no_grad(), _experts_one_by_one(block, tell):
+            with torch.no_grad(), _experts_one_by_one(running, tell, watcher):
                 for position, batch in enumerate(self.batches):
                     self._input = self.hidden.get(position)
                     if before is not None:
@@ -213,18 +250,34 @@ class Walk:
         except _Stop as stop:
             if stop.output is None:
                 return None
-            hidden = stop.output[0] if isinstance(stop.output, tuple) else stop.output
-            if not bool(hidden.isfinite().all()):
+            if not bool(_states(stop.output).isfinite().all()):
                 raise PruningError(f"the outputs of {block.name} are not finite on {self._data}") from None
             return stop.output
         raise PruningError(f"the model never ran its block {block.name}: calset cannot follow its forward")
 
 
+def _read(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The hidden states that a block is called with."""
+    found = args[0] if args else kwargs.get("hidden_states")
+    if not hasattr(found, "clone"):
+        raise PruningError(f"calset cannot tell what {block.name} reads: it is called with {sorted(kwargs)}")
+    return found
+
+
+def _states(output: Any) -> Any:
+    """The hidden states of what a block returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
-def _experts_one_by_one(block: Block, tell: Callable[[str], experts.OnInputs] | None) -> Iterator[None]:
+def _experts_one_by_one(
+    block: Block, tell: Callable[[str], experts.OnInputs] | None, watcher: Watcher | None
+) -> Iterator[None]:
     """Run a block's fused experts in one way throughout: a resumed pruning must meet the same numbers."""
     for name, module in block.experts.items():
-        module.forward = experts.forward(module, tell(name) if tell is not None else None)
+        inputs = tell(name) if tell is not None else None
+        outputs = watcher.outputs(name) if watcher is not None else None
+        module.forward = experts.forward(module, inputs, outputs)
     try:
         yield
     finally:

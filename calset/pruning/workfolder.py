@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +122,26 @@ class WorkFolder:
             _append(self.folder, record)
         self.blocks.append(record)
 
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Write that a block is done which has nothing to write yet.
+
+        Raises:
+            PruningError: it could not be written.
+        """
+        with _writing(self.out):
+            _append(self.folder, record)
+        self.blocks.append(record)
+
+    def fill(self, write: Callable[[Path], None]) -> None:
+        """Write the weight files anew: ``write`` gets the empty folder of the checkpoint.
+
+        Raises:
+            PruningError: they could not be written.
+        """
+        with _writing(self.out):
+            _clear(self.model, keep=())
+            write(self.model)
+
     def complete(
         self, source: Path, record: Mapping[str, Any], section: str, switches: Mapping[str, Any] | None = None
     ) -> None:
@@ -143,11 +163,12 @@ class WorkFolder:
 
 @contextmanager
 def opened(
-    out: Path, source: Path, settings: Mapping[str, Any], added: Mapping[str, Added] | None = None
+    out: Path, source: Path | None, settings: Mapping[str, Any], added: Mapping[str, Added] | None = None
 ) -> Iterator[WorkFolder]:
     """The work folder for ``out``, new or where an interrupted run left it; gone afterwards unless it can be continued.
 
     Args:
+        source: where the weight files are that the checkpoint begins as; None: it is filled at the end.
         settings: all that decides the result; JSON. An interrupted run is only continued with the same.
         added: tensors that the source has not, by name.
 
@@ -180,7 +201,9 @@ def _is_final(error: BaseException) -> bool:
     return isinstance(error, CalsetError) and not isinstance(error.__cause__, OSError)
 
 
-def _begin(work: WorkFolder, source: Path, settings: Mapping[str, Any], added: Mapping[str, Added] | None) -> None:
+def _begin(
+    work: WorkFolder, source: Path | None, settings: Mapping[str, Any], added: Mapping[str, Added] | None
+) -> None:
     lines = _read_progress(work.folder)
     shutil.rmtree(work.folder / "scratch", ignore_errors=True)  # hidden states of a killed run
     if lines:
@@ -192,7 +215,8 @@ def _begin(work: WorkFolder, source: Path, settings: Mapping[str, Any], added: M
         shutil.rmtree(work.model, ignore_errors=True)
         (work.folder / SHARES).unlink(missing_ok=True)
         work.model.mkdir()
-        copy_files(source, work.model, added)
+        if source is not None:
+            copy_files(source, work.model, added)
         flush(work.model)
         _append(work.folder, {"settings": settings})
 

@@ -184,6 +184,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     for key in ("base", "calibration"):
         if not isinstance(record.get(key, {}), dict):
             raise InputError(f"{path} is corrupt: {key} is {json.dumps(record[key])[:40]}, not an object")
+    for key in ("sample_ids", "problem_ids"):
+        listed = record.get("calibration", {}).get(key, [])
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise InputError(f"{path} is corrupt: the calibration's {key} are no list of names")
     if "structure" in record:
         _check_structured(record, path)
         return record
@@ -194,10 +198,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is corrupt: left_dense is no list of names")
     if not all(isinstance(name, str) for name in record.get("biases") or ()):
         raise InputError(f"{path} is corrupt: its biases are no list of names")
-    for key in ("sample_ids", "problem_ids"):
-        listed = record.get("calibration", {}).get(key, [])
-        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-            raise InputError(f"{path} is corrupt: the calibration's {key} are no list of names")
     return record
 
 

@@ -231,7 +231,7 @@ class VllmEngine:
             feed.close()
 
     async def _complete(self, request: Request, sampling: Sampling) -> Completion:
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         params = SamplingParams(
@@ -249,7 +249,7 @@ class VllmEngine:
         )
         self._counter += 1
         began, last = time.monotonic(), None
-        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        prompt = _prompt(list(request.prompt_ids))
         async for output in self._llm.generate(prompt, params, request_id=f"{self._counter}-{request.key}"):
             last = output
         if last is None or not last.finished:
@@ -313,6 +313,17 @@ class VllmEngine:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return wait_on(work, self._loop, self._thread)
+
+
+def _prompt(token_ids: list[int]) -> Any:
+    """Token ids as vLLM's own renderer would hand them on, which spares each request the way through a thread pool."""
+    try:
+        from vllm.inputs.engine import tokens_input
+    except ImportError:  # an older vLLM
+        from vllm import TokensPrompt
+
+        return TokensPrompt(prompt_token_ids=token_ids)
+    return tokens_input(token_ids)
 
 
 def _waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:

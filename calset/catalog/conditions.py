@@ -93,7 +93,7 @@ def _unstable(node: dict[str, Any], functions: set[str]) -> str | None:
             return "a window of ROWS (one of RANGE takes equals together)"
     if kind == "JOIN" and node.get("ref_type") not in _JOINS:
         return f"{node.get('ref_type')} JOIN"
-    if kind == "OPERATOR_CAST" and "TIME ZONE" in _cast_type(node):
+    if kind == "OPERATOR_CAST" and ("TIME ZONE" in _cast_type(node) or _cast_type(node).endswith("TZ")):
         return "a time zone (it is the machine's)"
     if kind == "TABLE_FUNCTION":
         called = str(node.get("function", {}).get("function_name", "")).lower()

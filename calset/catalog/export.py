@@ -337,7 +337,7 @@ def _bare(value: Any) -> Any:
 
 
 # What an engine may be given that is nobody else's business: hf_token, api_key, VLLM_API_KEY, ...
-_SECRET = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|api_?key)$", re.IGNORECASE)
+_SECRET = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|api[_-]?key)$", re.IGNORECASE)
 HIDDEN = "***"
 
 

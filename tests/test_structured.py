@@ -212,8 +212,8 @@ def test_a_vision_tower_larger_than_what_is_left_is_no_stack_of_blocks(tmp_path)
     config = transformers.Gemma3Config(
         text_config={**make_model("Gemma3Text", **KINDS["Gemma3Text"]).config.to_dict(), "vocab_size": 600},
         vision_config={
-            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "image_size": 28,
-            "patch_size": 14,
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
         },
     )  # fmt: skip
     folder = save_model(tmp_path / "dense", "Gemma3Text", **KINDS["Gemma3Text"])

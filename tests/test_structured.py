@@ -208,6 +208,25 @@ def test_a_group_limited_router_keeps_groups_of_equal_size(dropped):
         assert [sum(i // 4 == group for i in stack.kept) for group in range(2)] == [2, 2]
 
 
+def test_a_vision_tower_larger_than_what_is_left_is_no_stack_of_blocks(tmp_path):
+    config = transformers.Gemma3Config(
+        text_config={**make_model("Gemma3Text", **KINDS["Gemma3Text"]).config.to_dict(), "vocab_size": 600},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+    )  # fmt: skip
+    folder = save_model(tmp_path / "dense", "Gemma3Text", **KINDS["Gemma3Text"])
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    report = prune(folder, SUBSET, tmp_path / "out", method="depth", sparsity=0.5)
+    assert json.loads((tmp_path / "out/config.json").read_text())["text_config"]["num_hidden_layers"] == 3
+    assert len(report.stacks[0].kept) == 3
+    proved = verify(tmp_path / "out")
+    assert proved.n_equal == proved.n_tensors
+    names = read_headers(tmp_path / "out")
+    assert sum("vision_tower.encoder.layers.5." in n or "vision_model.encoder.layers.5." in n for n in names) > 0
+
+
 # --- scores -------------------------------------------------------------------------------------------------------
 
 

@@ -69,8 +69,9 @@ def make_smaller(source: Source, files: TensorFiles, structure: Structure, kept:
     small = changed.skeleton()
     if structure == "blocks":
         own = kept[stack_name(decoder)]
-        fewer = find_decoder(small, allow_partial=True)
-        depth.check_same([b.module for b in decoder.blocks], [b.module for b in fewer.blocks], own)
+        # By its name: the largest list of a model with fewer blocks may be its vision tower's.
+        fewer = small.get_submodule(stack_name(decoder))
+        depth.check_same([block.module for block in decoder.blocks], list(fewer), own)
         parts = depth.parts(layout, [block.name for block in decoder.blocks], own, unused)
     else:
         mixture = reap.find_mixture(decoder, source.config.get_text_config())

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import InputError, VerificationError
 from calset.pruning import depth, drop, reap
 from calset.pruning.checkpoint import RECORD, Source, open_folder
-from calset.pruning.decoder import Decoder, find_decoder
-from calset.pruning.smaller import make_smaller, stack_name
+from calset.pruning.decoder import find_decoder
+from calset.pruning.smaller import make_smaller
 from calset.pruning.tensorfiles import TensorFiles
 from calset.pruning.verify import check_logits
 
@@ -74,7 +74,7 @@ def verify_structured(
         with TensorFiles(folder) as tensors:
             n_tensors = len(tensors.stored)
             source = open_folder(folder)
-            _check_counts(record, stacks, find_decoder(source.skeleton(), allow_partial=True), source)
+            _check_counts(record, stacks, source)
             check_logits(source, device)
             n_equal = None if dense is None else _check_equal(folder, record, stacks, dense, tensors)
     except InputError as error:
@@ -92,15 +92,18 @@ def verify_structured(
     )
 
 
-def _check_counts(
-    record: Mapping[str, Any], stacks: Sequence[Mapping[str, Any]], decoder: Decoder, source: Source
-) -> None:
+def _check_counts(record: Mapping[str, Any], stacks: Sequence[Mapping[str, Any]], source: Source) -> None:
     """As many stay of each stack as were asked, those of the highest scores, and the config makes as many."""
+    from torch.nn import ModuleList
+
     config, sparsity = source.config.get_text_config(), record["sparsity"]
-    mixture = reap.find_mixture(decoder, config) if record["structure"] == "experts" else None
-    made = {stack_name(decoder): len(decoder.blocks)}
-    if mixture is not None:
+    model, mixture = source.skeleton(), None
+    if record["structure"] == "experts":
+        mixture = reap.find_mixture(find_decoder(model, allow_partial=True), config)
         made = dict.fromkeys(mixture.modules.values(), mixture.n_experts)
+    else:
+        lists = {name: len(part) for name, part in model.named_modules() if isinstance(part, ModuleList)}
+        made = {name: lists[name] for name in (stacks[0]["name"],) if name in lists}
     if odd := sorted(made.keys() ^ {stack["name"] for stack in stacks}):
         raise VerificationError(f"{odd[0]} is not both in {RECORD} and in the model that config.json makes")
     for stack in stacks:

@@ -152,7 +152,7 @@ def refused_or_usable(bench: Bench, data: st.DataObject) -> None:
 
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-MANY = settings(FEW, max_examples=1500)
+MANY = settings(FEW, max_examples=400)
 
 
 @FEW

@@ -330,13 +330,14 @@ def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatisti
         together.setdefault(id(inputs) if stacked else id(matrix), []).append(matrix)
     inputs = None
     groups = sorted(together.values(), key=lambda members: -members[0].shape[1])
+    last = {m.reads: i for i, members in enumerate(groups) for m in members}  # an expert's gate and up have one name
     owners = team.owners([sum(m.shape[0] for m in g) * g[0].shape[1] ** 2.0 + g[0].shape[1] ** 3.0 for g in groups])
     reports: dict[Any, MatrixReport] = {}
     for members, owner in zip(groups, owners, strict=True):
         if owner == team.rank:
             reports.update(_prune_group(members, statistics.get(members[0].reads), run))
-        for matrix in members:
-            statistics.pop(matrix.reads, None)
+        for reads in {m.reads for m in members if groups[last[m.reads]] is members}:
+            statistics.pop(reads, None)
     for members, owner in zip(groups, owners, strict=True):
         for matrix in members:
             team.tell(matrix.values(), owner)

@@ -122,7 +122,9 @@ def config_changes(text: Mapping[str, Any], config: Any, kept: Sequence[int]) ->
     own_name = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
     found: dict[str, Any] = {name: len(kept) for name in {own_name, "num_hidden_layers"} if name in text}
     found = found or {own_name: len(kept)}
-    values = {**{name: getattr(config, name, None) for name in WORKED_OUT}, **text}
+    # Some configs only work these out, by rules of their own, and take none.
+    taken = [name for name in WORKED_OUT if not isinstance(getattr(type(config), name, None), property)]
+    values = {**{name: getattr(config, name, None) for name in taken}, **text}
     for name, value in values.items():
         if value is None:
             value = getattr(config, name, None)

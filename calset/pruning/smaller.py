@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calset.builder.model_info import read_config
-from calset.errors import InputError
+from calset.errors import InputError, first_line
 from calset.pruning import depth, reap
 from calset.pruning.checkpoint import Source
 from calset.pruning.decoder import Decoder, find_decoder
@@ -116,7 +116,11 @@ def _as_changed(source: Source, switches: Mapping[str, Any]) -> Source:
     raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**raw, **switches}), encoding="utf-8")
-        return replace(source, config=read_config(source.name, Path(folder)))
+        try:
+            return replace(source, config=read_config(source.name, Path(folder)))
+        except InputError as error:
+            reason = first_line(error.__cause__ or error)
+            raise InputError(f"the smaller model's config cannot be said as transformers reads it: {reason}") from error
 
 
 def _check(folder: Path, parts: Sequence[Part], small: Any, unused: Sequence[str]) -> None:

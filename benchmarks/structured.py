@@ -118,7 +118,7 @@ def prose(model: Path) -> Subset:
         name="prose",
         version=1,
         content_hash=ids.content_hash((s.sample_id, s.input_ids, s.n_prompt_tokens) for s in samples),
-        recipe={"recipe": "text"},
+        recipe={"name": "text"},
         seed=0,
         model=info.model,
         model_revision=info.revision,

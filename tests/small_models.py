@@ -90,7 +90,7 @@ def make_subset(samples: Sequence[Sample] | None = None, **changes: Any) -> Subs
         "name": "random-ids",
         "version": 1,
         "content_hash": ids.content_hash((s.sample_id, s.input_ids, s.n_prompt_tokens) for s in samples),
-        "recipe": {"recipe": "test"},
+        "recipe": {"name": "test", "kind": "trace"},
         "seed": 0,
         "model": "tiny",
         "model_revision": "",

@@ -97,6 +97,8 @@ class Decoder:
 def find_decoder(model: nn.Module, *, allow_partial: bool = False) -> Decoder:
     """Find the decoder blocks: of the module lists whose every child holds a linear, the one with most parameters.
 
+    One in what transformers calls the model's decoder goes before one elsewhere, such as in an image tower.
+
     Works on a model on the meta device, so that a model can be refused before its weights are loaded.
 
     Args:
@@ -157,22 +159,30 @@ def projections(experts: Any) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
 
 
-def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _largest_list(model: Any) -> tuple[str, nn.ModuleList]:
+    # An image tower can be larger than a decoder that lost blocks; get_decoder is a best effort, so it is not all.
+    get_decoder = getattr(model, "get_decoder", lambda: model)
+    text = {id(m) for m in (get_decoder() or model).modules()}
+    best: tuple[bool, int, str, nn.ModuleList] | None = None
+    for name, module in _lists(model):
+        # Outer lists come first, so a list of experts inside the only block does not win on a tie.
+        found = (id(module) in text, sum(p.numel() for p in module.parameters()), name, module)
+        if best is None or found[:2] > best[:2]:
+            best = found
+    if best is None:
+        raise InputError(f"{type(model).__name__} has no list of blocks with linear layers: calset cannot prune it")
+    return best[2], best[3]
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Module lists whose every child holds a linear."""
     from torch import nn
 
-    best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        if not all(any(map(is_linear, child.modules())) for child in module):
-            continue
-        size = sum(p.numel() for p in module.parameters())
-        # Outer lists come first, so a list of experts inside the only block does not win on a tie.
-        if best is None or size > best[0]:
-            best = (size, name, module)
-    if best is None:
-        raise InputError(f"{type(model).__name__} has no list of blocks with linear layers: calset cannot prune it")
-    return best[1], best[2]
+        if all(any(map(is_linear, child.modules())) for child in module):
+            yield name, module
 
 
 def _block(name: str, module: nn.Module) -> Block:

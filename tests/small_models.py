@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from calset import demo, ids
+from calset.catalog.recipes import get_recipe
 from calset.catalog.records import Sample, Subset
 
 VOCABULARY = 512
@@ -90,7 +91,7 @@ def make_subset(samples: Sequence[Sample] | None = None, **changes: Any) -> Subs
         "name": "random-ids",
         "version": 1,
         "content_hash": ids.content_hash((s.sample_id, s.input_ids, s.n_prompt_tokens) for s in samples),
-        "recipe": {"name": "test", "kind": "trace"},
+        "recipe": get_recipe("rac").as_dict(),
         "seed": 0,
         "model": "tiny",
         "model_revision": "",

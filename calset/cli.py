@@ -1055,9 +1055,9 @@ def _prune_progress(bar: terminal.Progress) -> Callable[[Any], None]:
 )
 @click.option("--max-length", type=click.IntRange(min=1), help="Cut longer held-out samples to N tokens.")
 @click.option(
-    "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Positions run at a time."
+    "--batch-tokens", type=click.IntRange(min=1), help="Held-out positions run at a time; default: 8192, on a CPU 2048."
 )
-@click.option("--device", help="Default: a CUDA device when there is one, else the CPU.")
+@click.option("--device", help="Default: the CPU; with --held-out a CUDA device when there is one.")
 @catalog_option
 @json_option
 def verify(directory: Path, catalog: Path, held_out: str | None, as_json: bool, **options: Any) -> None:
@@ -1068,8 +1068,9 @@ def verify(directory: Path, catalog: Path, held_out: str | None, as_json: bool, 
     from calset.catalog.export import resolve
     from calset.pruning.verify import verify as check
 
-    if held_out is None and options["max_length"] is not None:
-        raise InputError("--max-length is for --held-out REF")
+    for name in ("max_length", "batch_tokens"):
+        if held_out is None and options[name] is not None:
+            raise InputError(f"--{name.replace('_', '-')} is for --held-out REF")
     subset = resolve(held_out, catalog) if held_out is not None else None
     report = check(directory, held_out=subset, catalog=catalog, **options)
     if as_json:

@@ -26,11 +26,12 @@ from calset.catalog.export import export
 from calset.catalog.records import Sample, Subset
 from calset.catalog.selection import select
 from calset.cli import cli
-from calset.errors import InputError, VerificationError
+from calset.errors import InputError, PruningError, VerificationError
 from calset.pruning import checkpoint, heldout
 from calset.pruning.heldout import losses, standard_error
 from calset.pruning.prune import prune
 from calset.pruning.verify import verify
+from calset.pruning.walk import Walk
 
 CPU = torch.device("cpu")
 
@@ -141,6 +142,21 @@ def test_max_length_cuts_samples_and_says_so(pruned, llama):
     assert found.dense_loss == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
     assert "4 of 5 samples were cut to their first 12 tokens" in found.warnings
     assert any("Warning: 4 of 5" in line for line in found.lines())
+
+
+def test_samples_cut_to_nothing_that_could_be_predicted_are_refused(pruned):
+    samples = [Sample(s.sample_id, s.input_ids, 0) for s in HELD_OUT.samples]
+    with pytest.raises(InputError, match=r"has a completion token to predict.*--max-length"):
+        verify(pruned, held_out=make_subset(samples), max_length=1)
+
+
+def test_too_little_memory_is_a_line(pruned, monkeypatch):
+    def advance(*args, **kwargs) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Walk, "advance", advance)
+    with pytest.raises(PruningError, match=r"^out of memory: lower --batch-tokens"):
+        verify(pruned)
 
 
 def test_the_standard_error_is_that_of_means_over_samples():

@@ -202,6 +202,25 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_continue(tmp_path, llama, mon
     assert prune(llama, SUBSET, tmp_path / "out", method="wanda", sparsity=0.5).resumed_at == (2,)
 
 
+@pytest.mark.parametrize("method", ["wanda", "depth"])
+def test_what_an_interrupted_run_holds_needs_no_room_again(tmp_path, llama, monkeypatch, method):
+    needed = plan_pruning(llama, SUBSET, tmp_path / "out", method=method, sparsity=0.5).disk_bytes
+    stop_in = "finish_block" if method == "wanda" else "fill"
+    own = getattr(WorkFolder, stop_in)
+
+    def stop(work, *args) -> None:
+        own(work, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkFolder, stop_in, stop)
+    with pytest.raises(Stopped):
+        prune(llama, SUBSET, tmp_path / "out", method=method, sparsity=0.5)
+    monkeypatch.undo()
+    monkeypatch.setattr(workfolder, "MARGIN", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, needed // 2))
+    assert prune(llama, SUBSET, tmp_path / "out", method=method, sparsity=0.5).resumed_at
+
+
 def test_a_disk_that_fills_keeps_the_finished_blocks(tmp_path, llama, monkeypatch):
     interrupt_after(monkeypatch, 1, OSError)
     with pytest.raises(OSError, match="no space"):

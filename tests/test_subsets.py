@@ -477,6 +477,7 @@ def test_no_secret_of_an_engine_is_in_a_manifest(tmp_path: Path) -> None:
     options = {"hf_token": "hf_abc", "nested": {"API_KEY": "sk-1"}, "tokenizer": "org/t", "token_ids": "kept", "n": 2}
     catalog, run, problem = Catalog(tmp_path / "c.duckdb"), make_run(), make_problem(0)
     command = "calset build --engine http://me:pa55@host:8000/v1,https://t0ken@other --engine-option hf_token=hf_abc"
+    command += """ --engine-option=hf_token=hf_abc --engine-option 'hf_overrides={"api_key": "sk-1", "n": 2}'"""
     trace = make_trace(problem, replace(run, engine_options=options, command=f"{command} --api-key=sk-1"))
     catalog.add_source(replace(make_source(), spec="hf:me/x?text=a@b"))
     catalog.add_run(replace(run, engine_options=options, command=f"{command} --api-key=sk-1"))
@@ -488,6 +489,7 @@ def test_no_secret_of_an_engine_is_in_a_manifest(tmp_path: Path) -> None:
     hidden = {"hf_token": "***", "nested": {"API_KEY": "***"}}
     assert made["engine_options"] == {**options, **hidden}
     assert shlex.split(made["command"])[2:] == [
-        "--engine", "http://***@host:8000/v1,https://***@other", "--engine-option", "hf_token=***", "--api-key=***",
+        "--engine", "http://***@host:8000/v1,https://***@other", "--engine-option", "hf_token=***",
+        "--engine-option=hf_token=***", "--engine-option", 'hf_overrides={"api_key": "***", "n": 2}', "--api-key=***",
     ]  # fmt: skip
     assert json.loads(text)["sources"][0]["spec"] == "hf:me/x?text=a@b"

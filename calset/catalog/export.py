@@ -13,6 +13,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -347,6 +348,11 @@ def _without_folder(word: str) -> str:
     option, equals, value = word.partition("=") if re.match(r"-|\w+=", word) else ("", "", word)
     if equals and _SECRET.search(option):
         return f"{option}={HIDDEN}"
+    if option.startswith("-") and re.match(r"\w+=", value):  # --engine-option=hf_token=...
+        return f"{option}={_without_folder(value)}"
+    if value.startswith(("{", "[")):  # --engine-option 'hf_overrides={"api_key": ...}'
+        with suppress(ValueError, RecursionError):
+            return f"{option}{equals}{json.dumps(_bare(json.loads(value)), ensure_ascii=False)}"
     path = re.sub(r"(\w://)[^/\s,@]*@", rf"\1{HIDDEN}@", value).removeprefix("file://")
     return f"{option}{equals}{Path(path).name if path.startswith(('/', '~')) else path}"
 

@@ -17,6 +17,10 @@ from calset.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# What configs call the number of experts that a token gets.
+CHOSEN_EXPERTS = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k",
+)  # fmt: skip
 NAMED = 4  # weights that a message names before it counts the rest
 
 

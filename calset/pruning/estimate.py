@@ -16,7 +16,7 @@ from calset.errors import CalsetError
 from calset.files import existing_parent, size
 from calset.pruning import distributed
 from calset.pruning.allocate import SEARCH_STEPS
-from calset.pruning.decoder import surroundings
+from calset.pruning.decoder import CHOSEN_EXPERTS, surroundings
 from calset.pruning.hidden import Where
 from calset.pruning.memory import free_memory
 from calset.pruning.stats import CHUNK, Needs
@@ -59,6 +59,7 @@ class Estimate:
     disk_bytes: int
     disk_free: int
     warnings: Sequence[str] = ()  # of the plan
+    disk_there: int = 0  # of disk_bytes, what an interrupted run already holds
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "problems": self.problems()}
@@ -76,7 +77,7 @@ class Estimate:
                 f"the host would need about {size(self.host_bytes)} and has {size(self.host_free)} free: use "
                 f"--hidden disk"
             )
-        if self.disk_bytes > self.disk_free:
+        if self.disk_bytes - self.disk_there > self.disk_free:
             found.append(
                 f"the disk would need about {size(self.disk_bytes)} and has {size(self.disk_free)} free: make room"
             )
@@ -247,8 +248,9 @@ def _uses(weight: Weight, config: Any) -> float:
     if weight.n_experts is None:
         return 1
     text = config.get_text_config()
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
-    return next((float(v) for v in (getattr(text, n, None) for n in names) if isinstance(v, int)), weight.n_experts)
+    return next(
+        (float(v) for v in (getattr(text, n, None) for n in CHOSEN_EXPERTS) if isinstance(v, int)), weight.n_experts
+    )
 
 
 def _forward(block: Block, config: Any) -> float:

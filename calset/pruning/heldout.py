@@ -99,15 +99,19 @@ def read_held_out(held_out: Subset, dense: Source, pruned: Source, max_length: i
                 f"the held-out subset {held_out.ref} was made with another tokenizer than that of {source.folder}: its "
                 f"token ids would mean other text; select from this model's own traces"
             )
+    nothing = f"no sample of {held_out.ref} has a completion token to predict: take a subset of traces"
     if not any(len(s.input_ids) > max(s.n_prompt_tokens, 1) for s in held_out.samples):
-        raise InputError(f"no sample of {held_out.ref} has a completion token to predict: take a subset of traces")
-    return read(
+        raise InputError(nothing)
+    samples = read(
         held_out,
         "completion",
         max_positions=pruned.max_positions,
         max_length=max_length,
         vocabulary_size=getattr(pruned.config.get_text_config(), "vocab_size", None),
     )
+    if not any(stop > max(start, 1) for start, stop in samples.spans):  # nothing is before a first token
+        raise InputError(f"{nothing}, and a longer --max-length")
+    return samples
 
 
 def compare(

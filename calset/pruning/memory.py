@@ -6,14 +6,33 @@ Why apart: whoever loads, computes or stores must let it through as it is, to th
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from calset.errors import PruningError
 
 if TYPE_CHECKING:
     import torch
 
 # The CPU's allocator raises a plain RuntimeError; pinned memory and cuBLAS have their own words.
 _WORDS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Too little memory is the user's to solve: said with what to do.
+
+    Raises:
+        PruningError: memory ran out inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise PruningError(f"out of memory: {remedy}") from error
 
 
 def ran_out(error: BaseException) -> bool:

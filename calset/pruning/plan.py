@@ -23,6 +23,7 @@ from calset.pruning.hidden import Where
 from calset.pruning.layout import Layout, Matrix
 from calset.pruning.masks import Group, Pattern, Selection
 from calset.pruning.tensorfiles import Added, TensorFiles
+from calset.pruning.updates import has_triton
 
 if TYPE_CHECKING:
     import torch
@@ -207,7 +208,7 @@ def make_plan(
         carriers=carriers,
         bias_names=bias_names,
         added=added,
-        estimate=needed,
+        estimate=replace(needed, disk_there=workfolder.held_bytes(Path(out))),
         settings=settings,
         warnings=warnings,
     )
@@ -270,6 +271,7 @@ def settings_of(
         # Another GPU, or another number of threads, rounds differently.
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "kernel": has_triton(device) if device.type == "cuda" else None,
         "processes": distributed.n_processes(),  # sums come out in another order
         "versions": versions(),
     }

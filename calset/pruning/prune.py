@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from calset.pruning.estimate import Estimate
 from calset.pruning.hidden import HiddenStates, Where
 from calset.pruning.layout import Layout, Matrix, place
 from calset.pruning.masks import BLOCK_SIZE, Group
-from calset.pruning.memory import ran_out
+from calset.pruning.memory import enough_memory
 from calset.pruning.phases import timed as _timed
 from calset.pruning.plan import DAMPING, Plan, Propagate, as_allocated, check_shapes, make_plan, own_selection
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
@@ -110,7 +109,11 @@ def prune(
     """
     asked = dict(locals())
     began = time.monotonic()
-    with _enough_memory(batch_tokens):
+    was = f" (it was {batch_tokens})" if batch_tokens else ""
+    with enough_memory(
+        f"lower --batch-tokens{was}, cut the samples with --max-length, keep hidden states elsewhere with --hidden "
+        f"disk, or on a GPU use --device cpu"
+    ):
         if structured.is_structured(method):
             return structured.drop_units(_planned(asked), progress or (lambda event: None))
         plan = make_plan(**_planned(asked))
@@ -149,21 +152,6 @@ def plan_pruning(model: str | Path, calibration: Subset, out: str | Path, **opti
 def _planned(asked: Mapping[str, Any]) -> dict[str, Any]:
     """``prune``'s arguments as ``make_plan`` takes them."""
     return {key: value for key, value in asked.items() if key != "progress"}
-
-
-@contextmanager
-def _enough_memory(batch_tokens: int | None) -> Iterator[None]:
-    """Too little memory is the user's to solve: said with what to lower."""
-    try:
-        yield
-    except Exception as error:
-        if not ran_out(error):
-            raise
-        was = f" (it was {batch_tokens})" if batch_tokens else ""
-        raise PruningError(
-            f"out of memory: lower --batch-tokens{was}, cut the samples with --max-length, keep "
-            f"hidden states elsewhere with --hidden disk, or on a GPU use --device cpu"
-        ) from error
 
 
 def _prune_blocks(

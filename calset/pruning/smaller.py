@@ -96,7 +96,9 @@ def _switches(source: Source, decoder: Decoder, structure: Structure, kept: Kept
     raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     config = source.config.get_text_config()
     # A model of several kinds of input has the language model's config within its own.
-    inner = None if config is source.config else next(k for k in raw if getattr(source.config, k, None) is config)
+    inner = None if config is source.config else next((k for k in raw if getattr(source.config, k, None) is config), "")
+    if inner == "":
+        raise InputError(f"config.json of {source.name} has no part for the language model: calset cannot change it")
     text = raw if inner is None else raw[inner]
     if structure == "blocks":
         changes = depth.config_changes(text, config, kept[stack_name(decoder)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,7 +180,7 @@ def make_plan(asked: Mapping[str, Any]) -> DropPlan:
         provisional=look.provisional,
         n_parameters_dense=look.n_parameters,
         n_bytes_dense=look.n_bytes,
-        estimate=look.estimate,
+        estimate=replace(look.estimate, disk_there=workfolder.held_bytes(out)),
         settings=settings,
         warnings=warnings,
     )

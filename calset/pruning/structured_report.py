@@ -126,11 +126,14 @@ def make_report(
 
 def _unseen(stacks: Sequence[Stack]) -> list[str]:
     """A warning about experts that no calibration token reached: they score 0, whatever they are worth."""
-    empty = [(stack.name, i) for stack in stacks for i, n in enumerate(stack.n_tokens) if not n]
+    empty = [(stack.name, i) for stack in stacks for i, n in enumerate(stack.n_tokens) if not (n and stack.scores[i])]
     if not empty:
         return []
     name, number = empty[0]
-    return [f"{len(empty)} experts, such as {name}[{number}], got no calibration token and score 0; use more tokens"]
+    return [
+        f"{len(empty)} experts, such as {name}[{number}], got no calibration token that counts and score 0; use more "
+        f"tokens"
+    ]
 
 
 def card_section(report: DropReport) -> str:

@@ -16,6 +16,7 @@ from calset.pruning.masks import Pattern, Selection, blocks, lowest, lowest_of_g
 from calset.pruning.stats import TILE
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from calset.pruning.stats import InputStatistics
@@ -298,7 +299,7 @@ def _block_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern
     """
     if not columns.is_cuda:
         return loop_errors(columns, upper, mask, pattern)
-    if len(columns) <= KERNEL_WIDTH and has_triton():
+    if len(columns) <= KERNEL_WIDTH and has_triton(columns.device):
         from calset.pruning.kernels import block_errors
 
         errors = block_errors(columns, upper, mask, pattern)
@@ -308,10 +309,15 @@ def _block_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern
 
 
 @cache
-def has_triton() -> bool:
-    """Whether there is a Triton that can be imported; PyTorch for CUDA comes with one on Linux."""
+def has_triton(device: torch.device) -> bool:
+    """Whether the Triton kernel runs on a device: tried once, since that takes a C compiler and a GPU it knows."""
+    import torch
+
     try:
-        import triton  # noqa: F401
+        from calset.pruning.kernels import block_errors
+
+        upper = torch.eye(16, device=device)
+        block_errors(upper.clone(), upper, upper.bool(), None)
     except Exception:  # a broken installation raises what it likes; the other ways need none
         return False
     return True

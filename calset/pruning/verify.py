@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import InputError, PruningError, VerificationError
 from calset.pruning import heldout
 from calset.pruning.allocate import MEASURED
-from calset.pruning.calibration import BATCH_TOKENS, Calibration
+from calset.pruning.calibration import Calibration
 from calset.pruning.checkpoint import RECORD, open_folder, read_record
 from calset.pruning.heldout import HeldOut
 from calset.pruning.layout import Layout, cut, label
 from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection, nearest
-from calset.pruning.plan import find_device
+from calset.pruning.memory import enough_memory
+from calset.pruning.plan import batch_positions, find_device
 from calset.pruning.streamed import walked
 from calset.pruning.tensorfiles import TensorFiles
 
@@ -77,7 +78,7 @@ def verify(
     base: str | Path | None = None,
     held_out: Subset | None = None,
     max_length: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     device: str | None = None,
     catalog: Catalog | str | Path | None = None,
 ) -> VerifyReport | DropVerifyReport:
@@ -96,20 +97,22 @@ def verify(
         held_out: samples on whose completions the pruned model's loss is compared with the dense model's; none of
             those that calibrated the pruning, nor of their problems.
         max_length: cut longer held-out samples.
-        batch_tokens: positions of a micro-batch of held-out samples.
-        device: where models run; default: CUDA when there is one, else the CPU.
+        batch_tokens: positions of a micro-batch of held-out samples; default: 8192, on a CPU 2048.
+        device: where models run; default: with held-out samples CUDA when there is one, else the CPU.
         catalog: where the samples of a calibration subset are looked up that an older ``pruning.json`` does not list.
 
     Raises:
         InputError: no such folder, no or a corrupt ``pruning.json``, a ``base`` that is not the recorded one; held-out
             samples that calibrated the pruning or are of another tokenizer, or no dense model to compare with.
         VerificationError: naming the matrix and the numbers that differ.
-        PruningError: activations on the held-out samples that are not finite.
+        PruningError: activations on the held-out samples that are not finite, or too little memory.
     """
     folder = Path(directory)
     if not folder.is_dir():
         raise InputError(f"there is no folder {directory}")
-    record, place = read_record(folder), find_device(device)
+    record = read_record(folder)
+    # A few tokens need no GPU, which may be serving something.
+    place = find_device(device if device or held_out is not None else "cpu")
     dense, notes = _find_base(record, base)
     compare = None
     if held_out is not None:  # what can be refused is refused before the long part
@@ -117,16 +120,18 @@ def verify(
         models = _original(dense, notes), _opened(folder)
         heldout.read_held_out(held_out, *models, max_length)
         compare = partial(heldout.compare, held_out, *models, place, is_apart=is_apart)
-    report: VerifyReport | DropVerifyReport
-    if "structure" in record:
-        from calset.pruning.structured_verify import verify_structured
+    with enough_memory("lower --batch-tokens, cut the samples with --max-length, or on a GPU use --device cpu"):
+        report: VerifyReport | DropVerifyReport
+        if "structure" in record:
+            from calset.pruning.structured_verify import verify_structured
 
-        report = verify_structured(folder, record, dense, notes, place)
-    else:
-        report = _verify_zeros(folder, record, dense, notes, place)
-    if compare is None:
-        return report
-    return replace(report, held_out=compare(max_length=max_length, batch_tokens=batch_tokens))
+            report = verify_structured(folder, record, dense, notes, place)
+        else:
+            report = _verify_zeros(folder, record, dense, notes, place)
+        if compare is None:
+            return report
+        positions = batch_positions(batch_tokens, place)
+        return replace(report, held_out=compare(max_length=max_length, batch_tokens=positions))
 
 
 def _verify_zeros(

@@ -50,10 +50,15 @@ def check_out(out: Path, n_bytes: int) -> None:
     parent = existing_parent(out)
     if not os.access(parent, os.W_OK):
         raise InputError(f"{parent} cannot be written to: name another folder with -o")
-    there = sum(f.stat().st_size for f in folder_of(out).rglob("*") if f.is_file()) if folder_of(out).is_dir() else 0
-    need, free = n_bytes - there + MARGIN, shutil.disk_usage(parent).free
+    need, free = n_bytes - held_bytes(out) + MARGIN, shutil.disk_usage(parent).free
     if free < need:
         raise CalsetError(f"{out} needs {size(need)} and its disk has {size(free)} free: make room there")
+
+
+def held_bytes(out: Path) -> int:
+    """What the interrupted work for ``out`` takes on the disk, if there is one."""
+    folder = folder_of(out)
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
 
 
 def check_settings(out: Path, settings: Mapping[str, Any]) -> None:

@@ -47,6 +47,25 @@ def altered_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama, to be read only."""
+    from small_models import save_model
+
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Forked children must not meet the parent's thread pool, and sums must not depend on how many there are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
 def vllm_engine(tiny_model: Path) -> Iterator[object]:
     """A real vLLM on the bundled model; whoever loads other weights puts them back."""
     if not HAS_VLLM:

@@ -49,6 +49,28 @@ def holding(catalog: Path) -> Iterator[subprocess.Popen[str]]:
             pass
 
 
+def peak_bytes(setup: str, warm_up: str, work: str) -> int:
+    """Resident memory at the fullest while a process does ``work``, beyond what it held after it had warmed up.
+
+    ``setup`` is run first. All on one thread; Linux only.
+    """
+    code = f"""
+import torch; torch.set_num_threads(1)
+def kib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+{setup}
+{warm_up}
+open("/proc/self/clear_refs", "w").write("5")  # begin a new high-water mark
+base = kib("VmRSS")
+{work}
+print((kib("VmHWM") - base) * 1024)
+"""
+    # glibc keeps freed blocks of up to 32 MB for later; a real model's matrices are larger than those of tests.
+    environment = {**os.environ, **ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", code]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
 def killed(work: Callable[[], object]) -> None:
     """Run in a forked child that is to kill itself (``die``), and check that it did."""
     child = os.fork()

@@ -22,17 +22,10 @@ from calset.pruning.prune import plan_pruning, prune
 from calset.pruning.verify import verify
 from calset.pruning.workfolder import WorkFolder, folder_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SUBSET = make_subset()
 HEAVY_ENDS = {s.sample_id: [0.1] * 5 + [1.5] * (len(s.input_ids) - 5) for s in SUBSET.samples}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Forked children must not meet the parent's thread pool, and sums must not depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +111,7 @@ def test_what_was_surveyed_is_not_surveyed_again(tmp_path, models, monkeypatch):
 
     options = {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}
     monkeypatch.setattr(pruner, "_work_on", stop)
-    with pytest.raises(Stopped, match="0 blocks pruned; the same command continues"):
+    with pytest.raises(Stopped, match="0 blocks done; the same command continues"):
         prune(models("Llama"), SUBSET, tmp_path / "out", **options)
     monkeypatch.undo()
     monkeypatch.setattr(survey, "survey", lambda *a: pytest.fail("surveyed again"))

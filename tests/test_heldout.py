@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from factories import fill
+from processes import peak_bytes
 from small_models import make_samples, make_subset, save_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -48,11 +46,6 @@ def made(lengths: tuple[int, ...], *, start: str, seed: int, **changes) -> Subse
 
 CALIBRATION = made((12, 40, 7, 25, 33, 40, 18, 29), start="calibration", seed=0)
 HELD_OUT = made((30, 9, 17, 40, 23), start="held-out", seed=5)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -295,19 +288,7 @@ def test_the_commands_select_another_split_and_compare_on_it(tmp_path, llama):
 
 @pytest.mark.slow
 def test_verifying_holds_a_block_at_a_time(tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, {tests!r})\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from test_heldout import HELD_OUT\n"
-        "from calset.pruning.verify import verify\n"
-        "def kib(key):\n"
-        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
-        "verify({small!r}, held_out=HELD_OUT)\n"  # what the process holds anyway
-        "open('/proc/self/clear_refs', 'w').write('5')\n"  # begin a new high-water mark
-        "base = kib('VmRSS')\n"
-        "verify({model!r}, held_out=HELD_OUT)\n"
-        "print((kib('VmHWM') - base) * 1024)\n"
-    )
+    setup = "from test_heldout import HELD_OUT\nfrom calset.pruning.verify import verify"
     small = save_model(tmp_path / "small")
     prune(small, CALIBRATION, tmp_path / "warm", method="magnitude", sparsity=0.5)
     peaks, sizes = {}, {}
@@ -315,13 +296,8 @@ def test_verifying_holds_a_block_at_a_time(tmp_path):
         model = save_model(tmp_path / f"wide-{n}", hidden_size=768, intermediate_size=2048, num_hidden_layers=n)
         sizes[n] = (model / "model.safetensors").stat().st_size
         prune(model, CALIBRATION, tmp_path / f"out-{n}", method="magnitude", sparsity=0.5, include=["v_proj"])
-        text = code.format(
-            tests=str(Path(__file__).parent), small=str(tmp_path / "warm"), model=str(tmp_path / f"out-{n}")
-        )
-        # glibc keeps freed blocks of up to 32 MB for later; a real model's matrices are larger than this one's.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True, env=environment)
-        peaks[n] = int(done.stdout)
+        warm, work = (f"verify({str(tmp_path / name)!r}, held_out=HELD_OUT)" for name in ("warm", f"out-{n}"))
+        peaks[n] = peak_bytes(setup, warm, work)
     print("bytes at the peak", peaks, "in the files", sizes)
     assert peaks[8] - peaks[2] < 0.1 * (sizes[8] - sizes[2])
     assert peaks[8] < 0.5 * sizes[8]

@@ -36,7 +36,7 @@ def check(outputs, width, pattern, seed, kind):
         weight[::3] = 0
     # A block in the middle of a wider matrix: rows are not packed, and U is a slice.
     upper = torch.full((width + 8, width + 8), float("nan"))
-    upper[3 : 3 + width, 3 : 3 + width] = updates.factorise(statistics).upper
+    upper[3 : 3 + width, 3 : 3 + width] = updates.factorise(statistics).rows(0, width)
     part = slice(3, 3 + width)
     if kind == "ties":
         upper[part, part] = torch.eye(width)  # or rounding would break the ties

@@ -35,11 +35,6 @@ def left_beside(out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
 def pruned(tmp_path_factory, llama) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "llama"
     prune(llama, make_subset(), out, sparsity=0.5)

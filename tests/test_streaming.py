@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import die, killed
+from processes import die, killed, peak_bytes
 from safetensors.torch import load_file, save_file
 from small_models import make_samples, make_subset, save_model
 
@@ -29,16 +28,9 @@ from calset.pruning.tensorfiles import Added, TensorFiles, read_headers, write_t
 from calset.pruning.verify import verify
 from calset.pruning.workfolder import WorkFolder, folder_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SUBSET = make_subset()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Forked children must not meet the parent's thread pool, and sums must not depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +188,7 @@ def interrupt_after(monkeypatch, n_blocks: int, error: type[BaseException] = Key
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_continue(tmp_path, llama, monkeypatch):
     interrupt_after(monkeypatch, 2)
-    with pytest.raises(Stopped, match="2 blocks pruned; the same command continues"):
+    with pytest.raises(Stopped, match="2 blocks done; the same command continues"):
         prune(llama, SUBSET, tmp_path / "out", method="wanda", sparsity=0.5)
     monkeypatch.undo()
     assert prune(llama, SUBSET, tmp_path / "out", method="wanda", sparsity=0.5).resumed_at == (2,)
@@ -363,35 +355,22 @@ def test_a_copy_can_have_tensors_that_the_dense_model_has_not(tmp_path, sharded)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks_and_stays_within_the_plan(tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, {tests!r})\n"
-        "import torch; torch.set_num_threads(1)\n"
+    setup = (
         "from small_models import make_samples, make_subset\n"
         "from calset.pruning.prune import prune\n"
-        "def kib(key):\n"
-        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
-        "subset = make_subset(make_samples((100, 120) * 8))\n"
-        "prune({small!r}, subset, {warm!r}, sparsity=0.5)\n"  # what the process holds anyway
-        "open('/proc/self/clear_refs', 'w').write('5')\n"  # begin a new high-water mark
-        "base = kib('VmRSS')\n"
-        # One matrix a block: what is held is measured, not the solves' time.
-        "prune({model!r}, subset, {out!r}, sparsity=0.5, batch_tokens=1024, include=['v_proj'])\n"
-        "print((kib('VmHWM') - base) * 1024)\n"
+        "subset = make_subset(make_samples((100, 120) * 8))"
     )
     small = save_model(tmp_path / "small")
     peaks, plans, sizes = {}, {}, {}
     for n in (2, 8):
         model = save_model(tmp_path / f"wide-{n}", hidden_size=768, intermediate_size=2048, num_hidden_layers=n)
         sizes[n] = (model / "model.safetensors").stat().st_size
-        text = code.format(
-            tests=str(Path(__file__).parent), small=str(small), warm=str(tmp_path / f"warm-{n}"), model=str(model),
-            out=str(tmp_path / f"out-{n}"),
-        )  # fmt: skip
-        # glibc keeps freed blocks of up to 32 MB for later; a real model's matrices are larger than this one's.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, "-c", text]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        peaks[n] = int(done.stdout)
+        warm, out = str(tmp_path / f"warm-{n}"), str(tmp_path / f"out-{n}")
+        # One matrix a block: what is held is measured, not the solves' time.
+        asked = f"{out!r}, sparsity=0.5, batch_tokens=1024, include=['v_proj']"
+        peaks[n] = peak_bytes(
+            setup, f"prune({str(small)!r}, subset, {warm!r}, sparsity=0.5)", f"prune({str(model)!r}, subset, {asked})"
+        )
         samples = make_subset(make_samples((100, 120) * 8))
         plans[n] = plan_pruning(
             model, samples, tmp_path / "no", sparsity=0.5, batch_tokens=1024, include=["v_proj"]

@@ -32,6 +32,8 @@ from calset.pruning.tensorfiles import INDEX, read_headers
 from calset.pruning.verify import verify
 from calset.pruning.workfolder import WorkFolder, folder_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SUBSET = make_subset()
 IDS = torch.arange(3, 3 + 24).remainder(VOCABULARY).reshape(2, 12)
 # More blocks or experts than the other tests have, so that there is something to drop and to renumber.
@@ -51,15 +53,6 @@ KINDS = {
 ADDS = re.compile(r"(layers|h)\.1\..*(o_proj|down_proj|c_proj|out_proj|post_(attention|feedforward)_layernorm)")
 DEPTH = ("Llama", "GPT2", "Gemma3Text", "Qwen3Next", "Qwen3Moe", "DeepseekV3", "GptOss")
 MOE = ("Qwen3Moe", "Mixtral", "DeepseekV3", "GptOss")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Forked children must not meet the parent's thread pool."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def change(folder: Path, how) -> None:

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from factories import fill
 from safetensors.torch import load_file
-from small_models import make_samples, make_subset, save_model
+from small_models import make_samples, make_subset
 
 from calset.catalog import subsets
 from calset.catalog.export import DATA, export, read_directory
@@ -22,11 +22,6 @@ from calset.pruning.calibration import find_token_weights, read
 from calset.pruning.prune import prune
 
 SUBSET = make_subset()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture

@@ -285,6 +285,7 @@ class _Import:
         self._known: dict[int, tuple[Problem, Source]] = {}
         self._runs: dict[str, Run] = {}
         self._kept_runs: set[str] = set()
+        self._old_runs: set[str] = set()  # of traces that were there
         self._kept_sources: set[str] = set()
         self._occurrences: Counter[int] = Counter()
         self._problems: set[int] = set()
@@ -496,7 +497,8 @@ class _Import:
 
     def _submit(self, units: list[_Unit], pool: GradingPool) -> None:
         """Have what is new graded; what was submitted before the last batches is kept."""
-        there = self._there("traces", "trace_id", [unit.trace.trace_id for unit in units])
+        there = self._runs_of([unit.trace.trace_id for unit in units])
+        self._old_runs.update(there.values())
         fresh = [unit for unit in units if unit.trace.trace_id not in there]
         self._counts["existing"] += len(units) - len(fresh)
         futures = [
@@ -506,12 +508,12 @@ class _Import:
         while len(self._pending) > PENDING_BATCHES:
             self._commit()
 
-    def _there(self, table: str, key: str, wanted: Sequence[str]) -> set[str]:
-        """Which of the keys a table of the catalog holds."""
-        if not wanted or not self._store.exists():
-            return set()
-        sql = f"SELECT DISTINCT {key} FROM {table} WHERE {key} IN (SELECT unnest(?::VARCHAR[]))"
-        return {row[key] for row in self._store.rows(sql, [list(wanted)])}
+    def _runs_of(self, trace_ids: Sequence[str]) -> dict[str, str]:
+        """The runs of those traces that the catalog holds."""
+        if not trace_ids or not self._store.exists():
+            return {}
+        sql = "SELECT trace_id, run_id FROM latest_traces WHERE trace_id IN (SELECT unnest(?::VARCHAR[]))"
+        return {row["trace_id"]: row["run_id"] for row in self._store.rows(sql, [list(trace_ids)])}
 
     def _commit(self) -> None:
         batch = self._pending.popleft()
@@ -569,7 +571,7 @@ class _Import:
             bad=tuple(self.bad),
             verdicts=dict(self._tally.verdicts),
             finish_reasons=dict(self._tally.finish_reasons),
-            run_ids=tuple(sorted(self._kept_runs | self._there("runs", "run_id", list(self._runs)))),
+            run_ids=tuple(sorted(self._kept_runs | self._old_runs)),
             seconds=seconds,
             warnings=tuple(self._warnings()),
         )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.manifest import MANIFEST_SCHEMA, fault, moment, read_manifest
+from calset.catalog.manifest import MANIFEST_SCHEMA, moment, read_manifest
 from calset.catalog.recipes import Kind
 from calset.catalog.records import Problem, Sample, Subset
 from calset.errors import CatalogError, InputError, first_line
@@ -273,16 +273,7 @@ def manifest_of(subset: Subset, catalog: Catalog) -> dict[str, Any]:
     quantiles = {key: described[key] for key in described if key.endswith("_quantiles")}
     return {
         "schema": MANIFEST_SCHEMA,
-        "name": subset.name,
-        "version": subset.version,
-        "content_hash": subset.content_hash,
-        "recipe": dict(subset.recipe),
-        "seed": subset.seed,
-        "model": subset.model,
-        "model_revision": subset.model_revision,
-        "tokenizer_hash": subset.tokenizer_hash,
-        "n_samples": subset.n_samples,
-        "n_tokens": subset.n_tokens,  # prompt and completion tokens of all samples
+        **subset.facts(),
         "n_problems": described["n_problems"],
         **quantiles,
         "pool": dict(subset.pool),
@@ -361,10 +352,11 @@ def read_directory(path: str | Path) -> Subset:
     """An exported folder as a subset.
 
     Raises:
-        InputError: no manifest, one of a newer schema, or rows that do not have its content hash.
+        InputError: no usable manifest, one of a newer schema, or rows that do not have its content hash.
     """
     path = Path(path)
     manifest = read_manifest(path / MANIFEST)
+    subsets.check_name(manifest["name"])
     return read_subset(manifest, path / MANIFEST, [path / DATA])
 
 
@@ -374,15 +366,13 @@ def read_subset(
     """A subset from its manifest and its Parquet files in order.
 
     Args:
+        manifest: of ``read_manifest``.
         where: the manifest's file, for messages.
         hub: where on the Hub it was read: repo, commit, tag, manifest.
 
     Raises:
-        InputError: a manifest or rows that are none, or rows that do not have the manifest's content hash.
+        InputError: rows that are none, or that do not have the manifest's content hash and counts.
     """
-    if wrong := fault(manifest):
-        raise InputError(f"{where} is not a calset manifest ({wrong}): export the subset again")
-    subsets.check_name(manifest["name"])
     samples = [sample for path in data for sample in _read_samples(path)]
     subset = Subset(
         name=manifest["name"],

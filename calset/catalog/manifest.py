@@ -103,11 +103,14 @@ class _Manifest(Struct):
     difficulty_quantiles: dict[str, float] | None = None
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest's content, its schema number checked, the rest not yet (see ``fault``).
+def read_manifest(path: Path, *, remedy: str = "export") -> dict[str, Any]:
+    """A manifest's content, checked.
+
+    Args:
+        remedy: what to do with the subset again where it cannot be used.
 
     Raises:
-        InputError: no manifest, or one of a newer schema.
+        InputError: no manifest, one of a newer schema, or of another shape than is read later.
     """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -124,10 +127,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} has manifest schema {schema}, this calset knows {MANIFEST_SCHEMA}: pip install -U calset"
         )
+    if wrong := _fault(manifest):
+        raise InputError(f"{path} is not a calset manifest ({wrong}): {remedy} the subset again")
     return manifest
 
 
-def fault(manifest: Mapping[str, Any]) -> str | None:
+def _fault(manifest: Mapping[str, Any]) -> str | None:
     """Why a manifest cannot be used, in some words on one line; None of a good one."""
     try:
         _require_plain(manifest)

@@ -266,6 +266,21 @@ class Subset:
     def n_tokens(self) -> int:
         return sum(len(s.input_ids) for s in self.samples)
 
+    def facts(self) -> dict[str, Any]:
+        """What it is, for a manifest or the record of a pruning. ``n_tokens``: of prompts and completions."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "content_hash": self.content_hash,
+            "recipe": dict(self.recipe),
+            "seed": self.seed,
+            "model": self.model,
+            "model_revision": self.model_revision,
+            "tokenizer_hash": self.tokenizer_hash,
+            "n_samples": self.n_samples,
+            "n_tokens": self.n_tokens,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Publication:

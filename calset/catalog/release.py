@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset.catalog import subsets
 from calset.catalog.export import manifest_of, read_subset, rows_table, write_manifest, write_rows
-from calset.catalog.manifest import fault, read_manifest
+from calset.catalog.manifest import read_manifest
 from calset.errors import InputError
 
 if TYPE_CHECKING:
@@ -162,9 +162,7 @@ def open_manifest(folder: Path, name: str) -> dict[str, Any]:
             with a list of files that cannot be its own.
     """
     subsets.check_name(name)  # in a repository of others it is whatever a file is called
-    manifest = read_manifest(folder / manifest_path(name))
-    if wrong := fault(manifest):
-        raise InputError(f"{manifest_path(name)} is not a calset manifest ({wrong}): publish the subset again")
+    manifest = read_manifest(folder / manifest_path(name), remedy="publish")
     if manifest["name"] != name:
         raise InputError(f"{manifest_path(name)} is not the manifest of {name}: publish the subset again")
     if manifest.get("licences") is None:

@@ -116,6 +116,7 @@ def read_held_out(held_out: Subset, dense: Source, pruned: Source, max_length: i
 
 def compare(
     held_out: Subset,
+    samples: Calibration,
     dense: Source,
     pruned: Source,
     device: torch.device,
@@ -127,16 +128,15 @@ def compare(
     """The losses of both models, one after the other: memory holds a block of one of them.
 
     Args:
-        max_length: cut longer samples.
+        samples: of ``read_held_out``; ``max_length``: what cut them.
         batch_tokens: positions a micro-batch.
         is_apart: what is known of it; see ``HeldOut``.
 
     Raises:
-        InputError: see ``read_held_out``.
+        InputError: the files do not fit the models, or cannot be read.
         PruningError: activations that are not finite.
         VerificationError: losses that are not.
     """
-    samples = read_held_out(held_out, dense, pruned, max_length)
     counts, dense_sums = losses(dense, samples, device, batch_tokens)
     _, pruned_sums = losses(pruned, samples, device, batch_tokens)
     warnings = list(samples.warnings)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, first_line
-from calset.pruning.decoder import Weight
+from calset.pruning.decoder import Block, Weight, surroundings
 from calset.pruning.memory import ran_out
 from calset.pruning.tensorfiles import DTYPES, Stored, TensorFiles
 
@@ -124,6 +124,11 @@ class Layout:
         info = self._convert({name: self.files.slice(name) for name in names}, dtype, device)
         self.files.release()
         _refuse(info, self.files, missing=())
+
+    def load_surroundings(self, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> None:
+        """Load what runs before the first block; see ``decoder.surroundings``."""
+        around = surroundings(self.model, blocks)
+        self.load([name for name, target in self.target.items() if target in around], dtype, device)
 
     def check(self, dtype: torch.dtype, absent: Collection[str] = ()) -> None:
         """Try the whole load on the meta device: ``model`` must be there, and stays there.

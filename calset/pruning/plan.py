@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,7 +21,7 @@ from calset.pruning.estimate import Estimate, estimate
 from calset.pruning.hidden import Where
 from calset.pruning.layout import Layout, Matrix
 from calset.pruning.masks import Group, Pattern, Selection
-from calset.pruning.tensorfiles import Added, TensorFiles
+from calset.pruning.tensorfiles import Added, TensorFiles, exact_dtype
 from calset.pruning.updates import has_triton
 
 if TYPE_CHECKING:
@@ -157,8 +156,7 @@ def make_plan(
         dtypes = {name: files.stored[name].torch_dtype for name in {m.name for m in matrices}}
         dtypes.update({n: files.stored[n].torch_dtype for n in bias_names.values() if n in files.stored})
         dtypes.update({name: files.stored[new.beside].torch_dtype for name, new in added.items()})
-        # The narrowest that holds every matrix exactly: the config's may round them.
-        dtype = reduce(torch.promote_types, set(dtypes.values()))
+        dtype = exact_dtype(dtypes.values())  # the config's may round them
         needed = estimate(
             skeleton, decoder, files, matrices, samples, chosen, allocation, propagate, dtype, on_device, batch_tokens,
             hidden, Path(out),

@@ -18,7 +18,7 @@ from calset.errors import PruningError
 from calset.pruning import allocate, distributed, methods, structured, workfolder
 from calset.pruning import survey as surveys
 from calset.pruning.calibration import Tokens
-from calset.pruning.decoder import find_decoder, surroundings
+from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate
 from calset.pruning.hidden import HiddenStates, Where
 from calset.pruning.layout import Layout, Matrix, place
@@ -167,7 +167,7 @@ def _prune_blocks(
     with TensorFiles(plan.source.folder) as dense, TensorFiles(work.model) as pruned:
         layout, finished = Layout.of(dense, model), Layout.of(pruned, model)
         if batches:
-            _load_surroundings(layout, decoder.blocks, plan)
+            layout.load_surroundings(decoder.blocks, plan.dtype, plan.device)
 
         def load(block: Block, source: Layout = layout) -> None:
             with _timed(phases, "loading"):
@@ -277,12 +277,6 @@ def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
         record = {"block": block.name, "matrices": [asdict(r) for r in reports], "resumed_at": work.resumed_at}
         work.finish_block(_changed(run, block, chosen), record)
     return reports
-
-
-def _load_surroundings(layout: Layout, blocks: Sequence[Block], plan: Plan) -> None:
-    """What runs before the first block: everything outside the blocks but an output layer of its own."""
-    around = surroundings(layout.model, blocks)
-    layout.load([n for n, target in layout.target.items() if target in around], plan.dtype, plan.device)
 
 
 def _changed(run: _Run, block: Block, chosen: Sequence[Matrix]) -> Iterator[tuple[str, torch.Tensor]]:

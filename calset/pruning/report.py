@@ -17,6 +17,7 @@ from calset.pruning.plan import Plan, device_name, hash_of, versions
 if TYPE_CHECKING:
     from calset.catalog.records import Subset
     from calset.pruning.calibration import Calibration
+    from calset.pruning.structured_report import DropReport
     from calset.pruning.workfolder import WorkFolder
 
 
@@ -150,16 +151,7 @@ def about_calibration(subset: Subset, calibration: Calibration, *, used: bool) -
     return {
         "used": used,
         "subset": subset.ref,
-        "name": subset.name,
-        "version": subset.version,
-        "content_hash": subset.content_hash,
-        "recipe": dict(subset.recipe),
-        "seed": subset.seed,
-        "model": subset.model,
-        "model_revision": subset.model_revision,
-        "tokenizer_hash": subset.tokenizer_hash,
-        "n_samples": subset.n_samples,
-        "n_tokens": subset.n_tokens,
+        **subset.facts(),
         # What it saw, so that a held-out subset can be told from it wherever the checkpoint goes.
         "sample_ids": [s.sample_id for s in subset.samples] if used else [],
         "problem_ids": sorted({s.problem_id for s in subset.samples if s.problem_id}) if used else [],
@@ -200,22 +192,29 @@ def card_section(report: PruneReport) -> str:
             "calibration tokens": f"{counted}, inputs from {report.propagate} blocks",
         }
     rows = {
-        "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",
         "method": f"{report.method}, {asked}" + (f", mask group {report.group}" if report.group else ""),
         "zeros": f"{report.realised_sparsity:.4f} of {len(report.matrices)} matrices in the decoder blocks{allocated}",
         **data,
         "damping": "-" if report.damping is None else f"{report.damping:g} of the mean diagonal",
+    }
+    return (
+        f"{card_table(report, rows)}{_biases_section(report)}Embeddings, norms and lm_head are the dense model's, bit "
+        f"for bit. Zeros are stored as ordinary weights: the "
+        f"checkpoint is as large and as fast as the dense one where the runtime does not use sparsity. "
+        f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
+    )
+
+
+def card_table(report: PruneReport | DropReport, rows: Mapping[str, str]) -> str:
+    """How a card begins: a title, and a table of what was done to what."""
+    rows = {
+        "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",
+        **rows,
         "took": f"{report.seconds:.0f} s on {report.device}",
         "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return (
-        f"# {report.base['model']}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
-        f"{_biases_section(report)}Embeddings, norms and lm_head are the dense model's, bit for bit. "
-        f"Zeros are stored as ordinary weights: the "
-        f"checkpoint is as large and as fast as the dense one where the runtime does not use sparsity. "
-        f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
-    )
+    return f"# {report.base['model']}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
 
 
 def named_calibration(calibration: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from calset.pruning.estimate import nearest_place
 from calset.pruning.hidden import HiddenStates, Where
 from calset.pruning.layout import Layout, place
 from calset.pruning.memory import free_memory
-from calset.pruning.tensorfiles import DTYPES, TensorFiles
+from calset.pruning.tensorfiles import DTYPES, TensorFiles, exact_dtype
 from calset.pruning.walk import Walk
 
 if TYPE_CHECKING:
@@ -66,12 +65,9 @@ def walked(source: Source, batches: Sequence[Batch], device: torch.device, data:
 
 
 def _dtype(layout: Layout, decoder: Decoder) -> torch.dtype:
-    import torch
-
     inside = tuple(f"{block.name}." for block in decoder.blocks)
     stored = [layout.files.stored[name] for name, target in layout.target.items() if target.startswith(inside)]
-    kept = {s.torch_dtype for s in stored if len(s.shape) > 1 and s.dtype in DTYPES}
-    return reduce(torch.promote_types, kept, next(iter(kept), torch.float32))
+    return exact_dtype(s.torch_dtype for s in stored if len(s.shape) > 1 and s.dtype in DTYPES)
 
 
 def _load_around(layout: Layout, decoder: Decoder, dtype: torch.dtype, device: torch.device) -> None:

@@ -10,14 +10,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, PruningError
 from calset.pruning import checkpoint, depth, distributed, drop, methods, reap, workfolder
 from calset.pruning.calibration import Calibration, Tokens, read
-from calset.pruning.decoder import find_decoder, surroundings
+from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate, estimate
 from calset.pruning.hidden import HiddenStates
 from calset.pruning.layout import Layout, place, unload
@@ -36,7 +36,7 @@ from calset.pruning.plan import (
 )
 from calset.pruning.smaller import Smaller, Structure, make_smaller, stack_name
 from calset.pruning.structured_report import DropReport, Stack, card_section, make_report
-from calset.pruning.tensorfiles import TensorFiles
+from calset.pruning.tensorfiles import TensorFiles, exact_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -232,7 +232,7 @@ def _look(
     layout = Layout.of(files, skeleton)
     layout.check(torch.float32)
     matrices = [m for block in decoder.blocks for m in layout.matrices(block.weights.values())]
-    dtype = reduce(torch.promote_types, {files.stored[m.name].torch_dtype for m in matrices})
+    dtype = exact_dtype(files.stored[m.name].torch_dtype for m in matrices)
     config, n_blocks = source.config.get_text_config(), len(decoder.blocks)
     if method == "reap":
         mixture = reap.find_mixture(decoder, config)
@@ -351,8 +351,7 @@ def _measure(
         hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
         with TensorFiles(plan.source.folder) as files:
             layout = Layout.of(files, model)
-            around = surroundings(model, decoder.blocks)
-            layout.load([n for n, target in layout.target.items() if target in around], plan.dtype, plan.device)
+            layout.load_surroundings(decoder.blocks, plan.dtype, plan.device)
 
             def load(block: Block) -> None:
                 with timed(phases, "loading"):
@@ -361,6 +360,8 @@ def _measure(
             with Walk(model, decoder, batches, plan.device, hidden=hidden, load=load) as walk:
                 for index in range(total):
                     tell({"done": index, "total": total, "phase": "measuring"})
+                    if index >= len(work.blocks) or index + 1 < total:
+                        walk.ready(index)  # so that its loading does not count as measuring
                     with timed(phases, "measuring"):
                         _pass(index, walk, plan, work, team, fewer)
     tell({"done": total, "total": total, "phase": "saving"})

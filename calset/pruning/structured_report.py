@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calset.files import size
 from calset.pruning.checkpoint import RECORD, STRUCTURED_SCHEMA_VERSION
 from calset.pruning.plan import device_name, versions
-from calset.pruning.report import about_base, about_calibration, named_calibration
+from calset.pruning.report import about_base, about_calibration, card_table, named_calibration
 
 if TYPE_CHECKING:
     from calset.pruning.smaller import Smaller
@@ -79,12 +79,16 @@ class DropReport:
 
     def outcome(self) -> str:
         """What became of the model, for a line."""
-        n_units = sum(len(stack.scores) for stack in self.stacks)
-        n_kept = sum(len(stack.kept) for stack in self.stacks)
+        n_kept, n_units = counts(self.stacks)
         return (
             f"{n_kept} of {n_units} {self.structure} stay, {self.n_parameters:,} of {self.n_parameters_dense:,} "
             f"parameters ({size(self.n_bytes)} of {size(self.n_bytes_dense)})"
         )
+
+
+def counts(stacks: Sequence[Stack]) -> tuple[int, int]:
+    """How many experts or blocks stay, and of how many."""
+    return sum(len(stack.kept) for stack in stacks), sum(len(stack.scores) for stack in stacks)
 
 
 def make_report(
@@ -95,13 +99,13 @@ def make_report(
     phases: Mapping[str, float],
     seconds: float,
 ) -> DropReport:
-    n_units = sum(len(stack.scores) for stack in stacks)
+    n_kept, n_units = counts(stacks)
     return DropReport(
         out=str(plan.out),
         method=plan.method,
         structure=plan.structure,
         sparsity=plan.sparsity,
-        realised_sparsity=1 - sum(len(stack.kept) for stack in stacks) / n_units,
+        realised_sparsity=1 - n_kept / n_units,
         stacks=tuple(stacks),
         config=left.switches,
         left_out=tuple(left.left_out),
@@ -138,21 +142,16 @@ def _unseen(stacks: Sequence[Stack]) -> list[str]:
 
 def card_section(report: DropReport) -> str:
     """What a smaller model's card says of its pruning, in Markdown."""
-    n_units = sum(len(stack.scores) for stack in report.stacks)
-    n_kept = sum(len(stack.kept) for stack in report.stacks)
+    n_kept, n_units = counts(report.stacks)
     rows = {
-        "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",
         "method": f"{report.method}, sparsity {report.sparsity:g}; score: {SCORES[report.method]}",
         "left": f"{n_kept} of {n_units} {report.structure}, {report.n_parameters:,} of {report.n_parameters_dense:,} "
         f"parameters, {size(report.n_bytes)} of {size(report.n_bytes_dense)}",
         "calibration": named_calibration(report.calibration),
         "calibration tokens": f"{report.n_counted_tokens:,} ({report.tokens}), inputs from {report.propagate} blocks",
-        "took": f"{report.seconds:.0f} s on {report.device}",
-        "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
-        f"# {report.base['model']}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
-        f"What stays is the dense model's, bit for bit; {report.structure} are numbered anew, and config.json says how "
-        f"many there are. `{RECORD}` lists all scores and what stays; `calset verify` proves it.\n"
+        f"{card_table(report, rows)}What stays is the dense model's, bit for bit; {report.structure} are numbered "
+        f"anew, and config.json says how many there are. `{RECORD}` lists all scores and what stays; `calset verify` "
+        f"proves it.\n"
     )

@@ -11,8 +11,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,14 @@ class Stored:
         import torch
 
         return getattr(torch, DTYPES[self.dtype])
+
+
+def exact_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds all of these exactly, whatever a config says; float32 of none."""
+    import torch
+
+    found = set(dtypes)
+    return reduce(torch.promote_types, found) if found else torch.float32
 
 
 def weight_files(folder: Path) -> list[Path]:

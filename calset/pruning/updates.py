@@ -99,11 +99,6 @@ class Factor:
     ridge: float
 
     @property
-    def upper(self) -> Tensor:
-        """U, turned round whole."""
-        return self.rows(0, len(self.flipped))
-
-    @property
     def diagonal(self) -> Tensor:
         """Of U (inputs)."""
         return self.flipped.diagonal().flip(0)

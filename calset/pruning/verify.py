@@ -118,8 +118,11 @@ def verify(
     if held_out is not None:  # what can be refused is refused before the long part
         is_apart = _is_apart(held_out, record, catalog)
         models = _original(dense, notes), _opened(folder)
-        heldout.read_held_out(held_out, *models, max_length)
-        compare = partial(heldout.compare, held_out, *models, place, is_apart=is_apart)
+        samples = heldout.read_held_out(held_out, *models, max_length)
+        compare = partial(
+            heldout.compare, held_out, samples, *models, place, max_length=max_length, is_apart=is_apart,
+            batch_tokens=batch_positions(batch_tokens, place),
+        )  # fmt: skip
     with enough_memory("lower --batch-tokens, cut the samples with --max-length, or on a GPU use --device cpu"):
         report: VerifyReport | DropVerifyReport
         if "structure" in record:
@@ -128,10 +131,7 @@ def verify(
             report = verify_structured(folder, record, dense, notes, place)
         else:
             report = _verify_zeros(folder, record, dense, notes, place)
-        if compare is None:
-            return report
-        positions = batch_positions(batch_tokens, place)
-        return replace(report, held_out=compare(max_length=max_length, batch_tokens=positions))
+        return report if compare is None else replace(report, held_out=compare())
 
 
 def _verify_zeros(

@@ -124,11 +124,10 @@ class WorkFolder:
             stored = read_headers(self.model)
             for name, tensor in tensors:
                 write_tensor(stored[name], tensor)
-            _append(self.folder, record)
-        self.blocks.append(record)
+        self.note(record)
 
     def note(self, record: Mapping[str, Any]) -> None:
-        """Write that a block is done which has nothing to write yet.
+        """Write that a block is done, whose tensors are written or come at the end.
 
         Raises:
             PruningError: it could not be written.
@@ -194,7 +193,7 @@ def opened(
         except BaseException as error:
             keep = bool(work.blocks or work.shares) and not _is_final(error)
             if keep and isinstance(error, KeyboardInterrupt):
-                raise Stopped(f"stopped with {len(work.blocks)} blocks pruned; the same command continues") from error
+                raise Stopped(f"stopped with {len(work.blocks)} blocks done; the same command continues") from error
             raise
         finally:
             if not keep:

@@ -36,7 +36,7 @@ from calset.catalog.records import (
     utc_now,
 )
 from calset.catalog.schema import TABLES
-from calset.catalog.values import arrow_batch, clean, clean_params, dump_json
+from calset.catalog.values import arrow_batch, clean, clean_params, dump_json, identifier
 from calset.errors import CatalogError, InputError, first_line
 from calset.jsonable import jsonable
 from calset.suggest import did_you_mean
@@ -501,7 +501,7 @@ def _in_memory(names: Sequence[str], types: Sequence[str], rows: pa.Table) -> du
     con.register("answer", rows.rename_columns(unique))
     there = [str(kind) for kind in con.sql("FROM answer").types]
     # Arrow knows neither JSON nor HUGEINT nor UUID: what came as text or decimal goes back to its type.
-    quoted = ['"' + name.replace('"', '""') + '"' for name in unique]
+    quoted = [identifier(name) for name in unique]
     columns = [q if was == now else f"{q}::{was} AS {q}" for q, was, now in zip(quoted, types, there, strict=True)]
     return con.sql(f"SELECT {', '.join(columns)} FROM answer")
 

@@ -18,6 +18,7 @@ import duckdb
 from calset.catalog import schema
 from calset.catalog.catalog import Catalog
 from calset.catalog.connection import exclusive, quoted
+from calset.catalog.values import identifier
 from calset.errors import CatalogError, first_line
 from calset.files import sync
 
@@ -193,7 +194,7 @@ def _insert(con: duckdb.DuckDBPyConnection, schema_name: str, table: str) -> str
     place = _place("old", schema_name, table)
     # Of a generated column DESCRIBE has no default and duckdb_columns() its expression; 1.5 says it in no other way.
     listed = ", ".join(
-        _name(column)
+        identifier(column)
         for column, _, _, _, default, _ in con.execute(f"DESCRIBE {place}").fetchall()
         if defaults[column] == default
     )
@@ -206,11 +207,7 @@ def _count(con: duckdb.DuckDBPyConnection, database: str, schema_name: str, tabl
 
 
 def _place(*names: str) -> str:
-    return ".".join(map(_name, names))
-
-
-def _name(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+    return ".".join(map(identifier, names))
 
 
 def _shown(schema_name: str, table: str) -> str:

@@ -94,3 +94,8 @@ def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     """Consecutive slices of at most ``size`` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def identifier(name: str) -> str:
+    """A name as SQL takes any, in quotes."""
+    return '"' + name.replace('"', '""') + '"'

@@ -340,7 +340,7 @@ def test_a_vllm_stream_cancelled_before_its_first_step_ends(info: ModelInfo):
         return feed(*arguments)
 
     engine._feed = cancelled_at_once
-    thread = threading.Thread(target=engine._loop.run_forever, daemon=True)
+    thread = engine._thread = threading.Thread(target=engine._loop.run_forever, daemon=True)
     thread.start()
     found: list[Completion] = []
     stream = threading.Thread(target=lambda: found.extend(engine.stream(requests_for(info, 3), GREEDY)), daemon=True)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from calset.pruning import kernels, updates
 from calset.pruning.masks import Pattern, Selection, prune_mask
-from calset.pruning.stats import InputStatistics
+from calset.pruning.stats import InputStatistics, Needs
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(
@@ -27,7 +27,7 @@ def check(outputs, width, pattern, seed, kind):
     pattern = Pattern.parse(pattern) if pattern and width % int(pattern[-1]) == 0 else None
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(2 * width, width, generator=generator)
-    statistics = InputStatistics.zeros(width, "gram")
+    statistics = InputStatistics.zeros(width, Needs.GRAM)
     statistics.add(inputs, torch.ones(len(inputs), dtype=torch.bool))
     weight = torch.randn(width, outputs, generator=generator)
     if kind == "ties":
@@ -36,7 +36,7 @@ def check(outputs, width, pattern, seed, kind):
         weight[::3] = 0
     # A block in the middle of a wider matrix: rows are not packed, and U is a slice.
     upper = torch.full((width + 8, width + 8), float("nan"))
-    upper[3 : 3 + width, 3 : 3 + width] = updates.factorise(statistics).rows(0, width)
+    upper[3 : 3 + width, 3 : 3 + width] = updates.factorise(statistics).upper(0, width)
     part = slice(3, 3 + width)
     if kind == "ties":
         upper[part, part] = torch.eye(width)  # or rounding would break the ties

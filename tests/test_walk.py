@@ -16,7 +16,7 @@ from calset.pruning.calibration import Batch, read
 from calset.pruning.decoder import find_decoder
 from calset.pruning.masks import Selection
 from calset.pruning.methods import METHODS, prune_shared
-from calset.pruning.stats import InputStatistics
+from calset.pruning.stats import InputStatistics, Needs
 from calset.pruning.walk import Walk
 
 CPU = torch.device("cpu")
@@ -52,13 +52,13 @@ def naive_statistics(
         counted = torch.zeros(n, dtype=torch.bool)
         counted[start:stop] = True
         for name, x in inputs_of(model, names, sample.input_ids).items():
-            sums.setdefault(name, InputStatistics.zeros(x.shape[-1], "gram")).add(x, counted)
+            sums.setdefault(name, InputStatistics.zeros(x.shape[-1], Needs.GRAM)).add(x, counted)
     return sums
 
 
 def first_block_statistics(model: nn.Module, batches: Sequence[Batch]) -> dict[str, InputStatistics]:
     with Walk(model, find_decoder(model), batches, CPU) as walk:
-        return walk.statistics(0, "gram", keep=False)
+        return walk.statistics(0, Needs.GRAM, keep=False)
 
 
 # --- calibration batches ----------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_where_only_inputs_count_a_block_runs_no_further_than_to_the_last_of_the
     for keep in (True, False):
         runs.clear()
         with Walk(model, find_decoder(model), batches, CPU) as walk:
-            found[keep] = walk.statistics(0, "gram", keep=keep)
+            found[keep] = walk.statistics(0, Needs.GRAM, keep=keep)
         assert len(runs) == (len(batches) if keep else 1)
     assert len(batches) > 1
     assert all(torch.equal(found[True][name].gram, found[False][name].gram) for name in found[True])
@@ -207,7 +207,7 @@ def walk_and_prune(model: nn.Module, batches: Sequence[Batch], propagate: str, m
     chosen = METHODS[method]
     with Walk(model, find_decoder(model), batches, CPU) as walk:
         for i, block in enumerate(walk.decoder.blocks):
-            found = walk.statistics(i, "gram", keep=propagate == "dense")
+            found = walk.statistics(i, Needs.GRAM, keep=propagate == "dense")
             prune_linears(block.linears, found, chosen)
             if propagate == "pruned":
                 walk.advance(i)

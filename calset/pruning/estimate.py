@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from calset.errors import CalsetError
 from calset.files import existing_parent, size
@@ -136,9 +136,9 @@ def estimate(
         allocation: a rule of ``allocate``; measured ones run the dense model once more.
         hidden: where hidden states are to be; default: wherever they fit, the nearest first.
     """
-    surveyed = needs_of(allocation)
-    needs: Needs = max((method.needs, surveyed), key=get_args(Needs).index)
-    uses_data = needs != "nothing"
+    surveyed = needs_of(allocation, method)
+    needs = method.needs | surveyed
+    uses_data = bool(needs)
     names = {m.weight.name for m in matrices}
     chosen = [[w for w in block.weights.values() if w.name in names] for block in decoder.blocks]
     shapes = calibration.batch_shapes(batch_tokens) if uses_data else []
@@ -193,8 +193,8 @@ def estimate(
 
 def _n_forwards(method: Method, surveyed: Needs, propagate: str) -> int:
     """How often the blocks run: for the survey, for the statistics, and again as pruned."""
-    pruning = 0 if method.needs == "nothing" else 2 if propagate == "pruned" else 1
-    return pruning + (surveyed != "nothing")
+    pruning = 0 if not method.needs else 2 if propagate == "pruned" else 1
+    return pruning + bool(surveyed)
 
 
 def nearest_place(hidden: int, device: torch.device, others: int, device_free: int, host_free: int) -> Where:
@@ -208,10 +208,9 @@ def nearest_place(hidden: int, device: torch.device, others: int, device_free: i
 
 def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:
     """Each expert reads inputs of its own, and for lack of better each linear."""
-    if needs == "nothing":
-        return 0
+    gram, moments = FLOAT * (Needs.GRAM in needs), 2 * DOUBLE * (Needs.MOMENTS in needs)
     widths = [(w.shape[1], w.n_experts or 1) for w in weights]
-    return sum(n * ((FLOAT * width * width if needs == "gram" else 0) + 2 * DOUBLE * width) for width, n in widths)
+    return sum(n * (gram * width * width + moments * width) for width, n in widths)
 
 
 def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int:
@@ -225,7 +224,7 @@ def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int
         # What one module holds may share an input; an attention's projections do.
         key = (id(weight.module) if weight.n_experts else hash(weight.name.rsplit(".", 2)[0]), weight.shape[1])
         together[key] = together.get(key, 0) + weight.shape[0]
-    grams = (5 if method.products > 1 or method.refined else 2) if needs == "gram" else 0
+    grams = (5 if method.products > 1 or method.refined else 2) if Needs.GRAM in needs else 0
     copies = 10 if method.products > 1 else 4
     return max(((copies * rows + grams * width) * width * FLOAT for (_, width), rows in together.items()), default=0)
 
@@ -260,16 +259,14 @@ def _forward(block: Block, config: Any) -> float:
 
 def _statistics(weights: Sequence[Weight], needs: Needs, config: Any) -> float:
     """Operations a counted token."""
-    if needs == "nothing":
-        return 0.0
-    power = 2 if needs == "gram" else 1
-    return sum(2.0 * w.shape[1] ** power * _uses(w, config) for w in weights)
+    gram, moments = 2.0 * (Needs.GRAM in needs), 4.0 * (Needs.MOMENTS in needs)
+    return sum((gram * w.shape[1] ** 2 + moments * w.shape[1]) * _uses(w, config) for w in weights)
 
 
 def _solve(weights: Sequence[Weight], method: Method) -> float:
-    if method.needs != "gram":
+    if Needs.GRAM not in method.needs:
         return float(sum(w.parameter.numel() for w in weights))
-    # One Cholesky and one triangular inverse an input; with SparseGPT each column moves all those after it.
+    # One Cholesky an input; with SparseGPT each column moves all those after it.
     solves = [(w.shape[0], w.shape[1], w.n_experts or 1) for w in weights]
-    cubes, products = 2 / 3 + method.inverses, 2 * method.products
+    cubes, products = 1 / 3 + method.inverses, 2 * method.products
     return sum(n * (cubes * width**3 + products * rows * width**2) for rows, width, n in solves)

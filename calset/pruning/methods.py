@@ -14,11 +14,12 @@ from calset.errors import InputError
 from calset.pruning import scores, splitting, updates
 from calset.pruning.masks import Group, Selection, prune_mask
 from calset.pruning.refine import dsnot
+from calset.pruning.stats import Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from calset.pruning.stats import InputStatistics, Needs
+    from calset.pruning.stats import InputStatistics
 
 Score = Callable[["Tensor", "InputStatistics | None"], "Tensor"]
 Update = Callable[[updates.Stack, "InputStatistics", float], updates.Updated]
@@ -32,8 +33,8 @@ class Method:
 
     ``needs``: the input statistics it asks for. ``group``: within what weights compete unless the caller says.
     ``biased``: the score where a linear can have a bias, which then takes over the mean of what goes. ``refined``: the
-    mask goes through DSnoT. ``products`` of the weights with a matrix of the Gram's size and ``inverses`` of one beyond
-    the first, that an update takes at most: for estimates.
+    mask goes through DSnoT. For estimates, of an update: how many ``products`` of the weights with a matrix of the
+    Gram's size and ``inverses`` of one, beside a Cholesky of the Gram, it takes at most.
     """
 
     name: str
@@ -51,21 +52,21 @@ class Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("magnitude", "the smallest weights go; no data", "nothing", "matrix", score=scores.magnitude),
-        Method("wanda", "the smallest |weight| x input norm go", "diagonal", "row", score=scores.wanda),
+        Method("magnitude", "the smallest weights go; no data", Needs.NOTHING, "matrix", score=scores.magnitude),
+        Method("wanda", "the smallest |weight| x input norm go", Needs.MOMENTS, "row", score=scores.wanda),
         Method(
             "sparsegpt",
             "the kept weights make up for the pruned",
-            "gram",
+            Needs.GRAM,
             "block",
             update=updates.sparsegpt,
             products=0.5,
         ),
-        Method("ria", "the smallest shares of their row and column go", "diagonal", "matrix", score=scores.ria),
+        Method("ria", "the smallest shares of their row and column go", Needs.MOMENTS, "matrix", score=scores.ria),
         Method(
             "stade",
             "as wanda, with biases that take over the mean of what goes",
-            "diagonal",
+            Needs.MOMENTS,
             "row",
             score=scores.wanda,
             biased=scores.stade,
@@ -73,15 +74,16 @@ METHODS: dict[str, Method] = {
         Method(
             "admm",
             "mask and weights settle together",
-            "gram",
+            Needs.GRAM,
             "matrix",
             update=splitting.admm,
             products=splitting.ADMM_STEPS + 1,
+            inverses=1,
         ),
         Method(
             "alps",
             "as admm, more slowly to a better end",
-            "gram",
+            Needs.GRAM,
             "matrix",
             update=splitting.alps,
             products=splitting.ALPS_STEPS + splitting.CG_STEPS + 2,
@@ -122,8 +124,7 @@ def find(name: str) -> Method:
     method = METHODS[base]
     if base == name:
         return method
-    # DSnoT reads means and norms.
-    needs: Needs = "diagonal" if method.needs == "nothing" else method.needs
+    needs = method.needs | Needs.MOMENTS
     refit = splitting.CG_STEPS + 2 if method.update else 0
     return replace(method, name=name, needs=needs, refined=True, products=method.products + refit)
 

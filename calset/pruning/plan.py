@@ -21,6 +21,7 @@ from calset.pruning.estimate import Estimate, estimate
 from calset.pruning.hidden import Where
 from calset.pruning.layout import Layout, Matrix
 from calset.pruning.masks import Group, Pattern, Selection
+from calset.pruning.stats import Needs
 from calset.pruning.tensorfiles import Added, TensorFiles, exact_dtype
 from calset.pruning.updates import has_triton
 
@@ -78,7 +79,7 @@ def _without_effect(method: methods.Method, pattern: Pattern | None, group: str 
     warnings = []
     if pattern is not None and group is not None:
         warnings.append(f"--group {group} has no effect with a pattern: weights compete within {pattern.m} columns")
-    if method.needs != "gram" and damping != DAMPING:
+    if Needs.GRAM not in method.needs and damping != DAMPING:
         warnings.append(f"--damping {damping:g} has no effect: {method.name} has no damping")
     return warnings
 
@@ -276,7 +277,7 @@ def settings_of(
 
 
 def _uses_data(method: methods.Method, allocation: str) -> bool:
-    return method.needs != "nothing" or allocation in allocate.MEASURED
+    return bool(method.needs) or allocation in allocate.MEASURED
 
 
 def as_allocated(decoder: Decoder, matrices: Sequence[Matrix]) -> list[allocate.Matrix]:
@@ -423,7 +424,7 @@ def _not_loaded(layout: Layout) -> list[str]:
 
 def _too_few_tokens(method: methods.Method, matrices: Sequence[Matrix], n_tokens: int) -> list[str]:
     wide = [m.shape[1] for m in matrices if m.shape[1] > n_tokens]
-    if method.needs != "gram" or not wide:
+    if Needs.GRAM not in method.needs or not wide:
         return []
     return [
         f"{len(wide)} matrices have more inputs (up to {max(wide)}) than there are calibration tokens ({n_tokens}): "

@@ -189,7 +189,7 @@ def _prune_blocks(
             place(model, plan.device)  # what surrounds the blocks; a walk leaves it on the CPU
         shares = plan.shares if work.shares is None else work.shares
         check_shapes([m for b in decoder.blocks for m in _chosen(layout, b, plan)], plan.selection, shares)
-        if plan.method.needs == "nothing":
+        if not plan.method.needs:
             batches = []  # such a method does not run the model
         hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
         run = _Run(plan, layout, finished, work, team, shares, phases)
@@ -343,7 +343,7 @@ def _prune_group(
     if not all(bool(w.isfinite().all()) for w in weights):
         raise PruningError(f"{members[0].label} holds values that are not finite: the checkpoint is broken")
     plan, method = run.plan, run.plan.method
-    if method.needs != "nothing" and (inputs is None or not inputs.weight):
+    if method.needs and (inputs is None or not inputs.weight):
         # An expert that no calibration token reached: nothing is known of its inputs, so weights are all there is.
         method, inputs = methods.find("magnitude"), None
     selections = [own_selection(plan.selection, m, run.shares) for m in members]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from calset.pruning import allocate, checkpoint
 from calset.pruning.layout import label
 from calset.pruning.plan import Plan, device_name, hash_of, versions
+from calset.pruning.stats import Needs
 
 if TYPE_CHECKING:
     from calset.catalog.records import Subset
@@ -115,7 +116,7 @@ def make_report(
         group=None if selection.pattern else selection.group,
         tokens=plan.tokens if uses_data else None,
         propagate=plan.propagate if uses_data else None,
-        damping=plan.damping if plan.method.needs == "gram" else None,
+        damping=plan.damping if Needs.GRAM in plan.method.needs else None,
         block_size=selection.block_size,
         max_length=plan.max_length if uses_data else None,
         n_counted_tokens=plan.calibration.n_counted_tokens if uses_data else 0,
@@ -170,7 +171,7 @@ def _about_experts(plan: Plan, matrices: Sequence[MatrixReport]) -> list[str]:
             f"{_label(without[0])}; use more tokens"
         )
     few = [m for m in matrices if 0 < m.n_tokens < m.shape[1] <= plan.calibration.n_counted_tokens]
-    if few and plan.method.needs == "gram":
+    if few and Needs.GRAM in plan.method.needs:
         fewest = min(few, key=lambda m: m.n_tokens)
         warnings.append(
             f"{len(few)} expert matrices got fewer calibration tokens than they have inputs, {_label(fewest)} only "

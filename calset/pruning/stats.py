@@ -6,17 +6,30 @@ divides by the weight of the tokens at the end. It must not know models or metho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from enum import Flag, auto
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Needs = Literal["nothing", "diagonal", "gram"]
 CHUNK = 8192  # tokens turned to float32 at a time
-FINE = 256  # tokens turned to float64 at a time: they stay in a CPU's cache, which is three times as fast
-TILE = 256  # columns of a Gram computed at a time; on a CPU as fast as any, from 576 inputs to 8192
+FINE = 1 << 18  # numbers turned to float64 at a time: they stay in a CPU's cache, which is three times as fast
+TILE = 512  # columns of a Gram computed at a time; on a CPU as fast as any, from 576 inputs to 8192
+
+
+class Needs(Flag):
+    """What a method asks of the inputs: norms, means and variances of each (MOMENTS), or products of all pairs (GRAM).
+
+    Apart, since for a method that needs the Gram alone the moments would cost half as much again.
+    """
+
+    NOTHING = 0
+    MOMENTS = auto()
+    GRAM = auto()
 
 
 @dataclass(slots=True)
@@ -24,15 +37,16 @@ class InputStatistics:
     """Sums over counted tokens x (each of ``width`` inputs) with weights w (1 unless the calibration says otherwise).
 
     ``n_tokens``: how many; ``weight``: the sum of w. ``squares`` and ``total`` (width, float64 where the device has
-    it): the sums of w x_i^2 and w x. ``gram`` (width x width, float32): the sum of w x x^T, or None when not needed.
+    it): the sums of w x_i^2 and w x. ``gram`` (width x width, float32): the sum of w x x^T, of which only the lower
+    triangle is right (``mirror`` fills the other): hardly anything reads both. None: not asked for.
 
     Why float64: the variance is a difference of the two, and where the mean is a thousand times the deviation, as in
     some channels of large models, float32 sums leave nothing of it.
     """
 
     n_tokens: int
-    squares: Tensor
-    total: Tensor
+    squares: Tensor | None = None
+    total: Tensor | None = None
     gram: Tensor | None = None
     weight: float = 0.0
 
@@ -40,10 +54,13 @@ class InputStatistics:
     def zeros(cls, width: int, needs: Needs, device: torch.device | str = "cpu") -> InputStatistics:
         import torch
 
-        gram = torch.zeros(width, width, dtype=torch.float32, device=device) if needs == "gram" else None
-        wide = torch.float32 if torch.device(device).type == "mps" else torch.float64  # Apple's GPUs have no other
-        squares, total = (torch.zeros(width, dtype=wide, device=device) for _ in range(2))
-        return cls(0, squares, total, gram)
+        statistics = cls(0)
+        if Needs.MOMENTS in needs:
+            wide = wide_dtype(device)
+            statistics.squares, statistics.total = (torch.zeros(width, dtype=wide, device=device) for _ in range(2))
+        if Needs.GRAM in needs:
+            statistics.gram = torch.zeros(width, width, dtype=torch.float32, device=device)
+        return statistics
 
     def add(self, inputs: Tensor, counted: Tensor, weights: Tensor | None = None) -> None:
         """Add the counted rows of ``inputs`` (tokens x width, any float dtype).
@@ -56,8 +73,6 @@ class InputStatistics:
         chosen_weights = None if weights is None else weights[counted].float()
         for start in range(0, len(chosen), CHUNK):
             rows = chosen[start : start + CHUNK]
-            if not self._takes_16_bits(rows):
-                rows = rows.float()  # once, for every sum
             self.n_tokens += len(rows)
             if chosen_weights is None:
                 self.weight += len(rows)
@@ -65,64 +80,108 @@ class InputStatistics:
                 self._add_gram(rows)
             else:
                 w = chosen_weights[start : start + CHUNK]
-                self.weight += float(w.sum(dtype=self.total.dtype))
+                self.weight += float(w.sum(dtype=wide_dtype(w.device)))
                 self._add_sums(rows, w)
                 self._add_gram(rows.float() * w.sqrt()[:, None])
 
     def _add_sums(self, rows: Tensor, weights: Tensor | None) -> None:
+        if self.squares is None or self.total is None:
+            return
         wide = self.total.dtype
-        step = FINE * 4 if rows.is_cuda else FINE
+        step = max(1, FINE * (16 if rows.is_cuda else 1) // rows.shape[1])
         for start in range(0, len(rows), step):
             x = rows[start : start + step].to(wide)
             weighted = x if weights is None else x * weights[start : start + step].to(wide)[:, None]
             self.total += weighted.sum(0)
             self.squares += (weighted * x).sum(0)
 
-    def _takes_16_bits(self, rows: Tensor) -> bool:
-        """Whether 16-bit inputs go into the products as they are."""
-        import torch
-
-        return self.gram is not None and rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
-
     def _add_gram(self, rows: Tensor) -> None:
+        """16-bit products are exact in float32; a 16-bit result would be off by 2e-3."""
         import torch
 
         if self.gram is None:
             return
-        if self._takes_16_bits(rows):
+        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
             # Tensor cores take 16-bit inputs and add up in float32, without a float32 copy of the inputs.
             self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
         else:
-            # 16-bit products are exact in float32; a bfloat16 result would be off by 2e-3.
-            add_gram(self.gram, rows.float())
+            add_gram(self.gram, rows.float(), exact_in_bfloat16=rows.dtype == torch.bfloat16)
 
     @property
     def diagonal(self) -> Tensor:
         """The sum of w x_i^2 (width, float32)."""
-        return self.squares.float()
+        if self.squares is not None:
+            return self.squares.float()
+        assert self.gram is not None
+        return self.gram.diagonal()
 
     @property
     def mean(self) -> Tensor:
         """E[x], float32."""
+        assert self.total is not None
         return (self.total / max(self.weight, 1e-30)).float()
 
     @property
     def variance(self) -> Tensor:
         """E[x^2] - E[x]^2, float32, never negative."""
+        assert self.squares is not None
+        assert self.total is not None
         share = max(self.weight, 1e-30)
         return (self.squares / share - (self.total / share).square()).clamp(min=0).float()
 
     def is_finite(self) -> bool:
         """False when an activation was infinite, NaN or too large to square."""
-        return bool((self.diagonal if self.gram is None else self.gram).isfinite().all())
+        return is_finite(self.diagonal if self.gram is None else self.gram)
 
 
-def add_gram(gram: Tensor, inputs: Tensor) -> None:
-    """Add X^T X to a symmetric ``gram`` (width x width), X the ``inputs`` (tokens x width) of its dtype.
+def is_finite(values: Tensor) -> bool:
+    """Whether all of them are finite. A finite sum has no other terms, and takes a fraction of the time."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
-    Tile by tile from the diagonal down, and mirrored: little more than half the operations of the whole product.
+
+def wide_dtype(device: torch.device | str) -> torch.dtype:
+    """For sums that cancel: float64, or float32 where there is no other (Apple's GPUs)."""
+    import torch
+
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def add_gram(gram: Tensor, inputs: Tensor, exact_in_bfloat16: bool = False) -> None:
+    """Add X^T X to the lower triangle of ``gram`` (width x width), X the ``inputs`` (tokens x width, float32).
+
+    Tile by tile from the diagonal down: little more than half the operations of the whole product. Above the diagonal
+    only its own tiles are right.
+
+    Args:
+        exact_in_bfloat16: the inputs are bfloat16 numbers. Then a CPU that multiplies those and adds up in float32
+            (AVX-512, AMX) may: the products are as exact, and come several times as fast.
     """
-    for start in range(0, len(gram), TILE):
+    with _bfloat16_products() if exact_in_bfloat16 else nullcontext():
+        for start in range(0, len(gram), TILE):
+            stop = start + TILE
+            gram[start:, start:stop].addmm_(inputs[:, start:].T, inputs[:, start:stop])
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Let oneDNN round what it multiplies to bfloat16, where this torch and this CPU know how."""
+    import torch
+
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(matmul, "fp32_precision", None)
+    if before is None:  # an older torch
+        yield
+        return
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def mirror(matrix: Tensor) -> Tensor:
+    """Fill what is above the diagonal of a square matrix from below it, in place; returns it."""
+    for start in range(0, len(matrix), TILE):
         stop = start + TILE
-        gram[start:, start:stop].addmm_(inputs[:, start:].T, inputs[:, start:stop])
-        gram[start:stop, stop:] = gram[stop:, start:stop].T
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+    return matrix

@@ -35,6 +35,7 @@ from calset.pruning.plan import (
     settings_of,
 )
 from calset.pruning.smaller import Smaller, Structure, make_smaller, stack_name
+from calset.pruning.stats import Needs
 from calset.pruning.structured_report import DropReport, Stack, card_section, make_report
 from calset.pruning.tensorfiles import TensorFiles, exact_dtype
 
@@ -247,7 +248,7 @@ def _look(
         kept = {stack_name(decoder): depth.choose(scores, n_blocks - n_kept, depth.kinds(config))}
     left = make_smaller(source, files, METHODS[method][0], kept)
     # As a method with the cheapest statistics; what it would solve is taken off again.
-    like = methods.Method(method, METHODS[method][1], "diagonal", "row")
+    like = methods.Method(method, METHODS[method][1], Needs.MOMENTS, "row")
     needed = estimate(
         skeleton, decoder, files, matrices, calibration, like, "uniform", _propagate(asked), dtype, device,
         asked["batch_tokens"], asked["hidden"], Path(asked["out"]),

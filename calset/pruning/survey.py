@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from calset.pruning import allocate, methods, scores
 from calset.pruning.masks import Selection
+from calset.pruning.stats import Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from calset.pruning.distributed import Team
     from calset.pruning.layout import Matrix
-    from calset.pruning.stats import InputStatistics, Needs
+    from calset.pruning.stats import InputStatistics
     from calset.pruning.walk import Walk
 
 # Matrices (outputs x inputs, any float dtype) and the statistics of what each reads, by name.
@@ -36,9 +37,11 @@ class Measure:
     adds_up: bool
 
 
-def needs_of(rule: str) -> Needs:
-    """The statistics that a rule asks for, besides those of the method."""
-    return {"owl": "diagonal", "search": "gram"}.get(rule, "nothing")  # pyright: ignore[reportReturnType]
+def needs_of(rule: str, method: methods.Method) -> Needs:
+    """The statistics that a rule asks for: ``search`` tries the method, and measures its errors."""
+    if rule == "search":
+        return method.needs | Needs.GRAM
+    return Needs.MOMENTS if rule == "owl" else Needs.NOTHING
 
 
 def measure_of(
@@ -50,9 +53,9 @@ def measure_of(
         can_have_bias: names of matrices.
     """
     if rule == "owl":
-        return Measure(outliers, needs_of(rule), adds_up=False)
+        return Measure(outliers, needs_of(rule, method), adds_up=False)
     function = partial(errors, method=method, selection=selection, damping=damping, can_have_bias=can_have_bias)
-    return Measure(function, needs_of(rule), adds_up=True)
+    return Measure(function, needs_of(rule, method), adds_up=True)
 
 
 def survey(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from calset.errors import PruningError
 from calset.pruning.masks import Pattern, Selection, blocks, lowest, lowest_of_groups, prune_mask
-from calset.pruning.stats import TILE
+from calset.pruning.stats import TILE, mirror, wide_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -86,11 +86,14 @@ class Hessian:
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """What one Gram gives to every matrix that shares it: U, upper triangular, with H^-1 = U^T U.
+    """What one Gram gives to every matrix that shares it: R, upper triangular, with H = R R^T.
 
-    ``flipped`` (inputs x inputs): U with rows and columns in reverse, so lower triangular; it is read a few rows at a
-    time, since turning it round whole would take as much memory again. ``dead`` (inputs, bool): inputs that were
-    always zero. ``damping``: the share of the mean diagonal that was added in the end, ``ridge`` what that came to.
+    SparseGPT speaks of U, with H^-1 = U^T U. That is R^-1, and of it only the blocks on the diagonal are needed: what
+    is above them comes from R (``earlier``), so that H is never inverted.
+
+    ``flipped`` (inputs x inputs): R with rows and columns in reverse, so lower triangular, as the Cholesky leaves it.
+    ``dead`` (inputs, bool): inputs that were always zero. ``damping``: the share of the mean diagonal that was added
+    in the end, ``ridge`` what that came to.
     """
 
     flipped: Tensor
@@ -99,14 +102,24 @@ class Factor:
     ridge: float
 
     @property
-    def diagonal(self) -> Tensor:
-        """Of U (inputs)."""
-        return self.flipped.diagonal().flip(0)
+    def saliency(self) -> Tensor:
+        """diag(U)^2 (inputs)."""
+        return self.flipped.diagonal().flip(0).square().reciprocal()
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of U, from column ``start`` on: what is left of it is zero."""
+    def upper(self, start: int, stop: int) -> Tensor:
+        """U's block on the diagonal: rows and columns ``start`` to ``stop``."""
+        import torch
+
         width = len(self.flipped)
-        return self.flipped[width - stop : width - start, : width - start].flip(0, 1).contiguous()
+        part = slice(width - stop, width - start)
+        identity = torch.eye(stop - start, dtype=self.flipped.dtype, device=self.flipped.device)
+        inverse = torch.linalg.solve_triangular(self.flipped[part, part], identity, upper=False)
+        return inverse.flip(0, 1).contiguous()
+
+    def earlier(self, start: int, stop: int) -> Tensor:
+        """R above that block, transposed: columns ``start`` to ``stop`` x the inputs before ``start``."""
+        width = len(self.flipped)
+        return self.flipped[width - start :, width - stop : width - start].mT.flip(0, 1)
 
 
 def hessian(statistics: InputStatistics) -> Hessian:
@@ -115,7 +128,7 @@ def hessian(statistics: InputStatistics) -> Hessian:
     Counted in, they would make the damping depend on the activations' scale.
     """
     assert statistics.gram is not None
-    matrix = statistics.gram / (statistics.weight or 1.0)
+    matrix = mirror(statistics.gram / (statistics.weight or 1.0))
     diagonal = matrix.diagonal()
     dead, mean = _live(diagonal)
     diagonal[dead] = 1.0
@@ -155,13 +168,12 @@ def _indefinite(damping: float) -> PruningError:
 
 
 def factorise(statistics: InputStatistics, damping: float = 0.01) -> Factor:
-    """The upper Cholesky factor of H^-1, H = X^T X / token weight + damping x mean diagonal.
+    """R, upper triangular, with H = R R^T, H = X^T X / token weight + damping x mean diagonal.
 
     When H is not positive definite the damping is raised tenfold, and the caller records the one that held.
 
-    U comes from one Cholesky of the flipped H and one triangular inverse (2/3 d^3 rather than 4/3 d^3 flops, and H^-1
-    is never formed): flip(H) = L L^T gives H^-1 = U^T U with U = flip(L^-1). All of it happens in one matrix beside the
-    Gram.
+    R is the Cholesky factor L of the flipped H, flipped back: flip(H) = L L^T. That is 1/3 d^3 flops; the authors'
+    code, which forms H^-1, takes 4/3 d^3. All of it happens in one matrix beside the Gram.
 
     Raises:
         PruningError: no damping up to 10^4 times the asked one makes H positive definite.
@@ -171,7 +183,8 @@ def factorise(statistics: InputStatistics, damping: float = 0.01) -> Factor:
     assert statistics.gram is not None
     dead, mean = _live(statistics.gram.diagonal() / (statistics.weight or 1.0))
     for tried in _raised(damping):
-        # A symmetric matrix is its own transpose, which is the order of elements that LAPACK works on in place.
+        # The Gram's lower triangle, flipped and transposed, is a lower one again, in LAPACK's order of elements: it
+        # works in place.
         lower = statistics.gram.flip(0, 1).mT
         lower /= statistics.weight or 1.0
         diagonal = lower.diagonal()
@@ -181,7 +194,6 @@ def factorise(statistics: InputStatistics, damping: float = 0.01) -> Factor:
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         # What is not finite in a row of it is not finite on its diagonal.
         if not int(info) and bool(lower.diagonal().isfinite().all()):
-            invert_lower(lower)
             return Factor(lower, dead, tried, tried * mean)
     raise _indefinite(damping)
 
@@ -192,25 +204,6 @@ def _live(diagonal: Tensor) -> tuple[Tensor, float]:
     return dead, float(diagonal[~dead].mean()) if bool((~dead).any()) else 0.0
 
 
-def invert_lower(lower: Tensor, smallest: int = 256) -> None:
-    """Invert a lower triangular matrix in place: its halves are inverted, and what is below them follows.
-
-    1/3 d^3 flops, where a solve against the identity takes d^3.
-    """
-    import torch
-
-    if len(lower) <= smallest:
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = len(lower) // 2
-    first, below, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    below.copy_(torch.linalg.solve_triangular(first, below, upper=False, left=False))
-    below.copy_(torch.linalg.solve_triangular(second, below, upper=False)).neg_()
-    invert_lower(first, smallest)
-    invert_lower(second, smallest)
-
-
 def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) -> Updated:
     """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1).
 
@@ -218,47 +211,55 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
     The mask is by w^2 / diag(U)^2 on updated weights: over the whole rows x block for group ``block``, at each M
     columns for N:M. Groups ``row`` and ``matrix`` span blocks, so their mask is chosen on the weights as given.
 
+    The authors' code hands a block's errors E to all columns after it, W := W - E U, for which it needs all of U. Here
+    a block B catches up with what the columns P before it lost, D = W - W', when its turn comes. Their errors are
+    E_P = D_P R_PP, and U = R^-1 makes R_PP U_PB = -R_PB U_BB; so W_B := W_B + D_P R_PB U_BB.
+
     Raises:
         PruningError: a score is NaN, or the Gram cannot be damped.
     """
     import torch
 
     factor = factorise(statistics, damping)
-    saliency = factor.diagonal.square()[:, None]
+    dead, ridge, used = factor.dead, factor.ridge, factor.damping
+    saliency = factor.saliency[:, None]
     # Inputs first: the work goes input by input, and those lie together this way.
-    columns = stack.weight.T.clone(memory_format=torch.contiguous_format)
-    columns[factor.dead] = 0
-    mask = torch.zeros_like(columns, dtype=torch.bool)
+    weights = stack.weight.T
+    mask = torch.zeros_like(weights, dtype=torch.bool, memory_format=torch.contiguous_format)
     by_block = stack.pattern is None and stack.selections[0].group == "block"
     if stack.pattern is None and not by_block:
-        mask = stack.mask((columns.square() / saliency).T).T.contiguous()
-    damped = torch.zeros(columns.shape[1], dtype=statistics.total.dtype, device=columns.device)
-    for start, stop, counts in _column_blocks(stack, len(columns)):
+        scores = (weights.square() / saliency).masked_fill_(dead[:, None], 0.0)
+        mask = stack.mask(scores.T).T.contiguous()
+        del scores
+    lost = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    wide = wide_dtype(mask.device)
+    damped, added = (torch.zeros(weights.shape[1], dtype=wide, device=mask.device) for _ in range(2))
+    for start, stop, counts in _column_blocks(stack, len(weights)):
         part = slice(start, stop)
+        given = weights[part].clone(memory_format=torch.contiguous_format)
+        given[dead[part]] = 0
+        upper = factor.upper(start, stop)
+        columns = given.addmm(upper.T, factor.earlier(start, stop) @ lost[:start])
         if by_block:
-            mask[part] = _block_mask(columns[part].square() / saliency[part], counts, stack.sizes)
-        upper = factor.rows(start, stop)
-        errors = _block_errors(columns[part], upper[:, : stop - start], mask[part], stack.pattern)
-        columns[stop:].addmm_(upper[:, stop - start :].T, errors, alpha=-1)
+            mask[part] = _block_mask(columns.square() / saliency[part], counts, stack.sizes)
+        errors = _block_errors(columns, upper, mask[part], stack.pattern)
+        columns[mask[part]] = 0
+        torch.sub(given, columns, out=lost[part])
+        # Under the damped Hessian the squares of the errors sum to the squared error of what was lost.
         damped += errors.square().sum(0)
-    dead, ridge, used = factor.dead, factor.ridge, factor.damping
+        added += ridge * lost[part].square().sum(0)
     del factor  # as large as the Gram; what follows needs room for weights
-    columns[mask] = 0
-    columns[dead] = 0
-    new = columns.T.contiguous()
-    del columns
-    return Updated(new, mask.T.contiguous(), used, _errors(stack, new, dead, ridge, damped, statistics))
+    new = lost.neg_().add_(weights)
+    new[mask] = 0
+    new[dead] = 0
+    return Updated(new.T.contiguous(), mask.T.contiguous(), used, _errors(stack, damped, added, statistics))
 
 
-def _errors(
-    stack: Stack, new: Tensor, dead: Tensor, ridge: float, damped: Tensor, statistics: InputStatistics
-) -> list[float] | None:
-    """Each matrix's squared error from the errors of its columns, whose squares sum to that under the damped Hessian.
+def _errors(stack: Stack, damped: Tensor, added: Tensor, statistics: InputStatistics) -> list[float] | None:
+    """Each matrix's squared error: what its outputs' are under the damped Hessian, less what the damping ``added``.
 
     None where the damping is nearly all of it, and the difference of two such numbers would say little.
     """
-    change = (stack.weight - new).masked_fill_(dead, 0.0)
-    added = ridge * change.square_().sum(1, dtype=damped.dtype)
     sums = [(float(a.sum()), float(b.sum())) for a, b in zip(stack.split(damped), stack.split(added), strict=True)]
     if any(whole - part < CANCELLED * whole for whole, part in sums):
         return None
@@ -346,7 +347,7 @@ def solve_errors(columns: Tensor, upper: Tensor, mask: Tensor, chunk: int | None
     """The same errors for a mask known before: one batched triangular solve.
 
     The errors e of an output satisfy sum_(i <= j) e_i U_ij = w_j where j is pruned and e_j = 0 elsewhere. For GPUs,
-    where the loop's many small launches cost more than the solve's memory; ``columns`` is left as it is.
+    where the loop's many small launches cost more than the solve's memory.
 
     Args:
         chunk: outputs at a time; default: as many as ``SYSTEM_BYTES`` hold the systems of.
@@ -360,7 +361,9 @@ def solve_errors(columns: Tensor, upper: Tensor, mask: Tensor, chunk: int | None
         system = torch.where(pruned[:, None, :], upper, identity).transpose(1, 2)
         wanted = torch.where(pruned, weights, 0.0)[:, :, None]
         parts.append(torch.linalg.solve_triangular(system, wanted, upper=False)[:, :, 0])
-    return torch.where(mask, torch.cat(parts).T, 0.0)
+    errors = torch.where(mask, torch.cat(parts).T, 0.0)
+    columns.addmm_(upper.T, errors, alpha=-1)
+    return errors
 
 
 def _checked(scores: Tensor) -> Tensor:
@@ -371,7 +374,7 @@ def _checked(scores: Tensor) -> Tensor:
 
 def squared_error(change: Tensor, statistics: InputStatistics) -> float:
     """||X change^T||^2 over the calibration inputs, each by its weight."""
-    gram, total = statistics.gram, 0.0
+    gram, total, wide = statistics.gram, 0.0, wide_dtype(change.device)
     assert gram is not None
     for start in range(0, len(gram), TILE):
         stop = start + TILE
@@ -379,7 +382,7 @@ def squared_error(change: Tensor, statistics: InputStatistics) -> float:
         # The Gram is symmetric: what stands below its diagonal counts twice, what stands above is not read.
         product = 2 * (change[:, stop:] @ gram[stop:, start:stop])
         product.addmm_(part, gram[start:stop, start:stop])
-        total += float((product * part).sum(dtype=statistics.total.dtype))
+        total += float((product * part).sum(dtype=wide))
     return max(0.0, total)
 
 
@@ -406,5 +409,6 @@ def relative_error(
     whole = squared_error(weight, statistics)
     error = squared_error(weight - pruned, statistics)
     if bias_shift is not None:
-        error = max(0.0, error - statistics.weight * float(bias_shift.square().sum(dtype=statistics.total.dtype)))
+        shifted = float(bias_shift.square().sum(dtype=wide_dtype(bias_shift.device)))
+        error = max(0.0, error - statistics.weight * shifted)
     return error / whole if whole > 0 else None

@@ -19,7 +19,7 @@ from calset.pruning import experts
 from calset.pruning.decoder import Block, Decoder
 from calset.pruning.hidden import HiddenStates
 from calset.pruning.layout import place, unload
-from calset.pruning.stats import InputStatistics, Needs
+from calset.pruning.stats import InputStatistics, Needs, is_finite
 
 if TYPE_CHECKING:
     import torch
@@ -250,7 +250,7 @@ class Walk:
         except _Stop as stop:
             if stop.output is None:
                 return None
-            if not bool(_states(stop.output).isfinite().all()):
+            if not is_finite(_states(stop.output)):
                 raise PruningError(f"the outputs of {block.name} are not finite on {self._data}") from None
             return stop.output
         raise PruningError(f"the model never ran its block {block.name}: calset cannot follow its forward")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calset.pruning.decoder import Block, Weight, find_decoder
+from calset.pruning.stats import TILE
 
 BF16, FP32 = 0.55 * 989e12, 0.7 * 67e12  # operations a second of an H100 SXM: share x data sheet (dense)
 LINK, DISK = 300e9, 2e9  # bytes a second: between GPUs, and of a local NVMe disk, read and written
@@ -112,7 +113,7 @@ def cost(config: Any, tokens: int) -> Cost:
     return Cost(
         weights=sum(float(i.width * i.outputs * i.count) for i in every),
         forward=2 * sum(2.0 * i.width * i.outputs * i.used * tokens for i in every),
-        grams=sum(2.0 * i.width**2 * i.used * tokens for i in every),
+        grams=sum(i.width * (i.width + TILE) * i.used * tokens for i in every),  # one triangle, in whole tiles
         solves=sum(i.count * _solve(i) for i in every),
         disk=3 * whole,  # read, written as a copy, and the pruned blocks written again
         reduced=sum(gram_bytes),
@@ -122,9 +123,9 @@ def cost(config: Any, tokens: int) -> Cost:
 
 
 def _solve(i: Input) -> float:
-    """Cholesky and triangular inverse, each a third of width^3; what the columns after each gain; two errors, of which
-    only half the Gram is read."""
-    return 2 / 3 * i.width**3 + (1 + 1 + MAGNITUDE) * i.outputs * i.width**2
+    """A Cholesky; what the columns before each block lost, times the factor; two errors, of which only half the Gram is
+    read."""
+    return 1 / 3 * i.width**3 + (1 + 1 + MAGNITUDE) * i.outputs * i.width**2
 
 
 def main() -> None:

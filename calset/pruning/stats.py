@@ -77,12 +77,14 @@ class InputStatistics:
             if chosen_weights is None:
                 self.weight += len(rows)
                 self._add_sums(rows, None)
-                self._add_gram(rows)
+                scaled = rows
             else:
                 w = chosen_weights[start : start + CHUNK]
                 self.weight += float(w.sum(dtype=wide_dtype(w.device)))
                 self._add_sums(rows, w)
-                self._add_gram(rows.float() * w.sqrt()[:, None])
+                scaled = rows.float() * w.sqrt()[:, None]
+            if self.gram is not None:
+                add_gram(self.gram, scaled)
 
     def _add_sums(self, rows: Tensor, weights: Tensor | None) -> None:
         if self.squares is None or self.total is None:
@@ -94,18 +96,6 @@ class InputStatistics:
             weighted = x if weights is None else x * weights[start : start + step].to(wide)[:, None]
             self.total += weighted.sum(0)
             self.squares += (weighted * x).sum(0)
-
-    def _add_gram(self, rows: Tensor) -> None:
-        """16-bit products are exact in float32; a 16-bit result would be off by 2e-3."""
-        import torch
-
-        if self.gram is None:
-            return
-        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-            # Tensor cores take 16-bit inputs and add up in float32, without a float32 copy of the inputs.
-            self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
-        else:
-            add_gram(self.gram, rows.float(), exact_in_bfloat16=rows.dtype == torch.bfloat16)
 
     @property
     def diagonal(self) -> Tensor:
@@ -146,20 +136,28 @@ def wide_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def add_gram(gram: Tensor, inputs: Tensor, exact_in_bfloat16: bool = False) -> None:
-    """Add X^T X to the lower triangle of ``gram`` (width x width), X the ``inputs`` (tokens x width, float32).
+def add_gram(gram: Tensor, inputs: Tensor) -> None:
+    """Add X^T X to the lower triangle of ``gram`` (width x width, float32), X the ``inputs`` (tokens x width).
 
     Tile by tile from the diagonal down: little more than half the operations of the whole product. Above the diagonal
-    only its own tiles are right.
-
-    Args:
-        exact_in_bfloat16: the inputs are bfloat16 numbers. Then a CPU that multiplies those and adds up in float32
-            (AVX-512, AMX) may: the products are as exact, and come several times as fast.
+    only its own tiles are right. Inputs of any float dtype are summed in float32, in which products of 16-bit numbers
+    are exact; a 16-bit result would be off by 2e-3.
     """
-    with _bfloat16_products() if exact_in_bfloat16 else nullcontext():
+    import torch
+
+    is_16_bits = inputs.dtype in (torch.bfloat16, torch.float16)
+    on_tensor_cores = inputs.is_cuda and is_16_bits  # which read 16 bits and add up in float32
+    # oneDNN does that too (AVX-512, AMX), from a float32 copy and for bfloat16; several times as fast, and as exact.
+    in_bfloat16 = _bfloat16_products() if inputs.dtype == torch.bfloat16 and not inputs.is_cuda else nullcontext()
+    inputs = inputs if on_tensor_cores else inputs.float()
+    with in_bfloat16:
         for start in range(0, len(gram), TILE):
             stop = start + TILE
-            gram[start:, start:stop].addmm_(inputs[:, start:].T, inputs[:, start:stop])
+            left, right = inputs[:, start:].T, inputs[:, start:stop]
+            if on_tensor_cores:
+                gram[start:, start:stop] += torch.mm(left, right, out_dtype=torch.float32)
+            else:
+                gram[start:, start:stop].addmm_(left, right)
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """What a build costs over bare generation: tokens/s of build (streaming, grading, catalog) against vLLM's LLM.generate.
 
-One process, the same prompts, seeds and sampling; several rounds in turn, so that a drifting machine hits both. The
-figure to read is the ratio. Ten times more requests than slots (``--times``); ``--tail`` draws heavy-tailed lengths:
-nine problems of ten are short, the tenth is several times as long.
+One process, the same prompts, seeds and sampling; several rounds, each begun by the other one, so that a drifting
+machine hits both; before them a quarter of the problems is run and not counted, since an engine is slower in its first
+half minute. The figure to read is the ratio. Beside it stands the CPU time of this process for each request, which
+moves less from one round to the next: what it takes on a machine without spare cores comes out of the engine's time.
+Ten times more requests than slots (``--times``); ``--tail`` draws heavy-tailed lengths: nine problems of ten are short,
+the tenth is several times as long.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --tail
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -35,6 +39,7 @@ TAIL = [
 
 
 def main() -> None:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB, for each of two engines that live side by side
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(MODEL), help="a checkpoint folder, or smollm2")
     parser.add_argument("--tail", action="store_true", help="heavy-tailed lengths")
@@ -66,18 +71,31 @@ def run(args: argparse.Namespace, problems: Path) -> None:
     rows = calset.load_problems(str(problems))[1]
     longest = max(len(info.prompt_ids(p.question)) for p in rows) + args.max_tokens
     engine = open_engine("vllm", info, max_model_len=longest, concurrency=args.slots)
-    llm = bare_engine(info, longest, args.slots)
-    ratios = []
-    print("round bare_tokens_per_s build_tokens_per_s ratio")
+    llm, ratios = None, []
+    lengths: list[int] = []
+
+    def bare(seed: int, part: int | None = None) -> tuple[float, float]:
+        rate, lengths[:], cpu = bare_generate(llm, info, rows[:part], args, seed)
+        return rate, 1000 * cpu / len(lengths)
+
+    def built(seed: int, part: int | None = None) -> tuple[float, float]:
+        began = time.process_time()
+        report = build_report(engine, args, problems, seed, part)
+        return report.n_tokens / report.seconds, 1000 * (time.process_time() - began) / report.n_new
+
     try:
+        llm = bare_engine(info, longest, args.slots)
+        bare(args.rounds, len(rows) // 4), built(args.rounds, len(rows) // 4)
+        print("round bare_tokens_per_s build_tokens_per_s ratio bare_cpu_ms build_cpu_ms")
         for number in range(args.rounds):
-            bare, lengths = bare_generate(llm, info, rows, args, seed=number)
-            built = build_rate(engine, args, problems, seed=number)
-            ratios.append(built / bare)
-            print(f"{number} {bare:.0f} {built:.0f} {built / bare:.3f}", flush=True)
+            pair = {one: one(number) for one in ((bare, built) if number % 2 == 0 else (built, bare))}
+            (rate, cpu), (build_rate, build_cpu) = pair[bare], pair[built]
+            ratios.append(build_rate / rate)
+            print(f"{number} {rate:.0f} {build_rate:.0f} {ratios[-1]:.3f} {cpu:.2f} {build_cpu:.2f}", flush=True)
     finally:
         engine.close()
-        llm.llm_engine.engine_core.shutdown()  # or its process outlives the main thread, and is waited for
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()  # or its process outlives the main thread, and is waited for
     lengths.sort()
     p10, p50, p99 = (lengths[int(q * (len(lengths) - 1))] for q in (0.1, 0.5, 0.99))
     print(
@@ -86,19 +104,19 @@ def run(args: argparse.Namespace, problems: Path) -> None:
     )
 
 
-def build_rate(engine, args: argparse.Namespace, problems: Path, seed: int) -> float:
-    """Tokens/s of a whole build of these problems into a fresh catalog, grading included."""
+def build_report(engine, args: argparse.Namespace, problems: Path, seed: int, limit: int | None):
+    """A whole build of these problems into a fresh catalog, grading included."""
     with tempfile.TemporaryDirectory() as folder:
-        report = calset.build(
+        return calset.build(
             args.model,
             str(problems),
             samples=args.samples,
             seed=seed,
+            limit=limit,
             max_tokens=args.max_tokens,
             engine=engine,
             catalog=Path(folder) / "bench.duckdb",
         )
-    return report.n_tokens / report.seconds
 
 
 def bare_engine(info, max_model_len: int, slots: int, **more):
@@ -113,12 +131,11 @@ def bare_engine(info, max_model_len: int, slots: int, **more):
     )  # fmt: skip
 
 
-def bare_generate(llm, info, rows, args: argparse.Namespace, seed: int) -> tuple[float, list[int]]:
-    """Tokens/s of one LLM.generate call over all requests, and their lengths."""
+def bare_generate(llm, info, rows, args: argparse.Namespace, seed: int) -> tuple[float, list[int], float]:
+    """Tokens/s of one LLM.generate call over all requests, their lengths, and the seconds of CPU it took here."""
     from vllm import SamplingParams, TokensPrompt
 
     s = info.sampling
-    llm.reset_prefix_cache()
     prompts, params = [], []
     for problem in rows:
         for index in range(args.samples):
@@ -135,11 +152,11 @@ def bare_generate(llm, info, rows, args: argparse.Namespace, seed: int) -> tuple
                     stop_token_ids=list(info.eos_token_ids),
                 )
             )
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    seconds = time.monotonic() - began
+    seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     lengths = [len(o.outputs[0].token_ids) for o in outputs]
-    return sum(lengths) / seconds, lengths
+    return sum(lengths) / seconds, lengths, cpu
 
 
 if __name__ == "__main__":

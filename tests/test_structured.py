@@ -671,6 +671,16 @@ def test_a_record_of_wrong_types_is_bad_input_in_a_line(tmp_path, dropped, chang
         verify(folder)
 
 
+def test_verify_tells_how_far_it_is(dropped):
+    events = []
+    proved = verify(dropped("Mixtral", "reap")[0], progress=events.append)
+    assert [(e["phase"], e["done"], e["total"]) for e in events] == [
+        *(("logits", i, 2) for i in range(3)),
+        *(("tensors", i, proved.n_tensors) for i in range(proved.n_tensors + 1)),
+        ("done", 1, 1),
+    ]
+
+
 def test_verify_says_when_the_dense_model_is_gone(tmp_path, models):
     dense = shutil.copytree(models("Llama"), tmp_path / "dense")
     prune(dense, SUBSET, tmp_path / "out", method="depth", sparsity=0.5)

@@ -21,8 +21,8 @@ from calset.pruning.tensorfiles import TensorFiles
 from calset.pruning.verify import verify
 
 FAST = ("Qwen2", "Phi3", "GPT2", "Mixtral", "GptOss", "Qwen3Next")
-SLOW = ("Llama", "Qwen3", "Gemma3Text", "Mistral", "Olmo2", "Qwen3Moe", "DeepseekV3")
-MOE = ("Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss", "Qwen3Next")
+SLOW = ("Llama", "Qwen3", "Gemma3Text", "Mistral", "Olmo2", "Qwen3Moe", "DeepseekV3", "DeepseekV2", "Qwen2Moe")
+MOE = ("Mixtral", "Qwen3Moe", "DeepseekV3", "DeepseekV2", "GptOss", "Qwen3Next", "Qwen2Moe")
 SAMPLES = make_samples()
 
 

@@ -1,8 +1,8 @@
 """What does each pruning method give on the bundled model, and what does it cost?
 
 Builds and selects once (the demo's settings), then prunes with each arm on the same subset: seconds spent on the
-matrices, their summed relative error on the calibration inputs, the mean loss on the dense model's own held-out traces,
-and accuracy, completion length and non-termination on held-out problems.
+matrices, their summed relative error on the calibration inputs, the mean loss on the dense model's own held-out traces
+(as ``calset verify --held-out`` computes it), and accuracy, completion length and non-termination on held-out problems.
 
     python benchmarks/pruning_methods.py --sparsity 0.6 --arms sparsegpt alps wanda+dsnot sparsegpt/owl
 """
@@ -17,6 +17,10 @@ from calset.builder.engines import open_engine
 from calset.builder.model_info import inspect
 from calset.catalog.catalog import Catalog
 from calset.demo import MODEL, run
+from calset.pruning.calibration import Calibration
+from calset.pruning.checkpoint import open_folder
+from calset.pruning.heldout import losses
+from calset.pruning.plan import batch_positions, find_device
 from calset.pruning.prune import prune
 
 
@@ -67,29 +71,20 @@ def measure(folder: Path, arms: list[str], asked: dict, recipe: str, seed: int, 
         engine.close()
 
 
-def traces_of_evaluation(catalog: Catalog) -> list[tuple[list[int], list[int]]]:
-    """Prompt and completion ids of the dense model's held-out traces."""
+def traces_of_evaluation(catalog: Catalog) -> Calibration:
+    """The dense model's held-out traces; what counts is their completions."""
     rows = catalog.rows(
         "SELECT t.trace_id, t.attempt FROM latest_traces t JOIN runs r ON r.run_id = t.run_id WHERE r.kind = 'evaluate'"
     )
-    return list(catalog.tokens([(row["trace_id"], row["attempt"]) for row in rows]).values())
+    taken = catalog.tokens([(row["trace_id"], row["attempt"]) for row in rows]).values()
+    return Calibration([p + c for p, c in taken], [(len(p), len(p) + len(c)) for p, c in taken])
 
 
-def loss(model: Path, traces: list[tuple[list[int], list[int]]]) -> float:
-    """Mean negative log-likelihood of the completion tokens."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    total, n = 0.0, 0
-    with torch.no_grad():
-        for prompt, completion in traces:
-            ids = torch.tensor([prompt + completion])
-            logits = loaded(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-            wanted = torch.tensor(completion)
-            total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-            n += len(completion)
-    return total / n
+def loss(model: Path, held_out: Calibration) -> float:
+    """Mean cross-entropy per completion token, in nats."""
+    device = find_device(None)
+    counts, sums = losses(open_folder(model), held_out, device, batch_positions(None, device))
+    return sum(sums) / sum(counts)
 
 
 def show(arm: str, seconds: float, error: float, held_out: float, e) -> None:

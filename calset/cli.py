@@ -1021,7 +1021,7 @@ def prune(
         plan.check(options["force"])
         return
     with terminal.progress(progress_mode if is_first() else "none", "pruned blocks") as bar:
-        report = run(model, subset, options.pop("out"), progress=_prune_progress(bar), **options)
+        report = run(model, subset, options.pop("out"), progress=_phases(bar, last="saving"), **options)
     if not is_first():
         return
     if catalog.exists():
@@ -1038,9 +1038,9 @@ def prune(
         terminal.note(f"Warning: {warning}")
 
 
-def _prune_progress(bar: terminal.Progress) -> Callable[[Any], None]:
+def _phases(bar: terminal.Progress, last: str) -> Callable[[Any], None]:
     def show(event: Any) -> None:
-        bar.update(event["done"], event["total"], {"phase": event["phase"]}, final=event["phase"] == "saving")
+        bar.update(event["done"], event["total"], {"phase": event["phase"]}, final=event["phase"] == last)
 
     return show
 
@@ -1059,8 +1059,11 @@ def _prune_progress(bar: terminal.Progress) -> Callable[[Any], None]:
 )
 @click.option("--device", help="Default: the CPU; with --held-out a CUDA device when there is one.")
 @catalog_option
+@progress_option
 @json_option
-def verify(directory: Path, catalog: Path, held_out: str | None, as_json: bool, **options: Any) -> None:
+def verify(
+    directory: Path, catalog: Path, held_out: str | None, progress_mode: str, as_json: bool, **options: Any
+) -> None:
     """Reopen a pruned checkpoint and prove its pattern, sparsity, finite logits and untouched tensors.
 
     Of one without some experts or blocks: counts, config, finite logits, and that every tensor is the dense model's.
@@ -1072,7 +1075,8 @@ def verify(directory: Path, catalog: Path, held_out: str | None, as_json: bool, 
         if held_out is None and options[name] is not None:
             raise InputError(f"--{name.replace('_', '-')} is for --held-out REF")
     subset = resolve(held_out, catalog) if held_out is not None else None
-    report = check(directory, held_out=subset, catalog=catalog, **options)
+    with terminal.progress(progress_mode, "verified") as bar:
+        report = check(directory, held_out=subset, catalog=catalog, progress=_phases(bar, last="done"), **options)
     if as_json:
         terminal.emit_json(report.as_dict())
         return

@@ -27,6 +27,14 @@ SHAPE = {
     "max_position_embeddings": 128,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
 CHANGES: dict[str, dict[str, Any]] = {
     "Gemma3Text": {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "Phi3": {"pad_token_id": 0},
@@ -43,12 +51,73 @@ CHANGES: dict[str, dict[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
         "first_k_dense_replace": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
+        **MLA,
+    },
+    # As V2-Lite has it; V2 itself has q_lora_rank and groups.
+    "DeepseekV2": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        **MLA,
+        "q_lora_rank": None,
+    },
+    "Qwen2Moe": {**MOE, "shared_expert_intermediate_size": 24},
+    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Llama4": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": [2, 2], "head_dim": 8},
+    "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 0},
+    "MiniMax": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "block_size": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "Jamba": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "Lfm2Moe": {**MOE, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "NemotronH": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+        "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 1,
+        "ssm_state_size": 8,
+        "head_dim": 8,
+    },
+    "LongcatFlash": {
+        "num_layers": 2,
+        "num_hidden_layers": 4,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 24,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        **MLA,
+    },
+    "GlmMoeDsa": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 64,
+        **MLA,
     },
     "GptOss": {
         "num_local_experts": 4,
@@ -69,6 +138,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 MODELS = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}
+CONFIGS = {"Llama4": "Llama4TextConfig"}
 
 
 @cache
@@ -104,7 +174,7 @@ def make_subset(samples: Sequence[Sample] | None = None, **changes: Any) -> Subs
 def make_model(kind: str = "Llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random causal language model of a transformers architecture."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **CHANGES.get(kind, {}), **changes})
+    config = getattr(transformers, CONFIGS.get(kind, f"{kind}Config"))(**{**SHAPE, **CHANGES.get(kind, {}), **changes})
     model = getattr(transformers, MODELS.get(kind, f"{kind}ForCausalLM"))(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from small_models import make_subset, save_model
 
 from calset.errors import InputError
-from calset.pruning.distributed import Team
+from calset.pruning.distributed import Team, own_gpu
 from calset.pruning.prune import prune
 from calset.pruning.verify import verify
 
@@ -105,3 +106,46 @@ def test_every_batch_is_somebodys_and_too_few_are_refused():
     assert sorted(x for part in parts for x in part) == list(range(7))
     with pytest.raises(InputError, match="lower --batch-tokens"):
         Team(0, 3).part([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("asked", "n_gpus", "local_rank", "own"),
+    [
+        ("cuda", 4, "2", "cuda:2"),
+        ("cuda", 1, "2", "cuda:0"),  # the launcher shows each process its own
+        ("cuda:0", 1, "2", "cuda:0"),
+        ("cpu", 4, "2", "cpu"),
+        ("cuda", 2, "2", r"there are 2 GPUs .* lower --nproc-per-node"),
+        ("cuda:1", 4, "2", r"4 processes cannot share cuda:1: leave the number out"),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, asked, n_gpus, local_rank, own):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    assert own_gpu(torch.device(asked)) == torch.device(asked)  # alone
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    if " " in own:
+        with pytest.raises(InputError, match=own):
+            own_gpu(torch.device(asked))
+    else:
+        assert own_gpu(torch.device(asked)) == torch.device(own)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    before = """
+from calset.errors import PruningError
+import os
+from calset.pruning import prune as module
+work_on = module._work_on
+def fail(index, walk, run):
+    if index == 1 and os.environ["RANK"] == "1": raise PruningError("this one cannot")
+    return work_on(index, walk, run)
+module._work_on = fail
+"""
+    model = save_model(tmp_path / "dense")
+    assert torchrun(model, tmp_path / "out", "wanda", before=before) != 0
+    assert not (tmp_path / "out").exists()
+    assert torchrun(model, tmp_path / "out", "wanda") == 0
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert list(record["resumed_at"]) == [1]

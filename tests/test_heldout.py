@@ -252,7 +252,44 @@ def test_what_an_older_record_does_not_list_is_looked_up_or_said_to_be_unknown(t
         verify(copy_of_pruned, held_out=HELD_OUT)
 
 
+def test_progress_follows_both_models_through_blocks_and_batches(pruned):
+    events = []
+    verify(pruned, held_out=HELD_OUT, batch_tokens=40, progress=events.append)
+    n_batches = len({e["done"] for e in events if e["phase"] == "dense losses"}) - 1
+    assert n_batches > 1
+    told = [(e["phase"], e["done"], e["total"]) for e in events]
+    assert told[[phase for phase, *_ in told].index("dense model") :] == [
+        *(("dense model", i, 2) for i in range(3)),
+        *(("dense losses", i, n_batches) for i in range(n_batches + 1)),
+        *(("pruned model", i, 2) for i in range(3)),
+        *(("pruned losses", i, n_batches) for i in range(n_batches + 1)),
+        ("done", 1, 1),
+    ]
+
+
 # --- the commands -----------------------------------------------------------------------------------------------
+
+
+def test_verify_shows_progress_beside_its_result_or_none(tmp_path, pruned):
+    export(Catalog(tmp_path / "none.duckdb"), HELD_OUT, tmp_path / "held-out")
+
+    def run(*arguments: str):
+        done = CliRunner().invoke(cli, ["verify", str(pruned), "--held-out", f"{tmp_path}/held-out", *arguments])
+        assert done.exit_code == 0, done.output
+        return done
+
+    shown = run()
+    assert shown.stderr.splitlines()[0] == "verified: 0/14, phase matrices"
+    assert shown.stderr.splitlines()[-1] == "verified: 1/1, phase done"
+    as_json = run("--json", "--progress", "json")
+    assert json.loads(as_json.stdout)["held_out"]["n_samples"] == 5
+    events = [json.loads(line) for line in as_json.stderr.splitlines()]
+    assert [e["final"] for e in events] == [False] * (len(events) - 1) + [True]
+    assert {e["event"] for e in events} == {"verified"}
+    assert {e["phase"] for e in events} >= {"matrices", "logits", "untouched tensors", "dense losses", "pruned model"}
+    silent = run("--progress", "none")
+    assert silent.stderr == ""
+    assert silent.stdout == shown.stdout
 
 
 def test_the_commands_select_another_split_and_compare_on_it(tmp_path, llama):
@@ -276,7 +313,7 @@ def test_the_commands_select_another_split_and_compare_on_it(tmp_path, llama):
     assert done.exit_code == 0, done.output
     done = calset("verify", tmp_path / "out", "--held-out", f"{tmp_path}/other", "--json")
     assert done.exit_code == 0, done.output
-    assert json.loads(done.output)["held_out"]["is_apart"] is True
+    assert json.loads(done.stdout)["held_out"]["is_apart"] is True
     done = calset("verify", tmp_path / "out", "--held-out", f"{tmp_path}/mine")
     assert isinstance(done.exception, InputError)
     done = calset("verify", tmp_path / "out", "--max-length", "9")

@@ -208,6 +208,24 @@ def test_admm_and_alps_are_the_textbooks(name, how, n_tokens):
     assert np.abs(got.weight.numpy() - want).max() < 1e-6
 
 
+def test_alps_in_float32_has_the_textbooks_mask_and_error_where_its_weights_are_not_determined():
+    """Inputs that nearly agree, as after attention: float32 ends at other weights, which are as good."""
+    weight, inputs = make_weight(24, 64), make_inputs(300, 64)
+    inputs = 0.02 * inputs + torch.randn(64, generator=torch.Generator().manual_seed(3))
+    how = {"sparsity": 0.5, "group": "matrix"}
+    want, want_mask = textbook.alps(weight.numpy(), inputs.numpy(), how)
+
+    def off(kept: torch.Tensor, statistics: InputStatistics) -> float:
+        got = METHODS["alps"].update(updates.Stack.of([kept], [Selection(**how)]), statistics, 0.01)
+        assert np.array_equal(got.mask.numpy(), want_mask)
+        errors = [np.linalg.norm(inputs.numpy() @ (np.asarray(w) - weight.numpy()).T) ** 2 for w in (got.weight, want)]
+        assert errors[0] == pytest.approx(errors[1], rel=2e-3)
+        return np.abs(got.weight.numpy() - want).max()
+
+    assert off(weight.double(), exact_statistics(inputs)) < 1e-6
+    assert off(weight, statistics_of(inputs)) > 1e-3
+
+
 def test_conjugate_gradients_end_at_the_best_weights_of_a_mask():
     weight, inputs = make_weight(16, 48).double(), make_inputs(200, 48)
     problem = splitting.pose(weight, exact_statistics(inputs), 0.01)

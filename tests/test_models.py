@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import textbook
 import torch
@@ -20,8 +21,8 @@ from calset.pruning.tensorfiles import TensorFiles
 from calset.pruning.verify import verify
 
 FAST = ("Qwen2", "Phi3", "GPT2", "Mixtral", "GptOss", "Qwen3Next")
-SLOW = ("Llama", "Qwen3", "Gemma3Text", "Mistral", "Olmo2", "Qwen3Moe", "DeepseekV3")
-MOE = ("Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss", "Qwen3Next")
+SLOW = ("Llama", "Qwen3", "Gemma3Text", "Mistral", "Olmo2", "Qwen3Moe", "DeepseekV3", "DeepseekV2", "Qwen2Moe")
+MOE = ("Mixtral", "Qwen3Moe", "DeepseekV3", "DeepseekV2", "GptOss", "Qwen3Next", "Qwen2Moe")
 SAMPLES = make_samples()
 
 
@@ -31,6 +32,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def load(folder: Path):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def blocks_of(model) -> torch.nn.ModuleList:
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
 
 
 @pytest.fixture(scope="module")
@@ -59,32 +64,55 @@ def of_each_method():
     for kind in ("Mixtral", "GptOss", "Qwen2"):
         yield pytest.param(kind, "ria", marks=() if kind == "Mixtral" else pytest.mark.slow)
         yield pytest.param(kind, "admm", marks=pytest.mark.slow)
+        yield pytest.param(kind, "alps", marks=() if kind == "Qwen2" else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("kind", "method"), of_each_method())
 def test_a_model_is_pruned_as_by_the_textbook_and_keeps_its_names(tmp_path, models, kind, method):
+    """Block by block: the textbook, in float64, meets each block after ours of the blocks before it.
+
+    Left to itself it would meet inputs that rounding made others. ALPS's masks settle elsewhere when the weights before
+    them differ by 1e-4: of 112 matrices of Qwen2 (8 seeds) 17 had another mask (2.2 % of it at most), and erred 1.5 %
+    less to 4.5 % more, in the mean 0.1 % more.
+    """
     dense = models(kind)
     report = prune(dense, make_subset(SAMPLES), tmp_path / "out", method=method, sparsity=0.5, batch_tokens=100)
     assert verify(tmp_path / "out").n_untouched == len(weights_of(dense)) - len({m.name for m in report.matrices})
     before, after = weights_of(dense), weights_of(tmp_path / "out")
     assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
 
-    want = load(dense)
-    layers = want.transformer.h if kind == "GPT2" else want.model.layers
+    before_it, want, got = load(dense), load(dense), load(tmp_path / "out")
     ids = [s.input_ids for s in SAMPLES]
-    textbook.prune_model(want, layers, ids, 0.5, method=method, skip="shared_expert_gate")
-    got = load(tmp_path / "out")
+    blocks = textbook.prune_blocks(want, blocks_of(want), ids, 0.5, method=method, skip="shared_expert_gate")
     n_other = size = 0
-    for name, ours in got.state_dict().items():
-        theirs = want.state_dict()[name].float()
-        differs = (ours == 0) != (theirs == 0)
-        # float32 against float64: a few near ties fall the other way; a wrong input flips a tenth.
-        n_other += int(differs.sum())
-        size += ours.numel()
-        agrees = ~differs
-        assert torch.allclose(ours[agrees], theirs[agrees], atol=3e-2, rtol=1e-2), name
-    assert n_other <= 0.001 * size
+    for (theirs, inputs), ours, was in zip(blocks, blocks_of(got), blocks_of(before_it), strict=True):
+        for name, tensor in ours.state_dict().items():
+            other = theirs.state_dict()[name]
+            differs = (tensor == 0) != (other == 0)
+            # float32 against float64: a few near ties may fall the other way; a wrong input flips a tenth.
+            n_other += int(differs.sum())
+            size += tensor.numel()
+            most = CG_ROUNDING if method == "alps" else 1e-3
+            assert torch.allclose(tensor[~differs].double(), other[~differs], atol=most, rtol=0), name
+        if method == "alps":
+            assert_errs_as_little(was, ours, theirs, inputs)
+        theirs.load_state_dict(ours.state_dict())
+    assert n_other <= 2e-4 * size
     assert got(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+# Ten conjugate gradients in float32 end elsewhere than in float64 where inputs hardly differ (the condition number of
+# what o_proj reads is 400 to 2300 here); the textbook with only these in float32 ends there too.
+CG_ROUNDING = 1e-2
+
+
+def assert_errs_as_little(dense, ours, theirs, inputs) -> None:
+    """Two prunings of a block that differ only in what its inputs hardly show."""
+    for name, read in inputs.items():
+        weight, one, other = (m.get_submodule(name).weight.detach().double().numpy() for m in (dense, ours, theirs))
+        error, least = (np.linalg.norm(read @ (w - weight).T) ** 2 for w in (one, other))
+        assert error == pytest.approx(least, rel=2e-3), name
+        assert np.linalg.norm(read @ (one - other).T) < 2e-3 * np.linalg.norm(read @ weight.T), name
 
 
 @pytest.mark.parametrize("kind", [*FAST, *SLOW])

@@ -16,7 +16,7 @@ from small_models import make_model, make_samples, make_subset, save_model
 
 from calset.builder.model_info import folder_revision
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
-from calset.pruning import checkpoint, workfolder
+from calset.pruning import checkpoint, phases, workfolder
 from calset.pruning.layout import Layout
 from calset.pruning.methods import METHODS
 from calset.pruning.prune import prune
@@ -477,6 +477,29 @@ def test_verify_reports_what_it_proved(pruned, llama):
     assert (report.n_matrices, report.sparsity, report.base) == (14, 0.5, str(llama))
     assert report.as_dict()["n_untouched"] == report.n_other_tensors
     assert any("bit-equal" in line for line in report.lines())
+
+
+def test_verify_tells_how_far_it_is(pruned):
+    events = []
+    report = verify(pruned, progress=events.append)
+    n_tensors = report.n_matrices + report.n_other_tensors
+    assert [(e["phase"], e["done"], e["total"]) for e in events] == [
+        *(("matrices", i, 14) for i in range(15)),
+        *(("logits", i, 2) for i in range(3)),
+        *(("untouched tensors", i, n_tensors) for i in range(n_tensors + 1)),
+        ("done", 1, 1),
+    ]
+
+
+@pytest.mark.parametrize("total", [1, 7, 99, 100, 101, 12_345])
+def test_a_phase_is_told_from_its_start_to_its_end_at_most_a_hundred_times(total):
+    told = []
+    step = phases.steps(told.append, "tensors")
+    for done in range(total + 1):
+        step(done, total)
+    assert len(told) == min(total, 100) + 1
+    assert told[0] == {"done": 0, "total": total, "phase": "tensors"}
+    assert told[-1] == {"done": total, "total": total, "phase": "tensors"}
 
 
 def test_verify_catches_a_weight_that_came_back(copy_of_pruned):

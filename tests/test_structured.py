@@ -47,12 +47,39 @@ KINDS = {
     "Qwen3Moe": {"num_hidden_layers": 4, "decoder_sparse_step": 2, "num_experts": 8},
     "Mixtral": {"num_local_experts": 8},
     "DeepseekV3": {"num_hidden_layers": 4, "first_k_dense_replace": 2},
+    "DeepseekV2": {
+        "num_hidden_layers": 4,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 3,
+        "q_lora_rank": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 16.0,
+    },
+    "DeepseekV2Lite": {"num_hidden_layers": 4},
+    "Qwen2Moe": {"num_hidden_layers": 4, "num_experts": 8},
+    "GraniteMoe": {"num_hidden_layers": 4, "num_local_experts": 8},
+    "HunYuanMoEV1": {"num_hidden_layers": 4, "num_experts": 8, "moe_topk": [2, 1, 2, 1]},
+    "Jamba": {"num_hidden_layers": 4, "num_experts": 8},
+    "Lfm2Moe": {"num_hidden_layers": 4, "num_experts": 8, "layer_types": ["conv", "full_attention"] * 2},
+    "NemotronH": {"n_routed_experts": 8},
     "GptOss": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 # What a block adds to the hidden states.
 ADDS = re.compile(r"(layers|h)\.1\..*(o_proj|down_proj|c_proj|out_proj|post_(attention|feedforward)_layernorm)")
-DEPTH = ("Llama", "GPT2", "Gemma3Text", "Qwen3Next", "Qwen3Moe", "DeepseekV3", "GptOss")
-MOE = ("Qwen3Moe", "Mixtral", "DeepseekV3", "GptOss")
+MORE = ("DeepseekV2Lite", "Qwen2Moe", "GraniteMoe", "HunYuanMoEV1", "Jamba", "Lfm2Moe")
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in MORE]
+DEPTH = ["Llama", "GPT2", "Gemma3Text", "Qwen3Next", "Qwen3Moe", "DeepseekV3", "DeepseekV2", "GptOss", *SLOW]
+MOE = [
+    "Qwen3Moe",
+    "Mixtral",
+    "DeepseekV3",
+    "DeepseekV2",
+    "GptOss",
+    *SLOW,
+    pytest.param("NemotronH", marks=pytest.mark.slow),
+]
 
 
 def change(folder: Path, how) -> None:
@@ -69,7 +96,7 @@ def _make_odd(name: str, tensor: torch.Tensor, *, gemma: bool) -> None:
         tensor.mul_(0.01)
         if gemma and "norm" in name:
             tensor.sub_(0.99)  # its norms multiply by 1 + the weight
-    if name.endswith("e_score_correction_bias"):
+    if name.endswith(("e_score_correction_bias", "expert_bias")):
         tensor.copy_(torch.linspace(-0.2, 0.2, len(tensor)))
 
 
@@ -80,7 +107,7 @@ def models(tmp_path_factory):
 
     def get(kind: str) -> Path:
         if kind not in made:
-            folder = save_model(tmp_path_factory.mktemp("models") / kind, kind, **KINDS[kind])
+            folder = save_model(tmp_path_factory.mktemp("models") / kind, kind.removesuffix("Lite"), **KINDS[kind])
             change(folder, partial(_make_odd, gemma=kind.startswith("Gemma")))
             made[kind] = folder
         return made[kind]
@@ -116,7 +143,7 @@ def blocks_of(model) -> torch.nn.ModuleList:
 
 
 def experts_of(model) -> dict[str, torch.nn.Module]:
-    return {name: module for name, module in model.named_modules() if name.endswith("mlp.experts")}
+    return {name: module for name, module in model.named_modules() if name.endswith(".experts")}
 
 
 @contextmanager
@@ -125,12 +152,14 @@ def only(model, kept: dict[str, tuple[int, ...]]) -> Iterator[None]:
     own, closed = torch.nn.functional.linear, {}
     for name, numbers in kept.items():
         parent = model.get_submodule(name.rpartition(".")[0])
-        router = parent.gate if hasattr(parent, "gate") else parent.router
-        gone = torch.ones(len(router.weight), dtype=torch.bool)
+        gone = torch.ones(parent.experts.num_experts, dtype=torch.bool)
         gone[list(numbers)] = False
-        closed[router.weight.data_ptr()] = gone
-        if hasattr(router, "e_score_correction_bias"):
-            router.e_score_correction_bias = router.e_score_correction_bias.masked_fill(gone, float("-inf"))
+        for path, tensor in [*parent.named_parameters(), *parent.named_buffers()]:
+            words = path.split(".")
+            if {"gate", "router"} & set(words) and tensor.shape[:1] == gone.shape and tensor.ndim == 2:
+                closed[tensor.data_ptr()] = gone
+            elif words[-1] in ("e_score_correction_bias", "expert_bias"):
+                tensor.data.masked_fill_(gone, float("-inf"))
 
     def linear(inputs, weight, bias=None):
         outputs = own(inputs, weight, bias)
@@ -177,7 +206,14 @@ def test_without_experts_the_logits_are_those_of_routers_that_cannot_choose_them
     assert not torch.allclose(expected, logits(load(models(kind))), atol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "method"), [*((k, "depth") for k in DEPTH), *((k, "reap") for k in MOE)])
+def with_method(kinds, method):
+    """The same kinds, marks and all, each with a method."""
+    for kind in kinds:
+        marks = () if isinstance(kind, str) else kind.marks
+        yield pytest.param(kind if isinstance(kind, str) else kind.values[0], method, marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "method"), [*with_method(DEPTH, "depth"), *with_method(MOE, "reap")])
 def test_the_smaller_model_loads_whole_generates_and_verifies(models, dropped, kind, method):
     out, report = dropped(kind, method)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -195,10 +231,11 @@ def test_the_smaller_model_loads_whole_generates_and_verifies(models, dropped, k
     assert any("bit-equal" in line for line in proved.lines())
 
 
-def test_a_group_limited_router_keeps_groups_of_equal_size(dropped):
-    _, report = dropped("DeepseekV3", "reap")
+@pytest.mark.parametrize(("kind", "n_groups"), [("DeepseekV3", 2), ("DeepseekV2", 4)])
+def test_a_group_limited_router_keeps_groups_of_equal_size(dropped, kind, n_groups):
+    _, report = dropped(kind, "reap")
     for stack in report.stacks:
-        assert [sum(i // 4 == group for i in stack.kept) for group in range(2)] == [2, 2]
+        assert [sum(i // 4 == group for i in stack.kept) for group in range(n_groups)] == [2] * n_groups
 
 
 def test_a_vision_tower_larger_than_what_is_left_is_no_stack_of_blocks(tmp_path):
@@ -578,6 +615,31 @@ def test_what_cannot_be_done_is_refused_in_a_line_before_weights_load(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "method", "message"),
+    [
+        ("Llama4", {}, "reap", "no mixture of experts that calset knows"),
+        ("Llama4", {}, "wanda", r"does not know how to prune these decoder weights.*feed_forward\.experts"),
+        ("LongcatFlash", {}, "reap", "no mixture of experts that calset knows"),
+        ("LongcatFlash", {}, "depth", "a config that says 1 blocks makes"),
+        ("Ernie4_5_Moe", {}, "reap", r"e_score_correction_bias changes with the number of experts in a way"),
+        ("MiniMax", {"num_hidden_layers": 4, "layer_types": LINEAR}, "depth", "num_hidden_layers would be 2, not 4"),
+        ("NemotronH", {}, "depth", "one block of each kind"),
+        ("GlmMoeDsa", {"indexer_types": ["full", "shared"]}, "depth", "share what their indexers choose"),
+        ("Jamba", {}, "wanda", r"does not know how to prune these decoder weights.*mamba\.A_log"),
+    ],
+)
+def test_an_architecture_that_is_not_understood_is_refused_in_a_line(
+    tmp_path, monkeypatch, kind, changes, method, message
+):
+    folder = save_model(tmp_path / "dense", kind, **changes)
+    monkeypatch.setattr(Layout, "load", lambda *a: pytest.fail("weights were loaded"))
+    with pytest.raises(InputError, match=message) as caught:
+        prune(folder, SUBSET, tmp_path / "out", method=method, sparsity=0.5)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_router_keeps_as_many_experts_as_a_token_gets(tmp_path, models):
     report = prune(models("Mixtral"), SUBSET, tmp_path / "out", method="reap", sparsity=0.9)
     assert all(len(stack.kept) == 2 for stack in report.stacks)
@@ -669,6 +731,16 @@ def test_a_record_of_wrong_types_is_bad_input_in_a_line(tmp_path, dropped, chang
     edit(folder, "pruning.json", lambda record: record.update(change))
     with pytest.raises(InputError, match=r"pruning\.json is corrupt"):
         verify(folder)
+
+
+def test_verify_tells_how_far_it_is(dropped):
+    events = []
+    proved = verify(dropped("Mixtral", "reap")[0], progress=events.append)
+    assert [(e["phase"], e["done"], e["total"]) for e in events] == [
+        *(("logits", i, 2) for i in range(3)),
+        *(("tensors", i, proved.n_tensors) for i in range(proved.n_tensors + 1)),
+        ("done", 1, 1),
+    ]
 
 
 def test_verify_says_when_the_dense_model_is_gone(tmp_path, models):

@@ -7,8 +7,13 @@ remaining columns anew at every column, without Cholesky or blocks of updates.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def lowest(scores: np.ndarray, k: int) -> np.ndarray:
@@ -86,7 +91,9 @@ def sparsegpt(
     return w, mask
 
 
-def prune_model(model, layers, sequences, sparsity: float, *, method: str, skip: str = "") -> None:
+def prune_blocks(
+    model, layers, sequences, sparsity: float, *, method: str, skip: str = ""
+) -> Iterator[tuple[torch.nn.Module, dict[str, np.ndarray]]]:
     """Prune a whole causal language model in place, in float64: every block is found anew by running the whole model.
 
     Each sequence runs alone, so nothing is padded. An expert is pruned with the tokens that its router sends it, which
@@ -95,6 +102,10 @@ def prune_model(model, layers, sequences, sparsity: float, *, method: str, skip:
     Args:
         layers: the decoder blocks, in order.
         skip: part of the names of linears that are routers.
+
+    Yields:
+        each block as it is done, and what its linears read, by name. What the caller then writes to it is what the next
+        block is pruned after.
     """
     import torch
 
@@ -113,14 +124,16 @@ def prune_model(model, layers, sequences, sparsity: float, *, method: str, skip:
                 model(input_ids=torch.tensor([list(sequence)]), use_cache=False)
         for handle in handles:
             handle.remove()
-        for name, rows in inputs.items():
+        rows = {name: np.concatenate(parts) for name, parts in inputs.items()}
+        for name, read in rows.items():
             module = layer.get_submodule(name)
             transposed = type(module).__name__ == "Conv1D"
             weight = module.weight.detach().numpy()
-            new = _prune(weight.T if transposed else weight, np.concatenate(rows), sparsity, method)
+            new = _prune(weight.T if transposed else weight, read, sparsity, method)
             module.weight.data = torch.tensor(new.T.copy() if transposed else new)
         for name, calls in routed.items():
             _prune_experts(layer.get_submodule(name), calls, sparsity, method)
+        yield layer, rows
 
 
 def _keep_inputs(inputs: dict, name: str):
@@ -143,8 +156,8 @@ def _prune(weight: np.ndarray, inputs: np.ndarray, sparsity: float, method: str)
     how = {"sparsity": sparsity, "group": "matrix"}
     if method == "ria":
         return np.where(choose(ria(weight, inputs), how), 0, weight)
-    if method == "admm":
-        return admm(weight, inputs, how)[0]
+    if method in ("admm", "alps"):
+        return {"admm": admm, "alps": alps}[method](weight, inputs, how)[0]
     return np.where(wanda(weight, inputs, sparsity), 0, weight)
 
 

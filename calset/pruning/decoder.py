@@ -17,7 +17,7 @@ from calset.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# What configs call the number of experts that a token gets.
+# What configs call the number of experts that a token gets; some have a list with an entry a block.
 CHOSEN_EXPERTS = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k",
 )  # fmt: skip
@@ -249,6 +249,16 @@ def _routers(block: nn.Module) -> Iterator[tuple[int, str]]:
 
 def _says_router(class_name: str) -> bool:
     return "Router" in class_name or class_name.endswith("Gating")
+
+
+def n_chosen_experts(config: Any) -> int | None:
+    """How many experts a token gets, at most over the blocks; None where the config does not say."""
+    for value in (getattr(config, name, None) for name in CHOSEN_EXPERTS):
+        if isinstance(value, int):
+            return value
+        if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
+            return max(value)
+    return None
 
 
 def _ends(name: str, word: str) -> bool:

@@ -117,6 +117,8 @@ def config_changes(text: Mapping[str, Any], config: Any, kept: Sequence[int]) ->
         )
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise InputError("its attention is scaled by the block's number: none can be dropped")
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
+        raise InputError("its blocks share what their indexers choose (indexer_types): none can be dropped")
     total = config.num_hidden_layers
     new = {old: i for i, old in enumerate(kept)}
     own_name = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")

@@ -38,23 +38,47 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def own_gpu(device: torch.device) -> torch.device:
+    """The GPU of this process, when torchrun started several and ``device`` is CUDA without a number.
+
+    Raises:
+        InputError: fewer GPUs than processes, or one number for all of them.
+    """
+    import torch
+
+    if device.type != "cuda" or n_processes() == 1:
+        return device
+    n_gpus = torch.cuda.device_count()
+    if n_gpus == 1:  # some launchers show each process only its own
+        return torch.device("cuda", device.index or 0)
+    if device.index is not None:
+        raise InputError(f"{n_processes()} processes cannot share {device}: leave the number out of --device")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= n_gpus:
+        raise InputError(f"there are {n_gpus} GPUs for process {index} and those before it: lower --nproc-per-node")
+    return torch.device("cuda", index)
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
-    """The processes that torchrun started, or this one alone."""
+    """The processes that torchrun started, or this one alone.
+
+    Args:
+        device: this process's own; see ``own_gpu``.
+    """
     if n_processes() == 1:
         yield Team()
         return
     import torch
     import torch.distributed as dist
 
-    if device.type == "cuda" and device.index is None:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL sends objects through the current one
     # The first process copies the whole checkpoint while the others wait: far longer than the usual minutes.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
-    try:
-        yield Team(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    yield Team(dist.get_rank(), dist.get_world_size())
+    # Not after a failure: NCCL waits here for what the others will never do, and torchrun for the end of this process.
+    dist.destroy_process_group()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from calset.errors import CalsetError
 from calset.files import existing_parent, size
 from calset.pruning import distributed
 from calset.pruning.allocate import SEARCH_STEPS
-from calset.pruning.decoder import CHOSEN_EXPERTS, surroundings
+from calset.pruning.decoder import n_chosen_experts, surroundings
 from calset.pruning.hidden import Where
 from calset.pruning.memory import free_memory
 from calset.pruning.stats import CHUNK, Needs
@@ -246,10 +246,7 @@ def _uses(weight: Weight, config: Any) -> float:
     """How many matrices of a weight a token passes through."""
     if weight.n_experts is None:
         return 1
-    text = config.get_text_config()
-    return next(
-        (float(v) for v in (getattr(text, n, None) for n in CHOSEN_EXPERTS) if isinstance(v, int)), weight.n_experts
-    )
+    return n_chosen_experts(config.get_text_config()) or weight.n_experts
 
 
 def _forward(block: Block, config: Any) -> float:

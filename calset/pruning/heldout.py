@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, VerificationError
 from calset.pruning.calibration import BATCH_TOKENS, Calibration, read
+from calset.pruning.phases import OnProgress, silent, steps
 from calset.pruning.streamed import walked
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def compare(
     max_length: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     is_apart: bool | None = None,
+    tell: OnProgress = silent,
 ) -> HeldOut:
     """The losses of both models, one after the other: memory holds a block of one of them.
 
@@ -131,14 +133,15 @@ def compare(
         samples: of ``read_held_out``; ``max_length``: what cut them.
         batch_tokens: positions a micro-batch.
         is_apart: what is known of it; see ``HeldOut``.
+        tell: called with how far each model is; see ``losses``.
 
     Raises:
         InputError: the files do not fit the models, or cannot be read.
         PruningError: activations that are not finite.
         VerificationError: losses that are not.
     """
-    counts, dense_sums = losses(dense, samples, device, batch_tokens)
-    _, pruned_sums = losses(pruned, samples, device, batch_tokens)
+    counts, dense_sums = losses(dense, samples, device, batch_tokens, tell=tell, what="dense")
+    _, pruned_sums = losses(pruned, samples, device, batch_tokens, tell=tell, what="pruned")
     warnings = list(samples.warnings)
     if is_apart is None:
         warnings.append(
@@ -182,12 +185,23 @@ def standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None
 
 
 def losses(
-    source: Source, samples: Calibration, device: torch.device, batch_tokens: int = BATCH_TOKENS
+    source: Source,
+    samples: Calibration,
+    device: torch.device,
+    batch_tokens: int = BATCH_TOKENS,
+    *,
+    tell: OnProgress = silent,
+    what: str = "the",
 ) -> tuple[list[int], list[float]]:
     """How many tokens of each sample were predicted, and their summed cross-entropy in nats.
 
     A sample's very first token has nothing before it to predict it by and is left out. Samples come in the order of the
     batches; those without a predicted token are left out.
+
+    Args:
+        tell: called with {"done", "total", "phase"}: the blocks that the samples are through ("dense model"), then the
+            batches whose losses are known ("dense losses").
+        what: of the model, for the phases.
 
     Raises:
         InputError: the files do not fit the model, or cannot be read.
@@ -196,14 +210,17 @@ def losses(
     """
     counts: list[int] = []
     sums: list[float] = []
-    with walked(source, samples.batches(batch_tokens), device, "the held-out data") as walk:
+    batches, done = samples.batches(batch_tokens), steps(tell, f"{what} losses")
+    with walked(source, batches, device, "the held-out data", steps(tell, f"{what} model")) as walk:
         for position, batch in enumerate(walk.batches):
+            done(position, len(batches))
             wanted = batch.counted[:, 1:]
             found = _sums(walk, position, batch, wanted).tolist()
             for n, total in zip(wanted.sum(1).tolist(), found, strict=True):
                 if n:
                     counts.append(n)
                     sums.append(total)
+        done(len(batches), len(batches))
     if not all(map(math.isfinite, sums)):
         raise VerificationError(f"{source.folder} gives losses that are not finite on the held-out data")
     return counts, sums

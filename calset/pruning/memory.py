@@ -53,7 +53,9 @@ def free_memory(device: torch.device | None) -> int:
     import torch
 
     if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # PyTorch keeps what it freed; the driver counts that as taken.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     left = [_free_on_machine(), *free_in_groups()]
     return max(0, min(left)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

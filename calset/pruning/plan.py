@@ -452,15 +452,18 @@ def _rounded(selection: Selection, matrices: Sequence[Matrix]) -> list[str]:
 def find_device(name: str | None) -> torch.device:
     """The device of that name; by default CUDA when there is one, else the CPU.
 
+    Of several processes (torchrun) each has a GPU of its own, by number: anything asked of a bare "cuda" before that is
+    chosen would be asked of the first GPU, and open it.
+
     Raises:
         InputError: it cannot be used.
     """
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return distributed.own_gpu(torch.device("cuda")) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        device = torch.device(name)
+        device = distributed.own_gpu(torch.device(name))
         torch.zeros(1, device=device)
     except torch.OutOfMemoryError:
         raise

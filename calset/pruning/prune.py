@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from calset.pruning.hidden import HiddenStates, Where
 from calset.pruning.layout import Layout, Matrix, place
 from calset.pruning.masks import BLOCK_SIZE, Group
 from calset.pruning.memory import enough_memory
+from calset.pruning.phases import OnProgress, silent
 from calset.pruning.phases import timed as _timed
 from calset.pruning.plan import DAMPING, Plan, Propagate, as_allocated, check_shapes, make_plan, own_selection
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
     from calset.pruning.stats import InputStatistics
     from calset.pruning.walk import Walk
     from calset.pruning.workfolder import WorkFolder
-
-# Events: {"done": blocks, "total": blocks, "phase": "loading" | "surveying" | "pruning" | "measuring" | "saving"}
-OnProgress = Callable[[Mapping[str, Any]], None]
 
 
 def prune(
@@ -99,6 +97,7 @@ def prune(
         hidden: where hidden states are between blocks; default: on the device if they fit, else in host memory, else
             on disk beside ``out``. It changes no result.
         force: accept a subset of another tokenizer, and an estimate that does not fit.
+        progress: called with {"done", "total", "phase"}: blocks, and loading, surveying, pruning, measuring or saving.
 
     Raises:
         InputError: anything asked that cannot be done, before weights load.
@@ -115,10 +114,10 @@ def prune(
         f"disk, or on a GPU use --device cpu"
     ):
         if structured.is_structured(method):
-            return structured.drop_units(_planned(asked), progress or (lambda event: None))
+            return structured.drop_units(_planned(asked), progress or silent)
         plan = make_plan(**_planned(asked))
         plan.estimate.check(force)
-        tell = progress or (lambda event: None)
+        tell = progress or silent
         phases: dict[str, float] = {"checking": time.monotonic() - began}
         tell({"done": 0, "total": None, "phase": "loading"})
         with distributed.joined(plan.device) as team:

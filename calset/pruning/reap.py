@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError
-from calset.pruning.decoder import CHOSEN_EXPERTS
+from calset.pruning.decoder import n_chosen_experts
 from calset.pruning.drop import Part, whole
 from calset.pruning.masks import nearest
 from calset.pruning.walk import Watcher
@@ -82,7 +82,7 @@ def find_mixture(decoder: Decoder, config: Any) -> Mixture:
             numbers.add(int(getattr(module, "num_experts", 0)))
     if not modules:
         raise InputError("reap drops experts, and this model has no mixture of experts that calset knows: use depth")
-    chosen = next((v for v in (getattr(config, n, None) for n in CHOSEN_EXPERTS) if isinstance(v, int)), None)
+    chosen = n_chosen_experts(config)
     if len(numbers) != 1 or chosen is None:
         raise InputError("its mixtures differ in their number of experts, or it does not say how many a token gets")
     groups, chosen_groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1

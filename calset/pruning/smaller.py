@@ -71,6 +71,11 @@ def make_smaller(source: Source, files: TensorFiles, structure: Structure, kept:
         own = kept[stack_name(decoder)]
         # By its name: the largest list of a model with fewer blocks may be its vision tower's.
         fewer = small.get_submodule(stack_name(decoder))
+        if len(fewer) != len(own):
+            raise InputError(
+                f"a config that says {len(own)} blocks makes {len(fewer)} of {source.name}: calset cannot say how many "
+                f"stay"
+            )
         depth.check_same([block.module for block in decoder.blocks], list(fewer), own)
         parts = depth.parts(layout, [block.name for block in decoder.blocks], own, unused)
     else:

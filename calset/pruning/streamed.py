@@ -17,6 +17,7 @@ from calset.pruning.estimate import nearest_place
 from calset.pruning.hidden import HiddenStates, Where
 from calset.pruning.layout import Layout, place
 from calset.pruning.memory import free_memory
+from calset.pruning.phases import OnStep
 from calset.pruning.tensorfiles import DTYPES, TensorFiles, exact_dtype
 from calset.pruning.walk import Walk
 
@@ -29,13 +30,16 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def walked(source: Source, batches: Sequence[Batch], device: torch.device, data: str) -> Iterator[Walk]:
+def walked(
+    source: Source, batches: Sequence[Batch], device: torch.device, data: str, step: OnStep = lambda done, total: None
+) -> Iterator[Walk]:
     """A walk over ``batches`` with every block finished: ``Walk.logits`` is what is left to do.
 
     It runs in the narrowest dtype that holds the blocks' matrices exactly, as pruning does, whatever the config says.
 
     Args:
         data: what the batches are, for messages.
+        step: told how many blocks are finished.
 
     Raises:
         InputError: the files do not fit the model, or cannot be read.
@@ -58,9 +62,12 @@ def walked(source: Source, batches: Sequence[Batch], device: torch.device, data:
             layout.load(layout.names(f"{block.name}."), dtype, device)
 
         with Walk(model, decoder, batches, device, hidden=hidden, load=load, data=data) as walk:
-            for index in range(len(decoder.blocks)):
+            n_blocks = len(decoder.blocks)
+            step(0, n_blocks)
+            for index in range(n_blocks):
                 walk.advance(index)
                 walk.finish(index)
+                step(index + 1, n_blocks)
             yield walk
 
 

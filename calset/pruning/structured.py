@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from calset.pruning.estimate import Estimate, estimate
 from calset.pruning.hidden import HiddenStates
 from calset.pruning.layout import Layout, place, unload
 from calset.pruning.masks import BLOCK_SIZE
-from calset.pruning.phases import timed
+from calset.pruning.phases import OnProgress, timed
 from calset.pruning.plan import (
     DAMPING,
     MAX_DEVIATION,
@@ -311,7 +311,7 @@ def _rounded(sparsity: float, counts: Mapping[str, int], n_kept: int) -> list[st
 # --- the work ---------------------------------------------------------------------------------------------------
 
 
-def drop_units(asked: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], None]) -> DropReport:
+def drop_units(asked: Mapping[str, Any], tell: OnProgress) -> DropReport:
     """Drop experts or blocks and save the smaller checkpoint; see ``prune``, whose arguments ``asked`` holds."""
     began = time.monotonic()
     plan = make_plan(asked)
@@ -336,7 +336,7 @@ def _measure(
     work: WorkFolder,
     team: Team,
     phases: dict[str, float],
-    tell: Callable[[Mapping[str, Any]], None],
+    tell: OnProgress,
 ) -> list[Any]:
     """The sums of each block, in order; None where a block has nothing to score."""
     from calset.pruning.walk import Walk

@@ -15,6 +15,7 @@ from calset.errors import InputError, VerificationError
 from calset.pruning import depth, drop, reap
 from calset.pruning.checkpoint import RECORD, Source, open_folder
 from calset.pruning.decoder import find_decoder
+from calset.pruning.phases import OnProgress, OnStep, steps
 from calset.pruning.smaller import make_smaller
 from calset.pruning.tensorfiles import TensorFiles
 from calset.pruning.verify import check_logits
@@ -56,7 +57,12 @@ class DropVerifyReport:
 
 
 def verify_structured(
-    directory: str | Path, record: Mapping[str, Any], dense: Path | None, notes: Sequence[str], device: torch.device
+    directory: str | Path,
+    record: Mapping[str, Any],
+    dense: Path | None,
+    notes: Sequence[str],
+    device: torch.device,
+    tell: OnProgress,
 ) -> DropVerifyReport:
     """Prove what a structured pruning's record says; see ``verify``.
 
@@ -64,6 +70,7 @@ def verify_structured(
         record: of ``read_record``.
         dense: the dense model's folder, where it is at hand.
         device: where the model runs.
+        tell: called with how far it is: blocks for the logits, then tensors.
 
     Raises:
         InputError: a model that cannot be read.
@@ -75,8 +82,10 @@ def verify_structured(
             n_tensors = len(tensors.stored)
             source = open_folder(folder)
             _check_counts(record, stacks, source)
-            check_logits(source, device)
-            n_equal = None if dense is None else _check_equal(folder, record, stacks, dense, tensors)
+            check_logits(source, device, steps(tell, "logits"))
+            n_equal = None
+            if dense is not None:
+                n_equal = _check_equal(folder, record, stacks, dense, tensors, steps(tell, "tensors"))
     except InputError as error:
         raise VerificationError(str(error)) from error
     return DropVerifyReport(
@@ -127,7 +136,12 @@ def _check_counts(record: Mapping[str, Any], stacks: Sequence[Mapping[str, Any]]
 
 
 def _check_equal(
-    folder: Path, record: Mapping[str, Any], stacks: Sequence[Mapping[str, Any]], dense: Path, tensors: TensorFiles
+    folder: Path,
+    record: Mapping[str, Any],
+    stacks: Sequence[Mapping[str, Any]],
+    dense: Path,
+    tensors: TensorFiles,
+    step: OnStep,
 ) -> int:
     """How many tensors there are, each of them the dense model's under the recorded numbers, bit for bit."""
     kept = {stack["name"]: stack["kept"] for stack in stacks}
@@ -142,7 +156,8 @@ def _check_equal(
         if odd := sorted(parts.keys() ^ tensors.stored.keys()):
             where = "is missing" if odd[0] in parts else "is in neither the dense model nor the record"
             raise VerificationError(f"{odd[0]} {where} ({len(odd)} such tensors)")
-        for name, part in parts.items():
+        for i, (name, part) in enumerate(parts.items()):
+            step(i, len(parts))
             stored = tensors.stored[name]
             if (stored.shape, stored.dtype) != (part.shape, part.stored.dtype):
                 raise VerificationError(
@@ -150,6 +165,7 @@ def _check_equal(
                 )
             if n_bytes := drop.n_differing(part, stored):
                 raise VerificationError(f"{name} differs from {part.source} of the dense model in {n_bytes} bytes")
+        step(len(parts), len(parts))
     return len(parts)
 
 

@@ -20,6 +20,7 @@ from calset.pruning.heldout import HeldOut
 from calset.pruning.layout import Layout, cut, label
 from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection, nearest
 from calset.pruning.memory import enough_memory
+from calset.pruning.phases import OnProgress, OnStep, silent, steps
 from calset.pruning.plan import batch_positions, find_device
 from calset.pruning.streamed import walked
 from calset.pruning.tensorfiles import TensorFiles
@@ -81,6 +82,7 @@ def verify(
     batch_tokens: int | None = None,
     device: str | None = None,
     catalog: Catalog | str | Path | None = None,
+    progress: OnProgress | None = None,
 ) -> VerifyReport | DropVerifyReport:
     """Prove what ``pruning.json`` says.
 
@@ -100,6 +102,9 @@ def verify(
         batch_tokens: positions of a micro-batch of held-out samples; default: 8192, on a CPU 2048.
         device: where models run; default: with held-out samples CUDA when there is one, else the CPU.
         catalog: where the samples of a calibration subset are looked up that an older ``pruning.json`` does not list.
+        progress: called with {"done", "total", "phase"}: matrices, then blocks of the pruned model for its logits, then
+            tensors compared with the dense model's; with held-out samples blocks and batches of each model; at last
+            the phase is done.
 
     Raises:
         InputError: no such folder, no or a corrupt ``pruning.json``, a ``base`` that is not the recorded one; held-out
@@ -107,7 +112,7 @@ def verify(
         VerificationError: naming the matrix and the numbers that differ.
         PruningError: activations on the held-out samples that are not finite, or too little memory.
     """
-    folder = Path(directory)
+    folder, tell = Path(directory), progress or silent
     if not folder.is_dir():
         raise InputError(f"there is no folder {directory}")
     record = read_record(folder)
@@ -121,37 +126,47 @@ def verify(
         samples = heldout.read_held_out(held_out, *models, max_length)
         compare = partial(
             heldout.compare, held_out, samples, *models, place, max_length=max_length, is_apart=is_apart,
-            batch_tokens=batch_positions(batch_tokens, place),
+            batch_tokens=batch_positions(batch_tokens, place), tell=tell,
         )  # fmt: skip
     with enough_memory("lower --batch-tokens, cut the samples with --max-length, or on a GPU use --device cpu"):
         report: VerifyReport | DropVerifyReport
         if "structure" in record:
             from calset.pruning.structured_verify import verify_structured
 
-            report = verify_structured(folder, record, dense, notes, place)
+            report = verify_structured(folder, record, dense, notes, place, tell)
         else:
-            report = _verify_zeros(folder, record, dense, notes, place)
-        return report if compare is None else replace(report, held_out=compare())
+            report = _verify_zeros(folder, record, dense, notes, place, tell)
+        report = report if compare is None else replace(report, held_out=compare())
+    tell({"done": 1, "total": 1, "phase": "done"})
+    return report
 
 
 def _verify_zeros(
-    folder: Path, record: Mapping[str, Any], dense: Path | None, notes: Sequence[str], device: torch.device
+    folder: Path,
+    record: Mapping[str, Any],
+    dense: Path | None,
+    notes: Sequence[str],
+    device: torch.device,
+    tell: OnProgress,
 ) -> VerifyReport:
     selection = _selection(record, folder)
     with _files(folder) as tensors:
         n_zeros, size = 0, 0
-        for entry in record["matrices"]:
+        step = steps(tell, "matrices")
+        for i, entry in enumerate(record["matrices"]):
+            step(i, len(record["matrices"]))
             n_zeros += _check_matrix(entry, tensors, _own(selection, entry, record, folder))
             size += entry["shape"][0] * entry["shape"][1]
+        step(len(record["matrices"]), len(record["matrices"]))
         _check_total(record, selection)
         pruned = {entry["name"] for entry in record["matrices"]}
         biases = set(record.get("biases", ()))
         _check_biases(biases, tensors)
-        _check_model(folder, tensors, record, device)
+        _check_model(folder, tensors, record, device, steps(tell, "logits"))
         n_untouched = None
         if dense:
             with _files(dense) as others:
-                n_untouched = _check_untouched(tensors, others, pruned, biases)
+                n_untouched = _check_untouched(tensors, others, pruned, biases, steps(tell, "untouched tensors"))
     return VerifyReport(
         directory=str(folder),
         n_matrices=len(record["matrices"]),
@@ -269,7 +284,9 @@ def _opened(folder: Path) -> Source:
         raise VerificationError(str(error)) from error
 
 
-def _check_model(folder: Path, tensors: TensorFiles, record: Mapping[str, Any], device: torch.device) -> None:
+def _check_model(
+    folder: Path, tensors: TensorFiles, record: Mapping[str, Any], device: torch.device, step: OnStep
+) -> None:
     """Every tensor is there and the logits are finite.
 
     The listed matrices and those left dense must be all of its decoder's: one that is in neither list would be neither
@@ -280,11 +297,11 @@ def _check_model(folder: Path, tensors: TensorFiles, record: Mapping[str, Any], 
         _check_list(source, tensors, record)
     except InputError as error:
         raise VerificationError(str(error)) from error
-    check_logits(source, device)
+    check_logits(source, device, step)
 
 
-def check_logits(source: Source, device: torch.device) -> None:
-    """Run a few tokens through a model, block by block.
+def check_logits(source: Source, device: torch.device, step: OnStep) -> None:
+    """Run a few tokens through a model, block by block; ``step`` is told how many are finished.
 
     Raises:
         VerificationError: its tensors do not make it, or its logits are not finite.
@@ -295,7 +312,7 @@ def check_logits(source: Source, device: torch.device) -> None:
     token_ids = [i % vocabulary for i in range(1, LOGIT_TOKENS + 1)]
     batches = Calibration([token_ids], [(0, LOGIT_TOKENS)]).batches()
     try:
-        with walked(source, batches, device, "a few tokens") as walk:
+        with walked(source, batches, device, "a few tokens", step) as walk:
             for logits in walk.logits(0, [torch.arange(LOGIT_TOKENS)]):
                 if not bool(logits.isfinite().all()):
                     raise VerificationError(f"{source.folder} gives logits that are not finite")
@@ -380,12 +397,13 @@ def _look_up(content_hash: str | None, catalog: Catalog | str | Path | None) -> 
     return ([r["sample_id"] for r in rows], [r["problem_id"] for r in rows if r["problem_id"]]) if rows else None
 
 
-def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], biases: set[str]) -> int:
+def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], biases: set[str], step: OnStep) -> int:
     """How many tensors are the dense model's, bit for bit; ``biases`` may differ, and need not be there."""
     import torch
 
     n_equal = 0
-    for name in tensors.stored:
+    for i, name in enumerate(tensors.stored):
+        step(i, len(tensors.stored))
         if name not in dense.stored and name in biases:
             continue
         if name not in dense.stored:
@@ -402,4 +420,5 @@ def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str],
             n_changed = int((tensor != other).sum())
             raise VerificationError(f"{name} differs from the dense model's in {n_changed} of {tensor.numel()} values")
         n_equal += 1
+    step(len(tensors.stored), len(tensors.stored))
     return n_equal

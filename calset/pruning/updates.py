@@ -234,7 +234,7 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
     damped, added = (torch.zeros(n_outputs, dtype=wide, device=dead.device) for _ in range(2))
     for start, stop, counts in _column_blocks(stack, width):
         part = slice(start, stop)
-        # Two copies: torch turns round what lies together 20 times as fast.
+        # Two copies: torch turns round what lies together several times as fast.
         given = stack.weight[:, part].contiguous().T.clone(memory_format=torch.contiguous_format)
         given[dead[part]] = 0
         upper = factor.upper(start, stop)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Group = Literal["row", "block", "matrix"]
 BLOCK_SIZE = 128  # columns
+CACHED = 1 << 18  # scores ranked at a time on a CPU: what is made of them stays in its cache
 NARROW = 32  # values a row: below, sorting is faster than finding the k-th (measured, 1M rows of 4: 0.24 s and 0.32 s)
 
 
@@ -191,6 +192,20 @@ def lowest_of_rows(scores: Tensor, k: int) -> Tensor:
         # topk leaves the order of ties open; a stable sort does not.
         order = torch.sort(scores, dim=-1, stable=True).indices[..., :k]
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    if scores.device.type != "cpu":
+        return _up_to_the_kth(scores, k)
+    rows = scores.reshape(-1, scores.shape[-1])
+    mask = torch.empty(rows.shape, dtype=torch.bool)
+    n = max(1, CACHED // rows.shape[1])
+    for part, into in zip(rows.split(n), mask.split(n), strict=True):
+        into.copy_(_up_to_the_kth(part, k))
+    return mask.reshape(scores.shape)
+
+
+def _up_to_the_kth(scores: Tensor, k: int) -> Tensor:
+    """The k lowest of each row, for 0 < k < width."""
+    import torch
+
     edge = _kth_lowest(scores, k)
     mask = scores <= edge
     # A row has at least k such values, so all have k when the total says so.

@@ -498,9 +498,11 @@ def test_whatever_fails_each_request_comes_back_once_with_its_own_ids(doubles, o
 def test_cancel_ends_the_stream_hangs_up_and_the_next_one_works(doubles, opened):
     double = doubles(seconds=0.3)
     engine = opened(double, concurrency=8)
-    threading.Timer(0.5, engine.cancel).start()
+    stream = engine.stream(requests_for(2000), SAMPLING)
+    next(stream)  # a stream that has not begun cannot be cancelled
+    threading.Timer(0.2, engine.cancel).start()
     began = time.monotonic()
-    found = list(engine.stream(requests_for(2000), SAMPLING))
+    found = list(stream)
     assert time.monotonic() - began < 5
     assert len(found) < 100
     requests = requests_for(20, first=5000)

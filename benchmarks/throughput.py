@@ -85,7 +85,8 @@ def run(args: argparse.Namespace, problems: Path) -> None:
 
     try:
         llm = bare_engine(info, longest, args.slots)
-        bare(args.rounds, len(rows) // 4), built(args.rounds, len(rows) // 4)
+        for one in (bare, built):
+            one(args.rounds, len(rows) // 4)  # to warm up
         print("round bare_tokens_per_s build_tokens_per_s ratio bare_cpu_ms build_cpu_ms")
         for number in range(args.rounds):
             pair = {one: one(number) for one in ((bare, built) if number % 2 == 0 else (built, bare))}

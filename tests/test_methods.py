@@ -495,7 +495,6 @@ def test_a_gram_added_by_tiles_is_the_whole_product(width):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [8, 700])
 def test_a_gram_is_summed_in_float32_whatever_the_inputs_are(dtype, width):
-    # Made up of numbers of which products in bfloat16 would keep little: all of a channel's lie near 1.
     inputs = (make_inputs(2000, width) / 100 + 1).to(dtype)
     exact = inputs.double().T @ inputs.double()
     gram = mirror(statistics_of(inputs).gram).double()

@@ -28,6 +28,7 @@ from calset.pruning.phases import OnProgress, silent
 from calset.pruning.phases import timed as _timed
 from calset.pruning.plan import DAMPING, Plan, Propagate, as_allocated, check_shapes, make_plan, own_selection
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
+from calset.pruning.stats import is_finite
 from calset.pruning.structured_report import DropReport
 from calset.pruning.tensorfiles import TensorFiles
 
@@ -339,7 +340,7 @@ def _prune_group(
 ) -> dict[tuple[Any, ...], MatrixReport]:
     """Prune matrices that read one input, in place; reports by the matrices' keys."""
     weights = [m.values().detach().float() for m in members]
-    if not all(bool(w.isfinite().all()) for w in weights):
+    if not all(map(is_finite, weights)):
         raise PruningError(f"{members[0].label} holds values that are not finite: the checkpoint is broken")
     plan, method = run.plan, run.plan.method
     if method.needs and (inputs is None or not inputs.weight):
@@ -366,7 +367,7 @@ def _write(
     import torch
 
     weight = result.weight.to(run.plan.dtypes[matrix.name]).masked_fill_(result.mask, 0.0)
-    if not bool(weight.isfinite().all()):
+    if not is_finite(weight):
         raise PruningError(
             f"the pruned weights of {matrix.label} are not finite: use more calibration tokens or raise --damping"
         )
@@ -401,7 +402,7 @@ def _shift_bias(matrix: Matrix, shift: Tensor, plan: Plan) -> None:
 
     place = _bias(matrix)
     bias = (place.to(shift) + shift).to(plan.dtypes[plan.bias_names[matrix.reads]])
-    if not bool(bias.isfinite().all()):
+    if not is_finite(bias):
         raise PruningError(f"the corrected bias of {matrix.reads} is not finite: its inputs are too large; use wanda")
     with torch.no_grad():
         place.copy_(bias)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from calset.errors import PruningError
 from calset.pruning.masks import gradual_mask, prune_mask
-from calset.pruning.updates import Stack, Updated, damp, hessian
+from calset.pruning.stats import mirror
+from calset.pruning.updates import Stack, Updated, add_ridge, factorise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,11 +55,15 @@ def pose(weight: Tensor, statistics: InputStatistics, damping: float) -> Problem
     Raises:
         PruningError: a Gram that no damping cures.
     """
-    found = hessian(statistics)
-    damped, _, used = damp(found.matrix, found.mean, damping)
+    assert statistics.gram is not None
+    factor = factorise(statistics, damping)  # for the damping that makes it positive definite
+    dead, ridge, used = factor.dead, factor.ridge, factor.damping
+    del factor
+    damped = mirror(statistics.gram / (statistics.weight or 1.0))
+    add_ridge(damped, dead, ridge)
     scale = damped.diagonal().sqrt()
     matrix = damped / scale / scale[:, None]
-    target = (weight * scale).masked_fill(found.dead, 0.0)
+    target = (weight * scale).masked_fill(dead, 0.0)
     return Problem(matrix, scale, target, target @ matrix, used)
 
 

@@ -35,7 +35,7 @@ from calset.pruning.plan import (
     settings_of,
 )
 from calset.pruning.smaller import Smaller, Structure, make_smaller, stack_name
-from calset.pruning.stats import Needs
+from calset.pruning.stats import Needs, is_finite
 from calset.pruning.structured_report import DropReport, Stack, card_section, make_report
 from calset.pruning.tensorfiles import TensorFiles, exact_dtype
 
@@ -414,7 +414,7 @@ def _added_up(sums: Tensor, block: Block, team: Team) -> Any:
 
     parts = team.gather({team.rank: sums.tolist()})
     total = torch.tensor([parts[rank] for rank in sorted(parts)], dtype=torch.float64).sum(0)
-    if not bool(total.isfinite().all()):
+    if not is_finite(total):
         raise PruningError(f"what {block.name} makes of the calibration data is not finite")
     return total.tolist()
 

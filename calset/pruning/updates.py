@@ -1,7 +1,7 @@
 """Weight updates: methods that choose a mask and move the kept weights to make up for the pruned ones.
 
-Here: the damped Hessian that all of them share, and SparseGPT; ``splitting`` has ADMM and ALPS. Pure functions on
-float32 tensors; the caller casts once, at the end. They must not know models.
+Here: the damping of the Hessian that all of them share, and SparseGPT; ``splitting`` has ADMM and ALPS. Pure functions
+on float32 tensors; the caller casts once, at the end. They must not know models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from calset.errors import PruningError
 from calset.pruning.masks import Pattern, Selection, blocks, lowest, lowest_of_groups, prune_mask
-from calset.pruning.stats import TILE, mirror, wide_dtype
+from calset.pruning.stats import TILE, is_finite, wide_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -76,15 +76,6 @@ class Updated:
 
 
 @dataclass(frozen=True, slots=True)
-class Hessian:
-    """H = X^T X / token weight, with dead inputs at 1. ``mean``: of the live diagonal. ``dead``: inputs, bool."""
-
-    matrix: Tensor
-    mean: float
-    dead: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Factor:
     """What one Gram gives to every matrix that shares it: R, upper triangular, with H = R R^T.
 
@@ -122,55 +113,11 @@ class Factor:
         return self.flipped[width - start :, width - stop : width - start].mT.flip(0, 1)
 
 
-def hessian(statistics: InputStatistics) -> Hessian:
-    """H = X^T X / token weight. Dead inputs get H = 1 and stay out of the mean diagonal.
-
-    Counted in, they would make the damping depend on the activations' scale.
-    """
-    assert statistics.gram is not None
-    matrix = mirror(statistics.gram / (statistics.weight or 1.0))
-    diagonal = matrix.diagonal()
-    dead, mean = _live(diagonal)
-    diagonal[dead] = 1.0
-    return Hessian(matrix, mean, dead)
-
-
-def damp(matrix: Tensor, mean: float, damping: float) -> tuple[Tensor, Tensor, float]:
-    """Add damping x mean to the diagonal, ten times as much as long as the sum is not positive definite.
-
-    Returns:
-        (the damped matrix, the Cholesky factor L of its flip, the damping that held).
-
-    Raises:
-        PruningError: no damping up to 10^4 times the asked one makes it positive definite.
-    """
-    import torch
-
-    for tried in _raised(damping):
-        damped = matrix.clone()
-        damped.diagonal().add_(tried * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(info) and bool(lower.isfinite().all()):
-            return damped, lower, tried
-    raise _indefinite(damping)
-
-
-def _raised(damping: float) -> list[float]:
-    """What is tried, in order."""
-    return [damping * 10**i for i in range(MAX_RAISES + 1)]
-
-
-def _indefinite(damping: float) -> PruningError:
-    return PruningError(
-        f"the input statistics are not positive definite even with a damping of {_raised(damping)[-1]:g}: "
-        f"use more calibration tokens or raise --damping"
-    )
-
-
 def factorise(statistics: InputStatistics, damping: float = 0.01) -> Factor:
     """R, upper triangular, with H = R R^T, H = X^T X / token weight + damping x mean diagonal.
 
-    When H is not positive definite the damping is raised tenfold, and the caller records the one that held.
+    When H is not positive definite the damping is raised tenfold, and the caller records the one that held. Dead inputs
+    get H = 1 and stay out of the mean diagonal: with them the damping would depend on the activations' scale.
 
     R is the Cholesky factor L of the flipped H, flipped back: flip(H) = L L^T. That is 1/3 d^3 flops; the authors'
     code, which forms H^-1, takes 4/3 d^3. All of it happens in one matrix beside the Gram.
@@ -181,27 +128,31 @@ def factorise(statistics: InputStatistics, damping: float = 0.01) -> Factor:
     import torch
 
     assert statistics.gram is not None
-    dead, mean = _live(statistics.gram.diagonal() / (statistics.weight or 1.0))
-    for tried in _raised(damping):
+    diagonal = statistics.gram.diagonal() / (statistics.weight or 1.0)
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 0.0
+    for tried in (damping * 10**i for i in range(MAX_RAISES + 1)):
         # The Gram's lower triangle, flipped and transposed, is a lower one again, in LAPACK's order of elements: it
         # works in place.
         lower = statistics.gram.flip(0, 1).mT
         lower /= statistics.weight or 1.0
-        diagonal = lower.diagonal()
-        diagonal[dead.flip(0)] = 1.0
-        diagonal += tried * mean
+        add_ridge(lower, dead.flip(0), tried * mean)
         info = torch.empty((), dtype=torch.int32, device=lower.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         # What is not finite in a row of it is not finite on its diagonal.
-        if not int(info) and bool(lower.diagonal().isfinite().all()):
+        if not int(info) and is_finite(lower.diagonal()):
             return Factor(lower, dead, tried, tried * mean)
-    raise _indefinite(damping)
+    raise PruningError(
+        f"the input statistics are not positive definite even with a damping of {damping * 10**MAX_RAISES:g}: "
+        f"use more calibration tokens or raise --damping"
+    )
 
 
-def _live(diagonal: Tensor) -> tuple[Tensor, float]:
-    """Which inputs were always zero (bool), and the mean over the others."""
-    dead = diagonal == 0
-    return dead, float(diagonal[~dead].mean()) if bool((~dead).any()) else 0.0
+def add_ridge(matrix: Tensor, dead: Tensor, ridge: float) -> None:
+    """Make X^T X / token weight the H of a method, in place: 1 for dead inputs, and the damping."""
+    diagonal = matrix.diagonal()
+    diagonal[dead] = 1.0
+    diagonal += ridge
 
 
 def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) -> Updated:

@@ -22,6 +22,7 @@ from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection, nearest
 from calset.pruning.memory import enough_memory
 from calset.pruning.phases import OnProgress, OnStep, silent, steps
 from calset.pruning.plan import batch_positions, find_device
+from calset.pruning.stats import is_finite
 from calset.pruning.streamed import walked
 from calset.pruning.tensorfiles import TensorFiles
 
@@ -232,7 +233,7 @@ def _check_biases(biases: set[str], tensors: TensorFiles) -> None:
     for name in sorted(biases):
         if name not in tensors.stored:
             raise VerificationError(f"{name} is listed as changed but not in the checkpoint")
-        if not bool(tensors.read(name).isfinite().all()):
+        if not is_finite(tensors.read(name)):
             raise VerificationError(f"{name} holds values that are not finite")
 
 
@@ -258,7 +259,7 @@ def _check_matrix(entry: Mapping[str, Any], tensors: TensorFiles, selection: Sel
     name = _label(entry)
     if tuple(weight.shape) != shape:
         raise VerificationError(f"{name} is {tuple(weight.shape)}, recorded as {shape}")
-    if not bool(weight.isfinite().all()):
+    if not is_finite(weight):
         raise VerificationError(f"{name} holds values that are not finite")
     n_zeros = int((weight == 0).sum())
     if n_zeros != entry["n_zeros"]:
@@ -314,7 +315,7 @@ def check_logits(source: Source, device: torch.device, step: OnStep) -> None:
     try:
         with walked(source, batches, device, "a few tokens", step) as walk:
             for logits in walk.logits(0, [torch.arange(LOGIT_TOKENS)]):
-                if not bool(logits.isfinite().all()):
+                if not is_finite(logits):
                     raise VerificationError(f"{source.folder} gives logits that are not finite")
     except (InputError, PruningError) as error:
         raise VerificationError(str(error)) from error

@@ -25,8 +25,8 @@ def snippets(page: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     "page",
-    # README and CONTRIBUTING in the fast suite; the pages of docs/ take a minute more each.
-    [pytest.param(page, marks=[pytest.mark.slow] * (page.parent.name == "docs"), id=page.name) for page in PAGES],
+    # README in the fast suite; the others take minutes together.
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.name != "README.md"), id=page.name) for page in PAGES],
 )
 def test_what_a_page_shows_runs(page: Path, tmp_path: Path) -> None:
     environment = dict(os.environ, CALSET_ENGINE="transformers", PYTHONPATH=str(tmp_path))

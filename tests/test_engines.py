@@ -165,10 +165,11 @@ def test_weights_of_another_shape_are_refused_and_the_old_ones_stay(
     assert engine.loaded == info.revision
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_swap_equals_a_fresh_vllm_and_a_dead_one_says_how_to_go_on(vllm_engine, info, tiny_model, altered_model):
-    """The second and last vLLM start of the suite: a fresh engine on the other checkpoint, then killed."""
+    """A second start: a fresh engine on the other checkpoint, then killed."""
     altered = inspect(altered_model)
     vllm_engine.load_weights(altered_model, altered.revision)
     swapped = run(vllm_engine, requests_for(info, 5), GREEDY)

@@ -635,6 +635,7 @@ def test_a_retry_after_may_be_a_date():
 # --- a build ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_build_through_servers_of_which_one_dies_keeps_what_was_served(doubles, tiny_model, tmp_path):
     a, b = doubles(seconds=0.03), doubles(seconds=0.03)
     died: list[int] = []

@@ -118,7 +118,7 @@ def test_saved_means_on_disk_and_a_second_build_starts_no_engine(tiny_model: Pat
     events.clear()
     again = build(tiny_model, SUMS, samples=2, engine="transformers", **options)
     assert (again.n_new, again.n_existing, again.run_id, again.engine) == (0, 24, None, None)
-    assert not events
+    assert [(e.phase, e.saved, e.existing, e.total) for e in events] == [("done", 0, 24, 24)]
     more = build(tiny_model, SUMS, samples=3, engine=transformers_engine, **options)
     assert (more.n_new, more.n_existing) == (12, 24)
     assert_complete(path, 12, 3)
@@ -468,18 +468,19 @@ SCRIPT = """
 import sys
 from calset.builder.generate import build
 if __name__ == "__main__":
-    model, catalog, engine, max_tokens = sys.argv[1:]
-    report = build(model, "gym:chain_sum?size=20&seed=5", samples=4, catalog=catalog, engine=engine,
+    model, catalog, engine, max_tokens, samples = sys.argv[1:]
+    report = build(model, "gym:chain_sum?size=20&seed=5", samples=int(samples), catalog=catalog, engine=engine,
                    max_tokens=int(max_tokens), concurrency=8, commit_every_seconds=0.1,
                    progress=lambda e: print(e.phase, e.existing + e.saved, flush=True))
     print("report", report.stopped, report.n_new, flush=True)
 """
 
 
-def start(tmp_path: Path, model: Path, engine: str, max_tokens: int) -> subprocess.Popen[str]:
+def start(tmp_path: Path, model: Path, engine: str, max_tokens: int, samples: int = 4) -> subprocess.Popen[str]:
     script = tmp_path / "build.py"
     script.write_text(SCRIPT)
-    arguments = [sys.executable, str(script), str(model), str(tmp_path / "c.duckdb"), engine, str(max_tokens)]
+    catalog = str(tmp_path / "c.duckdb")
+    arguments = [sys.executable, str(script), str(model), catalog, engine, str(max_tokens), str(samples)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
@@ -510,30 +511,31 @@ def wait_for_end(session: int, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "kills"),
+    ("engine", "samples", "kills"),
     [
-        pytest.param("transformers", 2, marks=pytest.mark.slow),
-        pytest.param("vllm", 3, marks=[pytest.mark.vllm, pytest.mark.slow]),
+        pytest.param("transformers", 4, 2, marks=pytest.mark.slow),
+        # Enough for seconds of work: a kill that comes late should still find a build at work.
+        pytest.param("vllm", 40, 3, marks=[pytest.mark.vllm, pytest.mark.slow]),
     ],
 )
 def test_killed_at_random_moments_nothing_claimed_is_lost_and_nothing_comes_twice(
-    tmp_path: Path, tiny_model: Path, engine: str, kills: int
+    tmp_path: Path, tiny_model: Path, engine: str, samples: int, kills: int
 ):
     path, claimed = tmp_path / "c.duckdb", 0
     if engine == "vllm":
         pytest.importorskip("vllm")
     for attempt in range(kills):
-        process = start(tmp_path, tiny_model, engine, 100)
+        process = start(tmp_path, tiny_model, engine, 100, samples)
         claimed = max(claimed, run_until_saved(process, claimed + random.Random(attempt).randint(1, 25)))
         time.sleep(random.Random(attempt).random() * 0.3)
         process.kill()
         process.wait()
         wait_for_end(process.pid)  # workers and engine processes go with their parent
         assert count(path) >= claimed
-    process = start(tmp_path, tiny_model, engine, 100)
-    assert run_until_saved(process, 10**9) == 80
+    process = start(tmp_path, tiny_model, engine, 100, samples)
+    assert run_until_saved(process, 10**9) == 20 * samples
     assert process.wait(timeout=120) == 0
-    assert_complete(path, 20, 4)
+    assert_complete(path, 20, samples)
 
 
 @pytest.mark.parametrize(

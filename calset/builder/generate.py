@@ -179,6 +179,7 @@ def build(
     )
     warnings = [*plan.warnings, *plan.existing.warnings]
     if not work.has_work():
+        work.emit("done")
         return _report(work, None, 0.0, aim, warnings)
     work.emit("starting engine")
     with GradingPool(graders) as pool:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
 from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan, patiently
+from calset.builder.priority import giving_way, lower_own_threads
 from calset.builder.provenance import hardware, versions
 from calset.builder.reasoning import split
 from calset.builder.schedule import Schedule, Unit
@@ -140,6 +141,7 @@ class Pipeline:
         self._decisions: list[Decision] = []
         self._left_out: list[tuple[Problem, list[Contamination]]] = []
         self._first: Unit | None = None
+        self._gives_way = False
 
     def has_work(self) -> bool:
         """Whether there is anything to generate; looks at what the catalog holds, starts nothing.
@@ -168,7 +170,9 @@ class Pipeline:
         self._rate = Rate(self._began)
         self._met_before = self.schedule.facts().get("met", 0)
         self.emit("generating")
-        with _interruptible(self._stop):
+        # An engine may say that its processes compute on the cores that this process runs on.
+        self._gives_way = bool(getattr(engine, "shares_cores", False))
+        with _interruptible(self._stop), giving_way() if self._gives_way else nullcontext():
             try:
                 while self._round(engine, pool):
                     pass
@@ -185,6 +189,8 @@ class Pipeline:
         over = threading.Event()
         pump = threading.Thread(target=self._pump, args=(engine, over), name="calset-pump", daemon=True)
         pump.start()
+        if self._gives_way:
+            lower_own_threads()
         try:
             self._collect(engine, pool)
         except (CatalogError, KeyboardInterrupt):

@@ -85,6 +85,7 @@ class VllmEngine:
     ) -> None:
         _prepare_environment(verbose)
         self.version = _import_vllm()
+        self.shares_cores = _on_cpu()  # what feeds it gives way to it
         self.max_model_len = max_model_len
         self.loaded = model.revision
         self._folder = model.folder
@@ -127,7 +128,7 @@ class VllmEngine:
             "disable_log_stats": True,
             "use_tqdm_on_load": verbose,
         }
-        if current_platform.is_cpu():
+        if self.shares_cores:
             arguments |= {
                 "max_num_seqs": concurrency or CPU_SEQUENCES,
                 "enforce_eager": True,
@@ -385,6 +386,12 @@ def _import_vllm() -> str:
         why = import_problem(error, "install the vLLM that fits this machine, or use --engine transformers")
         raise EngineUnavailable(f"vLLM is installed but cannot be imported: {why}") from error
     return vllm.__version__
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def _prepare_environment(verbose: bool) -> None:

@@ -54,7 +54,7 @@ def run(name: str, weight: torch.Tensor, inputs: torch.Tensor, **selection):
 def sparsegpt_alone(weight: torch.Tensor, inputs: torch.Tensor, **selection) -> updates.Updated:
     """As published, without the comparison with magnitude."""
     selection.setdefault("group", "block")
-    return updates.sparsegpt(updates.Stack.of([weight], [Selection(**selection)]), statistics_of(inputs))
+    return updates.sparsegpt(updates.Stack([weight], [Selection(**selection)]), statistics_of(inputs))
 
 
 def exact_statistics(inputs: torch.Tensor) -> InputStatistics:
@@ -202,7 +202,7 @@ def test_dsnot_is_the_textbooks(base, how):
 def test_admm_and_alps_are_the_textbooks(name, how, n_tokens):
     weight, inputs = make_weight(24, 64).double(), make_inputs(n_tokens, 64)
     want, want_mask = getattr(textbook, name)(weight.numpy(), inputs.numpy(), how)
-    stack = updates.Stack.of([weight], [Selection(**as_ours(how))])
+    stack = updates.Stack([weight], [Selection(**as_ours(how))])
     got = METHODS[name].update(stack, exact_statistics(inputs), 0.01)
     assert np.array_equal(got.mask.numpy(), want_mask)
     assert np.abs(got.weight.numpy() - want).max() < 1e-6
@@ -216,7 +216,7 @@ def test_alps_in_float32_has_the_textbooks_mask_and_error_where_its_weights_are_
     want, want_mask = textbook.alps(weight.numpy(), inputs.numpy(), how)
 
     def off(kept: torch.Tensor, statistics: InputStatistics) -> float:
-        got = METHODS["alps"].update(updates.Stack.of([kept], [Selection(**how)]), statistics, 0.01)
+        got = METHODS["alps"].update(updates.Stack([kept], [Selection(**how)]), statistics, 0.01)
         assert np.array_equal(got.mask.numpy(), want_mask)
         errors = [np.linalg.norm(inputs.numpy() @ (np.asarray(w) - weight.numpy()).T) ** 2 for w in (got.weight, want)]
         assert errors[0] == pytest.approx(errors[1], rel=2e-3)
@@ -376,27 +376,49 @@ def test_the_relative_error_is_that_of_the_outputs(name, kind, n_tokens):
 
 def whole(factor: updates.Factor) -> torch.Tensor:
     """R, of H = R R^T."""
-    return factor.flipped.flip(0, 1)
+    width = len(factor.gram)
+    r = torch.zeros(width, width)
+    for start in range(0, width, 40):
+        stop = min(start + 40, width)
+        r[:start, start:stop] = factor.above(start, stop, torch.eye(width).split(updates.SLAB))[:, :start].T
+        r[start:stop, start:stop] = torch.linalg.inv(factor.upper(start, stop))
+    return r
 
 
-@pytest.mark.parametrize("width", [1, 48, 700])
-def test_the_factor_gives_the_upper_cholesky_of_the_inverse_block_by_block(width):
-    statistics = statistics_of(make_inputs(1000, width))
+@pytest.mark.parametrize(("width", "start", "stop"), [(1, 0, 1), (48, 16, 24), (700, 233, 350), (1300, 480, 1100)])
+def test_the_factor_gives_the_upper_cholesky_of_the_inverse_block_by_block(width, start, stop):
+    statistics = statistics_of(make_inputs(2000, width))
     before = statistics.gram.clone()
-    hessian = mirror(before.double()) / 1000
+    hessian = mirror(before.double()) / 2000
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(width)
     want = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     factor = updates.factorise(statistics)
     assert torch.allclose(factor.saliency.double(), want.diagonal().square(), rtol=1e-3)
-    start, stop = width // 3, max(1, width // 2)
     upper = factor.upper(start, stop).double()
     assert torch.allclose(upper, want[start:stop, start:stop], atol=1e-4 * float(want.abs().max()))
     # What earlier columns' errors E do to a block, E U, is what they lost, E U, times R above the block and U in it.
     errors = torch.randn(3, start, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lost = errors @ want[:start, :start]
-    got = -lost @ factor.earlier(start, stop).T.double() @ upper
+    slabs = torch.zeros(width, 3)
+    slabs[:start] = lost.T
+    got = -factor.above(start, stop, slabs.split(updates.SLAB)).T.double() @ upper
     assert torch.allclose(got, errors @ want[:start, start:stop], atol=1e-3 * float(want.abs().max()))
-    assert torch.equal(statistics.gram, before)
+    # The Gram's lower half is still there, and R is that of the whole.
+    assert torch.equal(statistics.gram.tril(), before.tril())
+    r = whole(factor).double()
+    assert torch.equal(r.triu(), r)
+    assert torch.allclose(r @ r.T, hessian, atol=1e-4 * float(hessian.abs().max()))
+
+
+@pytest.mark.parametrize("how", [{"sparsity": 0.5, "block_size": 100}, {"pattern": Pattern(3, 6), "block_size": 128}])
+def test_where_slabs_end_changes_nothing(how, monkeypatch):
+    weight, inputs = make_weight(12, 1200), make_inputs(400, 1200)
+    whole_slabs = run("sparsegpt", weight, inputs, **how)
+    monkeypatch.setattr(updates, "SLAB", 512)
+    in_parts = run("sparsegpt", weight, inputs, **how)
+    assert torch.equal(in_parts.mask, whole_slabs.mask)
+    assert torch.allclose(in_parts.weight, whole_slabs.weight, atol=1e-5)
+    assert in_parts.error == pytest.approx(whole_slabs.error, rel=1e-5)
 
 
 @pytest.mark.parametrize("width", [6, 512, 1100])

@@ -19,7 +19,7 @@ from calset.pruning.allocate import SEARCH_STEPS
 from calset.pruning.decoder import n_chosen_experts, surroundings
 from calset.pruning.hidden import Where
 from calset.pruning.memory import free_memory
-from calset.pruning.stats import CHUNK, Needs
+from calset.pruning.stats import CHUNK, TILE, Needs
 from calset.pruning.survey import needs_of
 
 if TYPE_CHECKING:
@@ -214,7 +214,8 @@ def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:
 
 
 def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int:
-    """The matrices of one input at a time: as float32, updated, their errors and scores; a factor of the Gram.
+    """The matrices of one input at a time: as float32, updated, their errors and scores; a few columns of the Gram, of
+    which the factor takes the unused half.
 
     Splitting methods also hold the Gram damped and scaled, the scaled weights, their product with it, and two iterates
     with their sums.
@@ -224,9 +225,12 @@ def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int
         # What one module holds may share an input; an attention's projections do.
         key = (id(weight.module) if weight.n_experts else hash(weight.name.rsplit(".", 2)[0]), weight.shape[1])
         together[key] = together.get(key, 0) + weight.shape[0]
-    grams = (5 if method.products > 1 or method.refined else 2) if Needs.GRAM in needs else 0
+    has_gram = Needs.GRAM in needs
+    grams, columns = 5 * (has_gram and (method.products > 1 or method.refined)), 3 * TILE * has_gram
     copies = 10 if method.products > 1 else 4
-    return max(((copies * rows + grams * width) * width * FLOAT for (_, width), rows in together.items()), default=0)
+    return max(
+        ((copies * rows + grams * width + columns) * width * FLOAT for (_, width), rows in together.items()), default=0
+    )
 
 
 def _activation_bytes(block: Block, shapes: Sequence[tuple[int, int]], hidden: int, itemsize: int, config: Any) -> int:
@@ -239,7 +243,7 @@ def _activation_bytes(block: Block, shapes: Sequence[tuple[int, int]], hidden: i
         # Eager attention holds every head's scores, their softmax in float32 and that cast back.
         heads = getattr(config.get_text_config(), "num_attention_heads", None) or 1
         mask += pairs * heads * (2 * itemsize + FLOAT)
-    return positions * itemsize * (6 * hidden + 2 * round(outputs)) + min(positions, CHUNK) * widest * FLOAT + mask
+    return positions * itemsize * (6 * hidden + 2 * round(outputs)) + min(positions * widest, CHUNK) * FLOAT + mask
 
 
 def _uses(weight: Weight, config: Any) -> float:

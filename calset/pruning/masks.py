@@ -138,8 +138,7 @@ def prune_mask(scores: Tensor, selection: Selection) -> Tensor:
     Raises:
         PruningError: a score is NaN.
     """
-    if scores.isnan().any():
-        raise PruningError("scores are not a number: the weights or the calibration statistics are broken")
+    check_scores(scores)
     if selection.pattern is not None:
         return lowest_of_groups(scores, selection.pattern)
     assert selection.sparsity is not None
@@ -150,8 +149,20 @@ def prune_mask(scores: Tensor, selection: Selection) -> Tensor:
         return lowest(scores, nearest(selection.sparsity * rows * width))
     import torch
 
-    parts = [lowest(scores[:, a:b], k) for a, b, k in blocks(rows, width, selection.sparsity, selection.block_size)]
-    return torch.cat(parts, dim=1)
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    for a, b, k in blocks(rows, width, selection.sparsity, selection.block_size):
+        mask[:, a:b] = lowest(scores[:, a:b], k)
+    return mask
+
+
+def check_scores(scores: Tensor) -> None:
+    """Refuse what cannot be ranked.
+
+    Raises:
+        PruningError: a score is NaN.
+    """
+    if scores.sum().isnan() and scores.isnan().any():  # a NaN, or infinities of both signs, make the sum one
+        raise PruningError("scores are not a number: the weights or the calibration statistics are broken")
 
 
 def gradual_mask(scores: Tensor, selection: Selection, share: float) -> Tensor:
@@ -198,7 +209,7 @@ def lowest_of_rows(scores: Tensor, k: int) -> Tensor:
     mask = torch.empty(rows.shape, dtype=torch.bool)
     n = max(1, CACHED // rows.shape[1])
     for part, into in zip(rows.split(n), mask.split(n), strict=True):
-        into.copy_(_up_to_the_kth(part, k))
+        into.copy_(_up_to_the_kth(part.float() if part.element_size() < 4 else part, k))  # as exact, and faster
     return mask.reshape(scores.shape)
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from calset.errors import InputError
 from calset.pruning import scores, splitting, updates
 from calset.pruning.masks import Group, Selection, prune_mask
+from calset.pruning.memory import give_back
 from calset.pruning.refine import dsnot
-from calset.pruning.stats import Needs
+from calset.pruning.stats import Needs, widened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """One pruned matrix: ``weight`` (float32, zero under ``mask``), and how it went.
+    """One pruned matrix: ``weight`` (zero under ``mask``; in float32 or the given dtype), and how it went.
 
     ``bias_shift`` (outputs, float32): what its bias gains. ``instead``: "magnitude" where that erred less than the
     method did, and its result was kept.
@@ -141,7 +142,7 @@ def prune_shared(
     """Prune the matrices that read one input (q/k/v, gate/up): what depends on the Gram alone is computed once.
 
     Args:
-        weights: each outputs x inputs, float32, with one number of inputs.
+        weights: each outputs x inputs, any float dtype, with one number of inputs; computed with in float32.
         selection: one for all, or one a matrix (of one pattern, group and block size).
         can_have_bias: of each linear; a method with a ``biased`` score uses it there.
 
@@ -164,14 +165,14 @@ def _by_score(
 ) -> Pruned:
     score = method.biased if can_have_bias and method.biased else method.score
     assert score is not None
-    mask = prune_mask(score(weight, statistics), selection)
+    mask = prune_mask(score(widened(weight), statistics), selection)
     if method.refined:
         assert statistics is not None
-        mask = dsnot(weight, mask, statistics, selection.pattern)
+        mask = dsnot(widened(weight), mask, statistics, selection.pattern)
     shift = None
     if can_have_bias and method.biased:
         assert statistics is not None
-        shift = scores.bias_shift(weight, mask, statistics)
+        shift = scores.bias_shift(widened(weight), mask, statistics)
     new = weight.masked_fill(mask, 0.0)
     error = updates.relative_error(weight, new, statistics, shift) if statistics else None
     return Pruned(new, mask, error=error, bias_shift=shift)
@@ -185,16 +186,17 @@ def _by_update(
     selections: Sequence[Selection],
     damping: float,
 ) -> list[Pruned]:
-    stack = updates.Stack.of(weights, selections)
+    stack = updates.Stack(weights, selections)
     done = update(stack, statistics, damping)
+    give_back()
     results = []
     for i, (weight, new, mask) in enumerate(
         zip(weights, stack.split(done.weight), stack.split(done.mask), strict=True)
     ):
-        error = done.errors[i] if done.errors else updates.squared_error(weight - new, statistics)
+        error = done.errors[i] if done.errors else updates.change_error(weight, new, statistics)
         best: Candidate = (error, new, mask, None)
         if method.refined:
-            refined = _refined(weight, mask, statistics, selections[i], done.damping)
+            refined = _refined(widened(weight), mask, statistics, selections[i], done.damping)
             best = min(best, refined, key=lambda c: c[0])
         best = _or_magnitude(best, weight, statistics, selections[i])
         whole = updates.squared_error(weight, statistics)
@@ -209,13 +211,13 @@ def _refined(
     """DSnoT's mask of the dense weights, and the weights that suit it best."""
     mask = dsnot(weight, mask, statistics, selection.pattern)
     new = splitting.refit(weight, mask, statistics, damping)
-    return updates.squared_error(weight - new, statistics), new, mask, None
+    return updates.change_error(weight, new, statistics), new, mask, None
 
 
 def _or_magnitude(best: Candidate, weight: Tensor, statistics: InputStatistics, selection: Selection) -> Candidate:
     """No update is sure to err less than magnitude on few tokens or odd statistics; keeping the better of both is."""
     mask = prune_mask(weight.abs(), selection)
-    error = updates.errs_at_most(weight.masked_fill(~mask, 0.0), statistics, best[0])
+    error = updates.errs_at_most(weight, mask, statistics, best[0])
     if error is None or error >= best[0]:
         return best
     return error, weight.masked_fill(mask, 0.0), mask, "magnitude"

@@ -23,7 +23,7 @@ def magnitude(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
 def wanda(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
     """|W_ij| x ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, equation 1)."""
     assert statistics is not None
-    return weight.abs() * statistics.diagonal.sqrt()
+    return weight.abs().mul_(statistics.diagonal.sqrt())
 
 
 def ria(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
@@ -46,7 +46,7 @@ def stade(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
     fluctuation counts. Without a bias nothing takes over the mean, and the optimum is Wanda's score.
     """
     assert statistics is not None
-    return weight.abs() * statistics.variance.sqrt()
+    return weight.abs().mul_(statistics.variance.sqrt())
 
 
 def bias_shift(weight: Tensor, mask: Tensor, statistics: InputStatistics) -> Tensor:

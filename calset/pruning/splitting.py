@@ -79,7 +79,7 @@ def admm(stack: Stack, statistics: InputStatistics, damping: float = 0.01) -> Up
     """
     import torch
 
-    problem = pose(stack.weight, statistics, damping)
+    problem = pose(stack.weight(), statistics, damping)
     inverse = _inverse(problem.matrix, ADMM_RHO)
     weight, dual = problem.target, torch.zeros_like(problem.target)
     mask = torch.zeros_like(weight, dtype=torch.bool)
@@ -104,7 +104,7 @@ def alps(stack: Stack, statistics: InputStatistics, damping: float = 0.01) -> Up
     """
     import torch
 
-    whole = pose(stack.weight, statistics, damping)
+    whole = pose(stack.weight(), statistics, damping)
     first = _inverse(whole.matrix, ALPS_RHO)
     weights, masks = [], []
     for target, pull, selection in zip(

@@ -144,7 +144,7 @@ def errors(
         for names in grouped(shared):
             results = methods.prune_shared(
                 method,
-                [weights[name].float() for name in names],
+                [weights[name] for name in names],
                 shared[names[0]],
                 replace(selection, sparsity=sparsity),
                 damping,

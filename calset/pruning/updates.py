@@ -6,14 +6,15 @@ on float32 tensors; the caller casts once, at the end. They must not know models
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 from calset.errors import PruningError
-from calset.pruning.masks import Pattern, Selection, blocks, lowest, lowest_of_groups, prune_mask
-from calset.pruning.stats import TILE, is_finite, wide_dtype
+from calset.pruning.masks import Pattern, Selection, blocks, check_scores, lowest, lowest_of_groups, prune_mask
+from calset.pruning.memory import give_back
+from calset.pruning.stats import TILE, is_finite, wide_dtype, widened
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,8 @@ CANCELLED = 1e-2  # of a sum of float32 errors: a smaller difference is computed
 MAX_RAISES = 4  # of the damping, by 10 each
 KERNEL_WIDTH = 256  # columns of a block that the Triton kernel holds in registers
 SYSTEM_BYTES = 256 << 20  # of triangular systems solved at once
+SLAB = 8 * TILE  # inputs whose changes lie together, and are let go together
+ROWS = 1024  # outputs whose error is computed at a time
 STEP = 16  # columns updated one by one before their errors go to the rest of the block at once
 
 
@@ -32,20 +35,37 @@ STEP = 16  # columns updated one by one before their errors go to the rest of th
 class Stack:
     """The matrices that read one input, one under the other: one solve for q/k/v, one for gate/up.
 
-    ``weight``: all outputs x inputs, float32. ``sizes``: outputs of each matrix. ``selections``: one a matrix; they may
-    differ in sparsity, never in pattern, group or block size.
+    ``matrices``: each outputs x inputs, of any float dtype, the caller's: never written on. ``selections``: one a
+    matrix; they may differ in sparsity, never in pattern, group or block size.
     """
 
-    weight: Tensor
-    sizes: Sequence[int]
+    matrices: Sequence[Tensor]
     selections: Sequence[Selection]
 
-    @classmethod
-    def of(cls, weights: Sequence[Tensor], selections: Sequence[Selection]) -> Stack:
+    @property
+    def sizes(self) -> list[int]:
+        """Outputs of each matrix."""
+        return [len(matrix) for matrix in self.matrices]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(All outputs, inputs)."""
+        return sum(self.sizes), self.matrices[0].shape[1]
+
+    def weight(self) -> Tensor:
+        """All outputs x inputs, float32 or wider; a copy only where it must be, which can take hundreds of MB."""
         import torch
 
-        stacked = torch.cat(list(weights)) if len(weights) > 1 else weights[0]  # a copy can take hundreds of MB
-        return cls(stacked, [len(w) for w in weights], selections)
+        weights = [widened(matrix) for matrix in self.matrices]
+        return torch.cat(weights) if len(weights) > 1 else weights[0]
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Inputs ``start`` to ``stop`` x all outputs, float32 or wider, a copy."""
+        import torch
+
+        # Two copies: torch turns round what lies together several times as fast.
+        parts = torch.cat([matrix[:, start:stop] for matrix in self.matrices])
+        return widened(parts.T.clone(memory_format=torch.contiguous_format))
 
     @property
     def pattern(self) -> Pattern | None:
@@ -66,7 +86,8 @@ class Stack:
 class Updated:
     """What an update made of a stack: new weights and mask, stacked, and the damping that held.
 
-    ``errors``: each matrix's ``squared_error``, when the update knows it without a product with the Gram.
+    ``weight``: float32, or in the dtype of the matrices where an update has rounded them already. ``errors``: each
+    matrix's ``squared_error``, when the update knows it without a product with the Gram.
     """
 
     weight: Tensor
@@ -80,14 +101,16 @@ class Factor:
     """What one Gram gives to every matrix that shares it: R, upper triangular, with H = R R^T.
 
     SparseGPT speaks of U, with H^-1 = U^T U. That is R^-1, and of it only the blocks on the diagonal are needed: what
-    is above them comes from R (``earlier``), so that H is never inverted.
+    is above them comes from R, so that H is never inverted.
 
-    ``flipped`` (inputs x inputs): R with rows and columns in reverse, so lower triangular, as the Cholesky leaves it.
-    ``dead`` (inputs, bool): inputs that were always zero. ``damping``: the share of the mean diagonal that was added
-    in the end, ``ridge`` what that came to.
+    ``gram`` (inputs x inputs): R above its tiles on the diagonal, in the half of the Gram's memory that nobody reads;
+    below them it is the Gram still. ``tiles``: those tiles of R, each TILE x TILE, the last one smaller. ``dead``
+    (inputs, bool): inputs that were always zero. ``damping``: the share of the mean diagonal that was added in the end,
+    ``ridge`` what that came to.
     """
 
-    flipped: Tensor
+    gram: Tensor
+    tiles: Sequence[Tensor]
     dead: Tensor
     damping: float
     ridge: float
@@ -95,22 +118,48 @@ class Factor:
     @property
     def saliency(self) -> Tensor:
         """diag(U)^2 (inputs)."""
-        return self.flipped.diagonal().flip(0).square().reciprocal()
+        import torch
+
+        return torch.cat([tile.diagonal() for tile in self.tiles]).square().reciprocal()
 
     def upper(self, start: int, stop: int) -> Tensor:
         """U's block on the diagonal: rows and columns ``start`` to ``stop``."""
         import torch
 
-        width = len(self.flipped)
-        part = slice(width - stop, width - start)
-        identity = torch.eye(stop - start, dtype=self.flipped.dtype, device=self.flipped.device)
-        inverse = torch.linalg.solve_triangular(self.flipped[part, part], identity, upper=False)
-        return inverse.flip(0, 1).contiguous()
+        block = self.gram[start:stop, start:stop].triu()
+        for number, first, last in _pieces(start, stop, TILE):
+            left = number * TILE
+            rows = slice(first - left, last - left)
+            block[first - start : last - start, first - start : last - start] = self.tiles[number][rows, rows]
+        identity = torch.eye(stop - start, dtype=block.dtype, device=block.device)
+        return torch.linalg.solve_triangular(block, identity, upper=True).contiguous()
 
-    def earlier(self, start: int, stop: int) -> Tensor:
-        """R above that block, transposed: columns ``start`` to ``stop`` x the inputs before ``start``."""
-        width = len(self.flipped)
-        return self.flipped[width - start :, width - stop : width - start].mT.flip(0, 1)
+    def above(self, start: int, stop: int, lost: Sequence[Tensor]) -> Tensor:
+        """R above that block, transposed, times what the inputs before it have lost (columns x outputs).
+
+        Args:
+            lost: inputs x outputs, in slabs of SLAB inputs.
+        """
+        import torch
+
+        total = torch.zeros(stop - start, lost[0].shape[1], dtype=lost[0].dtype, device=lost[0].device)
+        for number, left, right in _pieces(start, stop, TILE):
+            part, tile = total[left - start : right - start], number * TILE
+            for slab, first, last in _pieces(0, min(tile, start), SLAB):
+                part.addmm_(self.gram[first:last, left:right].T, lost[slab][: last - first])
+            for slab, first, last in _pieces(tile, start, SLAB):
+                rows = self.tiles[number][first - tile : last - tile, left - tile : right - tile]
+                part.addmm_(rows.T, lost[slab][first - slab * SLAB : last - slab * SLAB])
+        return total
+
+
+def _pieces(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """What of ``start`` to ``stop`` lies in each piece of ``size``: (the piece's number, from, to)."""
+    while start < stop:
+        number = start // size
+        end = min(stop, (number + 1) * size)
+        yield number, start, end
+        start = end
 
 
 def factorise(statistics: InputStatistics, damping: float = 0.01) -> Factor:
@@ -119,33 +168,47 @@ def factorise(statistics: InputStatistics, damping: float = 0.01) -> Factor:
     When H is not positive definite the damping is raised tenfold, and the caller records the one that held. Dead inputs
     get H = 1 and stay out of the mean diagonal: with them the damping would depend on the activations' scale.
 
-    R is the Cholesky factor L of the flipped H, flipped back: flip(H) = L L^T. That is 1/3 d^3 flops; the authors'
-    code, which forms H^-1, takes 4/3 d^3. All of it happens in one matrix beside the Gram.
+    A Cholesky from the last input to the first, TILE columns at a time (left-looking): 1/3 d^3 flops, where the
+    authors' code, which forms H^-1, takes 4/3 d^3. It reads the Gram's lower triangle and writes to the upper one, so
+    that a second matrix as large is not needed.
 
     Raises:
         PruningError: no damping up to 10^4 times the asked one makes H positive definite.
     """
-    import torch
-
     assert statistics.gram is not None
     diagonal = statistics.gram.diagonal() / (statistics.weight or 1.0)
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 0.0
     for tried in (damping * 10**i for i in range(MAX_RAISES + 1)):
-        # The Gram's lower triangle, flipped and transposed, is a lower one again, in LAPACK's order of elements: it
-        # works in place.
-        lower = statistics.gram.flip(0, 1).mT
-        lower /= statistics.weight or 1.0
-        add_ridge(lower, dead.flip(0), tried * mean)
-        info = torch.empty((), dtype=torch.int32, device=lower.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        # What is not finite in a row of it is not finite on its diagonal.
-        if not int(info) and is_finite(lower.diagonal()):
-            return Factor(lower, dead, tried, tried * mean)
+        tiles = _cholesky(statistics.gram, statistics.weight or 1.0, dead, tried * mean)
+        if tiles is not None:
+            return Factor(statistics.gram, tiles, dead, tried, tried * mean)
     raise PruningError(
         f"the input statistics are not positive definite even with a damping of {damping * 10**MAX_RAISES:g}: "
         f"use more calibration tokens or raise --damping"
     )
+
+
+def _cholesky(gram: Tensor, weight: float, dead: Tensor, ridge: float) -> list[Tensor] | None:
+    """R's tiles on the diagonal, what is above them left in ``gram``; None where H is not positive definite."""
+    import torch
+
+    tiles = []
+    for start in reversed(range(0, len(gram), TILE)):
+        stop = min(start + TILE, len(gram))
+        # H's columns, transposed, less what later columns of R account for.
+        rows = gram[start:stop, :stop] / weight
+        add_ridge(rows[:, start:], dead[start:stop], ridge)
+        if stop < len(gram):
+            rows.addmm_(gram[start:stop, stop:], gram[:stop, stop:].T, alpha=-1)
+        lower, info = torch.linalg.cholesky_ex(rows[:, start:].flip(0, 1))
+        # What is not finite in a row of it is not finite on its diagonal.
+        if int(info) or not is_finite(lower.diagonal()):
+            return None
+        tiles.append(lower.flip(0, 1))
+        if start:
+            gram[:start, start:stop] = torch.linalg.solve_triangular(tiles[-1], rows[:, :start], upper=True).T
+    return tiles[::-1]
 
 
 def add_ridge(matrix: Tensor, dead: Tensor, ridge: float) -> None:
@@ -172,37 +235,44 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
     import torch
 
     factor = factorise(statistics, damping)
+    give_back()
     dead, ridge, used = factor.dead, factor.ridge, factor.damping
     saliency = factor.saliency[:, None]
     # Inputs first: the work goes input by input, and those lie together this way.
-    width, n_outputs = stack.weight.shape[::-1]
+    n_outputs, width = stack.shape
     mask = torch.zeros(width, n_outputs, dtype=torch.bool, device=dead.device)
     by_block = stack.pattern is None and stack.selections[0].group == "block"
     if stack.pattern is None and not by_block:
-        mask = stack.mask((stack.weight.square() / saliency.T).masked_fill_(dead, 0.0)).T.contiguous()
-    lost = torch.empty(width, n_outputs, dtype=stack.weight.dtype, device=dead.device)
+        mask = stack.mask(stack.weight().square().div_(saliency.T).masked_fill_(dead, 0.0)).T.contiguous()
+    like = {"dtype": saliency.dtype, "device": dead.device}
+    lost = [torch.empty(last - first, n_outputs, **like) for _, first, last in _pieces(0, width, SLAB)]
     wide = wide_dtype(dead.device)
     damped, added = (torch.zeros(n_outputs, dtype=wide, device=dead.device) for _ in range(2))
     for start, stop, counts in _column_blocks(stack, width):
         part = slice(start, stop)
-        # Two copies: torch turns round what lies together several times as fast.
-        given = stack.weight[:, part].contiguous().T.clone(memory_format=torch.contiguous_format)
+        given = stack.columns(start, stop)
         given[dead[part]] = 0
         upper = factor.upper(start, stop)
-        columns = given.addmm(upper.T, factor.earlier(start, stop) @ lost[:start])
+        columns = given.addmm(upper.T, factor.above(start, stop, lost))
         if by_block:
             mask[part] = _block_mask(columns.square() / saliency[part], counts, stack.sizes)
         errors = _block_errors(columns, upper, mask[part], stack.pattern)
         columns[mask[part]] = 0
-        torch.sub(given, columns, out=lost[part])
+        given -= columns
+        for slab, first, last in _pieces(start, stop, SLAB):
+            lost[slab][first - slab * SLAB : last - slab * SLAB] = given[first - start : last - start]
         # Under the damped Hessian the squares of the errors sum to the squared error of what was lost.
         damped += errors.square().sum(0)
-        added += ridge * lost[part].square().sum(0)
-    del factor  # as large as the Gram; what follows needs room for weights
-    new, gone = lost.T.contiguous(), mask.T.contiguous()
-    del lost, mask
-    new.neg_().add_(stack.weight).masked_fill_(gone | dead, 0.0)
-    return Updated(new, gone, used, _errors(stack, damped, added, statistics))
+        added += ridge * given.square().sum(0)
+    # Rounded here, and not by the caller, and a slab at a time: beside a Gram every copy of the weights counts.
+    new = torch.empty(n_outputs, width, dtype=stack.matrices[0].dtype, device=dead.device)
+    for _, start, stop in _pieces(0, width, SLAB):
+        change = lost.pop(0)
+        for first in range(start, stop, TILE):
+            part = slice(first, min(first + TILE, stop))
+            kept = stack.columns(part.start, part.stop).sub_(change[part.start - start : part.stop - start])
+            new[:, part] = kept.masked_fill_(mask[part] | dead[part, None], 0.0).to(new.dtype).T.contiguous()
+    return Updated(new, mask.T, used, _errors(stack, damped, added, statistics))
 
 
 def _errors(stack: Stack, damped: Tensor, added: Tensor, statistics: InputStatistics) -> list[float] | None:
@@ -317,30 +387,37 @@ def solve_errors(columns: Tensor, upper: Tensor, mask: Tensor, chunk: int | None
 
 
 def _checked(scores: Tensor) -> Tensor:
-    if scores.isnan().any():
-        raise PruningError("scores are not a number: the weights or the calibration statistics are broken")
+    check_scores(scores)
     return scores
 
 
 def squared_error(change: Tensor, statistics: InputStatistics) -> float:
-    """||X change^T||^2 over the calibration inputs, each by its weight."""
+    """||X change^T||^2 over the calibration inputs, each by its weight; ``change`` of any float dtype."""
     gram, total, wide = statistics.gram, 0.0, wide_dtype(change.device)
     assert gram is not None
-    for start in range(0, len(gram), TILE):
-        stop = start + TILE
-        part = change[:, start:stop]
-        # The Gram is symmetric: what stands below its diagonal counts twice, what stands above is not read.
-        product = 2 * (change[:, stop:] @ gram[stop:, start:stop])
-        product.addmm_(part, gram[start:stop, start:stop])
-        total += float((product * part).sum(dtype=wide))
+    for rows in change.split(ROWS):
+        given = widened(rows)
+        for start in range(0, len(gram), TILE):
+            stop = start + TILE
+            part = given[:, start:stop]
+            # The Gram is symmetric: what stands below its diagonal counts twice, what stands above is not read.
+            product = 2 * (given[:, stop:] @ gram[stop:, start:stop])
+            product.addmm_(part, gram[start:stop, start:stop])
+            total += float((product * part).sum(dtype=wide))
     return max(0.0, total)
 
 
-def errs_at_most(change: Tensor, statistics: InputStatistics, limit: float) -> float | None:
-    """The squared error of a change, or None as soon as some of its outputs err more than ``limit`` already."""
-    error = 0.0
-    for part in change.split(max(1, len(change) // 8)):
-        error += squared_error(part, statistics)
+def change_error(weight: Tensor, new: Tensor, statistics: InputStatistics) -> float:
+    """||X (weight - new)^T||^2, without a third matrix of their size."""
+    pairs = zip(weight.split(ROWS), new.split(ROWS), strict=True)
+    return sum(squared_error(old - changed, statistics) for old, changed in pairs)
+
+
+def errs_at_most(weight: Tensor, mask: Tensor, statistics: InputStatistics, limit: float) -> float | None:
+    """The squared error of removing what is under ``mask``; None as soon as some outputs err more than ``limit``."""
+    error, n = 0.0, max(1, min(ROWS, len(weight) // 8))
+    for rows, gone in zip(weight.split(n), mask.split(n), strict=True):
+        error += squared_error(rows.masked_fill(~gone, 0.0), statistics)
         if error > limit:
             return None
     return error
@@ -357,7 +434,7 @@ def relative_error(
     if statistics.gram is None:
         return None
     whole = squared_error(weight, statistics)
-    error = squared_error(weight - pruned, statistics)
+    error = change_error(weight, pruned, statistics)
     if bias_shift is not None:
         shifted = float(bias_shift.square().sum(dtype=wide_dtype(bias_shift.device)))
         error = max(0.0, error - statistics.weight * shifted)

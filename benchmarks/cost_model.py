@@ -107,8 +107,9 @@ def cost(config: Any, tokens: int) -> Cost:
     every = [i for inputs in each for i in inputs]
     gram_bytes = [sum(4.0 * i.count * i.width**2 for i in inputs) for inputs in each]
     block_bytes = [2.0 * sum(p.numel() for p in b.module.parameters()) for b in blocks]
-    # Two matrices of the Gram's size and four of the stack's in float32, of one input at a time.
-    solving = max(4.0 * i.width * (2 * i.width + 4 * i.outputs / i.count) for i in every)
+    # Of one input at a time some columns of the Gram, and of each weight what it lost (float32), the new one, a score
+    # (bfloat16) and whether it goes.
+    solving = max(i.width * (4.0 * 3 * TILE + 9 * i.outputs / i.count) for i in every)
     whole = 2.0 * sum(p.numel() for p in model.parameters())
     return Cost(
         weights=sum(float(i.width * i.outputs * i.count) for i in every),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 # The CPU's allocator raises a plain RuntimeError; pinned memory and cuBLAS have their own words.
+WORTHWHILE = 256 << 20
 _WORDS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
 
@@ -46,9 +47,13 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-def give_back() -> None:
-    """Let the system have what was freed: glibc keeps pieces of up to 32 MB, in all hundreds of MB after a pass."""
-    if sys.platform == "linux":
+def give_back(at_work: int) -> None:
+    """Let the system have what was freed: glibc keeps pieces of up to 32 MB, in all some 200 MB beside a large Gram.
+
+    Args:
+        at_work: bytes that are held beside it; little is not worth having to ask for the rest again.
+    """
+    if at_work >= WORTHWHILE and sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
 

@@ -188,7 +188,7 @@ def _by_update(
 ) -> list[Pruned]:
     stack = updates.Stack(weights, selections)
     done = update(stack, statistics, damping)
-    give_back()
+    give_back(0 if statistics.gram is None else statistics.gram.nbytes)
     results = []
     for i, (weight, new, mask) in enumerate(
         zip(weights, stack.split(done.weight), stack.split(done.mask), strict=True)

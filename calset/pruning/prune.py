@@ -271,7 +271,7 @@ def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
             needs, only = plan.method.needs, {m.reads for m in chosen}
             found = walk.statistics(index, needs, keep=plan.propagate == "dense", only=only)
             found = team.add_up(found, {m.reads: m.shape[1] for m in chosen}, needs, plan.device)
-    give_back()
+    give_back(sum(s.gram.nbytes for s in found.values() if s.gram is not None))
     with _timed(phases, "pruning"):
         reports = _prune_block(chosen, found, run)
     with _timed(phases, "writing"):

@@ -235,7 +235,7 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
     import torch
 
     factor = factorise(statistics, damping)
-    give_back()
+    give_back(factor.gram.nbytes)
     dead, ridge, used = factor.dead, factor.ridge, factor.damping
     saliency = factor.saliency[:, None]
     # Inputs first: the work goes input by input, and those lie together this way.
@@ -257,7 +257,7 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
         if by_block:
             mask[part] = _block_mask(columns.square() / saliency[part], counts, stack.sizes)
         errors = _block_errors(columns, upper, mask[part], stack.pattern)
-        columns[mask[part]] = 0
+        columns.masked_fill_(mask[part], 0.0)
         given -= columns
         for slab, first, last in _pieces(start, stop, SLAB):
             lost[slab][first - slab * SLAB : last - slab * SLAB] = given[first - start : last - start]
@@ -270,8 +270,10 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
         change = lost.pop(0)
         for first in range(start, stop, TILE):
             part = slice(first, min(first + TILE, stop))
+            # What goes lost all that it was, so that exactly 0 is left.
             kept = stack.columns(part.start, part.stop).sub_(change[part.start - start : part.stop - start])
-            new[:, part] = kept.masked_fill_(mask[part] | dead[part, None], 0.0).to(new.dtype).T.contiguous()
+            kept[dead[part]] = 0
+            new[:, part] = kept.to(new.dtype).T.contiguous()
     return Updated(new, mask.T, used, _errors(stack, damped, added, statistics))
 
 
@@ -346,8 +348,10 @@ def loop_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern |
     """
     import torch
 
-    errors = torch.zeros_like(columns)
-    saliency = upper.diagonal().square()[:, None]
+    errors = torch.empty_like(columns)
+    diagonal = upper.diagonal()[:, None]
+    saliency = diagonal.square()
+    scale = mask / diagonal  # of a pruned weight its error, 0 for others
     # A group's weights must all be up to date when its mask is chosen.
     step = STEP if pattern is None else max(pattern.m, STEP // pattern.m * pattern.m)
     for start in range(0, len(columns), step):
@@ -357,7 +361,8 @@ def loop_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern |
                 group = slice(i, i + pattern.m)
                 scores = _checked(columns[group].square() / saliency[group])
                 mask[group] = lowest_of_groups(scores.T.contiguous(), pattern).T
-            errors[i] = torch.where(mask[i], columns[i], 0.0) / upper[i, i]
+                scale[group] = mask[group] / diagonal[group]
+            torch.mul(columns[i], scale[i], out=errors[i])
             columns[i + 1 : stop].addr_(upper[i, i + 1 : stop], errors[i], alpha=-1)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return errors

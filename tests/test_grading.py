@@ -24,6 +24,7 @@ from calset.builder.grading import (
     verdict_without_grading,
 )
 from calset.builder.grading.pool import GradingPool
+from calset.builder.priority import giving_way
 from calset.errors import CalsetError, InputError
 
 # (reference, response after the thinking, finish reason, verdict a careful person gives)
@@ -374,6 +375,20 @@ def test_workers_give_way_to_a_generation(background: bool, nice: int, children,
         pool.submit("strange", "1", "1", {}).result(timeout=120)
         (worker,) = children()
         assert os.getpriority(os.PRIO_PROCESS, worker) == os.getpriority(os.PRIO_PROCESS, 0) + nice
+
+
+def test_a_worker_that_replaces_one_does_not_fall_to_a_builds_lowest_priority(children):
+    """The pool's threads start it, and it inherits theirs."""
+    usual = os.getpriority(os.PRIO_PROCESS, 0) + 10
+    with GradingPool(1) as pool:
+        pool.submit("exact", "1", "1", {}).result(timeout=120)
+        with giving_way():
+            (first,) = children()
+            os.kill(first, signal.SIGKILL)
+            pool.submit("exact", "1", "1", {}).result(timeout=120)
+            (second,) = children()
+            assert second != first
+            assert os.getpriority(os.PRIO_PROCESS, second) == usual
 
 
 def test_closing_drops_what_waits():

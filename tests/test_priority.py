@@ -23,7 +23,7 @@ def nice(thread: threading.Thread | None = None) -> int:
 def idle() -> Iterator[dict[str, threading.Thread]]:
     """A thread of calset's and one of somebody else."""
     over = threading.Event()
-    threads = {name: threading.Thread(target=over.wait, name=name, daemon=True) for name in ("calset-x", "theirs")}
+    threads = {name: threading.Thread(target=over.wait, name=name, daemon=True) for name in ("calset-pump", "theirs")}
     for thread in threads.values():
         thread.start()
     yield threads
@@ -47,18 +47,18 @@ def test_the_caller_gets_its_priority_back_and_calsets_own_threads_stay_low(idle
     before, possible = nice(), priority._can_be_raised()
     with suppress(ZeroDivisionError), priority.giving_way():
         assert nice() == (priority.LOWEST if possible else before)
-        assert nice(idle["calset-x"]) == priority.LOWEST
+        assert nice(idle["calset-pump"]) == priority.LOWEST
         assert nice(idle["theirs"]) == before
         raise ZeroDivisionError
     assert nice() == before
-    assert nice(idle["calset-x"]) == priority.LOWEST
+    assert nice(idle["calset-pump"]) == priority.LOWEST
 
 
 def test_a_caller_that_could_not_get_it_back_keeps_it(forbidden, idle):
     before = nice()
     with priority.giving_way():
         assert nice() == before
-        assert nice(idle["calset-x"]) == priority.LOWEST
+        assert nice(idle["calset-pump"]) == priority.LOWEST
     assert nice() == before
 
 
@@ -78,8 +78,8 @@ def test_a_command_of_its_own_need_not_get_it_back(forbidden, monkeypatch: pytes
 
 
 def test_a_thread_that_has_ended_is_passed_over(idle):
-    ended = threading.Thread(target=lambda: None, name="calset-ended")
+    ended = threading.Thread(target=lambda: None, name="calset-feed")
     ended.start()
     ended.join()
     priority.lower_own_threads()
-    assert nice(idle["calset-x"]) == priority.LOWEST
+    assert nice(idle["calset-pump"]) == priority.LOWEST

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 LOWEST = 19  # at 5 and at 10 the engine got less: there is little to do, but it must not come at the wrong moment
-OURS = "calset-"  # what the names of calset's own threads begin with
+# What the names of the threads begin with that feed an engine and wait for it. Not a grading pool's: its workers would
+# inherit the lowest priority, at which they fall behind.
+OURS = ("calset-vllm", "calset-feed", "calset-pump")
 
 _ends_with_command = False
 
@@ -27,7 +29,7 @@ def never_mind_restoring() -> None:
 
 @contextmanager
 def giving_way() -> Iterator[None]:
-    """Lower calset's own threads for good, and meanwhile the calling one.
+    """Lower the threads that feed an engine for good, and meanwhile the calling one.
 
     The caller's stays as it is where it could not have its priority back: the system lets only root, and those whom
     ``ulimit -e`` allows it, raise one. Threads that it starts inherit what it has.
@@ -46,7 +48,7 @@ def giving_way() -> Iterator[None]:
 
 
 def lower_own_threads() -> None:
-    """Give calset's own threads in this process the lowest priority: an engine's, a grading pool's, a feed's."""
+    """Give this process's threads that feed an engine the lowest priority."""
     for thread in threading.enumerate():
         if thread.name.startswith(OURS) and thread.native_id is not None:
             _set(thread.native_id, LOWEST)

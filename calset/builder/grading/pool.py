@@ -95,7 +95,8 @@ class GradingPool:
                 raise CalsetError("the grading pool is closed")
             self._waiting.append(_Job(message, future, time.monotonic()))
             self._changed.notify_all()
-        self._grow()
+        if not self._threads:  # then they see to it themselves; whoever submits may run at the lowest priority
+            self._grow()
         return future
 
     def warm(self, grader: str) -> None:

@@ -422,6 +422,14 @@ def test_a_config_that_names_another_dtype_does_not_retype_the_weights(tmp_path,
         assert torch.equal(sparse[sparse != 0], dense[sparse != 0])
 
 
+@pytest.mark.parametrize("method", [*METHODS, "sparsegpt+dsnot"])
+def test_a_float64_checkpoint_is_pruned_and_stays_one(tmp_path, method):
+    folder = save_model(tmp_path / "dense", dtype=torch.float64)
+    report = prune(folder, make_subset(), tmp_path / "out", method=method, sparsity=0.5)
+    assert report.sparsity == 0.5
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.float64}
+
+
 def test_a_mixed_checkpoint_stays_mixed_and_its_spare_tensors_stay(tmp_path):
     folder = save_model(tmp_path / "dense", dtype=torch.bfloat16)
     weights = weights_of(folder)

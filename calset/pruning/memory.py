@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,10 @@ from calset.errors import PruningError
 if TYPE_CHECKING:
     import torch
 
+    from calset.pruning.stats import InputStatistics
+
+WORTHWHILE = 256 << 20  # bytes of Grams on the host; beside less, asking for memory again costs more than it is worth
 # The CPU's allocator raises a plain RuntimeError; pinned memory and cuBLAS have their own words.
-WORTHWHILE = 256 << 20
 _WORDS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
 
@@ -47,13 +49,11 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-def give_back(at_work: int) -> None:
-    """Let the system have what was freed: glibc keeps pieces of up to 32 MB, in all some 200 MB beside a large Gram.
-
-    Args:
-        at_work: bytes that are held beside it; little is not worth having to ask for the rest again.
-    """
-    if at_work >= WORTHWHILE and sys.platform == "linux":
+def give_back(statistics: Iterable[InputStatistics]) -> None:
+    """Let the system have what was freed, where the host holds large Grams: glibc keeps pieces of up to 32 MB, in all
+    some 200 MB."""
+    grams = {id(s.gram): s.gram for s in statistics if s.gram is not None and s.gram.device.type == "cpu"}
+    if sys.platform == "linux" and sum(gram.nbytes for gram in grams.values()) >= WORTHWHILE:
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
 

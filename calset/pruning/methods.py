@@ -188,7 +188,7 @@ def _by_update(
 ) -> list[Pruned]:
     stack = updates.Stack(weights, selections)
     done = update(stack, statistics, damping)
-    give_back(0 if statistics.gram is None else statistics.gram.nbytes)
+    give_back([statistics])
     results = []
     for i, (weight, new, mask) in enumerate(
         zip(weights, stack.split(done.weight), stack.split(done.mask), strict=True)
@@ -218,6 +218,6 @@ def _or_magnitude(best: Candidate, weight: Tensor, statistics: InputStatistics, 
     """No update is sure to err less than magnitude on few tokens or odd statistics; keeping the better of both is."""
     mask = prune_mask(weight.abs(), selection)
     error = updates.errs_at_most(weight, mask, statistics, best[0])
-    if error is None or error >= best[0]:
+    if error is None or not error < best[0]:  # nor when that one is not a number: the caller refuses it
         return best
     return error, weight.masked_fill(mask, 0.0), mask, "magnitude"

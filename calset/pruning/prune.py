@@ -28,7 +28,7 @@ from calset.pruning.phases import OnProgress, silent
 from calset.pruning.phases import timed as _timed
 from calset.pruning.plan import DAMPING, Plan, Propagate, as_allocated, check_shapes, make_plan, own_selection
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
-from calset.pruning.stats import is_finite
+from calset.pruning.stats import is_finite, narrowed
 from calset.pruning.structured_report import DropReport
 from calset.pruning.tensorfiles import TensorFiles
 
@@ -271,7 +271,7 @@ def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
             needs, only = plan.method.needs, {m.reads for m in chosen}
             found = walk.statistics(index, needs, keep=plan.propagate == "dense", only=only)
             found = team.add_up(found, {m.reads: m.shape[1] for m in chosen}, needs, plan.device)
-    give_back(sum(s.gram.nbytes for s in found.values() if s.gram is not None))
+    give_back(found.values())
     with _timed(phases, "pruning"):
         reports = _prune_block(chosen, found, run)
     with _timed(phases, "writing"):
@@ -340,7 +340,7 @@ def _prune_group(
     members: Sequence[Matrix], inputs: InputStatistics | None, run: _Run
 ) -> dict[tuple[Any, ...], MatrixReport]:
     """Prune matrices that read one input, in place; reports by the matrices' keys."""
-    weights = [m.values().detach() for m in members]
+    weights = [narrowed(m.values().detach()) for m in members]
     if not all(map(is_finite, weights)):
         raise PruningError(f"{members[0].label} holds values that are not finite: the checkpoint is broken")
     plan, method = run.plan, run.plan.method
@@ -364,10 +364,10 @@ def _write(
     statistics: InputStatistics | None,
     run: _Run,
 ) -> MatrixReport:
-    """Cast once, to the dtype in the source's file, mask again, and count what will be saved."""
+    """Cast once, to the dtype in the source's file, and count what will be saved."""
     import torch
 
-    weight = result.weight.to(run.plan.dtypes[matrix.name]).masked_fill_(result.mask, 0.0)
+    weight = result.weight.to(run.plan.dtypes[matrix.name])
     if not is_finite(weight):
         raise PruningError(
             f"the pruned weights of {matrix.label} are not finite: use more calibration tokens or raise --damping"

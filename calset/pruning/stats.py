@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CHUNK = 1 << 24  # numbers turned to float32 at a time: 64 MB, and at the widest (20,000) still 800 tokens
+CHUNK = 1 << 24  # numbers turned to float32 at a time: 64 MB, and of 20,000 inputs still 800 tokens
 FINE = 1 << 18  # numbers turned to float64 at a time: they stay in a CPU's cache, which is three times as fast
 TILE = 512  # columns of a Gram computed at a time; on a CPU as fast as any, from 576 inputs to 8192
 
@@ -38,7 +38,8 @@ class InputStatistics:
 
     ``n_tokens``: how many; ``weight``: the sum of w. ``squares`` and ``total`` (width, float64 where the device has
     it): the sums of w x_i^2 and w x. ``gram`` (width x width, float32): the sum of w x x^T, of which only the lower
-    triangle is right (``mirror`` fills the other): hardly anything reads both. None: not asked for.
+    triangle and whole TILE x TILE tiles on the diagonal are right (``mirror`` fills the rest): hardly anything reads
+    both, and a solve keeps its factor there. None: not asked for.
 
     Why float64: the variance is a difference of the two, and where the mean is a thousand times the deviation, as in
     some channels of large models, float32 sums leave nothing of it.
@@ -135,6 +136,13 @@ def widened(values: Tensor) -> Tensor:
     import torch
 
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def narrowed(values: Tensor) -> Tensor:
+    """float64 as float32, in which Grams are summed; other dtypes as they are."""
+    import torch
+
+    return values.float() if values.dtype == torch.float64 else values
 
 
 def wide_dtype(device: torch.device | str) -> torch.dtype:

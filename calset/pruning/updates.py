@@ -1,7 +1,8 @@
 """Weight updates: methods that choose a mask and move the kept weights to make up for the pruned ones.
 
-Here: the damping of the Hessian that all of them share, and SparseGPT; ``splitting`` has ADMM and ALPS. Pure functions
-on float32 tensors; the caller casts once, at the end. They must not know models.
+Here: the damping of the Hessian that all of them share, and SparseGPT; ``splitting`` has ADMM and ALPS. Functions of
+weights in any float dtype, computed with in float32, and of a Gram, on the unused half of which they write; weights are
+rounded once, at the end. They must not know models.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CANCELLED = 1e-2  # of a sum of float32 errors: a smaller difference is computed
 MAX_RAISES = 4  # of the damping, by 10 each
 KERNEL_WIDTH = 256  # columns of a block that the Triton kernel holds in registers
 SYSTEM_BYTES = 256 << 20  # of triangular systems solved at once
-SLAB = 8 * TILE  # inputs whose changes lie together, and are let go together
+SLAB = 8 * TILE  # a multiple of TILE; inputs whose changes lie together, and are let go together
 ROWS = 1024  # outputs whose error is computed at a time
 STEP = 16  # columns updated one by one before their errors go to the rest of the block at once
 
@@ -87,7 +88,7 @@ class Updated:
     """What an update made of a stack: new weights and mask, stacked, and the damping that held.
 
     ``weight``: float32, or in the dtype of the matrices where an update has rounded them already. ``errors``: each
-    matrix's ``squared_error``, when the update knows it without a product with the Gram.
+    matrix's ``squared_error``, before any rounding, when the update knows it without a product with the Gram.
     """
 
     weight: Tensor
@@ -147,9 +148,9 @@ class Factor:
             part, tile = total[left - start : right - start], number * TILE
             for slab, first, last in _pieces(0, min(tile, start), SLAB):
                 part.addmm_(self.gram[first:last, left:right].T, lost[slab][: last - first])
-            for slab, first, last in _pieces(tile, start, SLAB):
-                rows = self.tiles[number][first - tile : last - tile, left - tile : right - tile]
-                part.addmm_(rows.T, lost[slab][first - slab * SLAB : last - slab * SLAB])
+            if tile < start:  # of the block's first tile, which lies in one slab
+                slab, rows = tile // SLAB, self.tiles[number][: start - tile, left - tile : right - tile]
+                part.addmm_(rows.T, lost[slab][tile - slab * SLAB : start - slab * SLAB])
         return total
 
 
@@ -235,7 +236,7 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
     import torch
 
     factor = factorise(statistics, damping)
-    give_back(factor.gram.nbytes)
+    give_back([statistics])
     dead, ridge, used = factor.dead, factor.ridge, factor.damping
     saliency = factor.saliency[:, None]
     # Inputs first: the work goes input by input, and those lie together this way.
@@ -351,7 +352,7 @@ def loop_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern |
     errors = torch.empty_like(columns)
     diagonal = upper.diagonal()[:, None]
     saliency = diagonal.square()
-    scale = mask / diagonal  # of a pruned weight its error, 0 for others
+    scale = mask / diagonal  # a pruned weight's error is the weight times that; a kept one's is 0
     # A group's weights must all be up to date when its mask is chosen.
     step = STEP if pattern is None else max(pattern.m, STEP // pattern.m * pattern.m)
     for start in range(0, len(columns), step):
@@ -415,7 +416,7 @@ def squared_error(change: Tensor, statistics: InputStatistics) -> float:
 def change_error(weight: Tensor, new: Tensor, statistics: InputStatistics) -> float:
     """||X (weight - new)^T||^2, without a third matrix of their size."""
     pairs = zip(weight.split(ROWS), new.split(ROWS), strict=True)
-    return sum(squared_error(old - changed, statistics) for old, changed in pairs)
+    return sum(squared_error(widened(old) - changed, statistics) for old, changed in pairs)
 
 
 def errs_at_most(weight: Tensor, mask: Tensor, statistics: InputStatistics, limit: float) -> float | None:

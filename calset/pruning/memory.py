@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from calset.pruning.stats import InputStatistics
 
-WORTHWHILE = 256 << 20  # bytes of Grams on the host; beside less, asking for memory again costs more than it is worth
+WORTHWHILE = 256 << 20  # bytes of Grams on the host; beside less, asking again costs more than it is worth
 # The CPU's allocator raises a plain RuntimeError; pinned memory and cuBLAS have their own words.
 _WORDS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 

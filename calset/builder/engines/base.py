@@ -119,8 +119,8 @@ class Completion:
 class Engine(Protocol):
     """A running inference engine on one model folder or Hub id.
 
-    It may also have ``warnings``, what it noted while it ran, for the report; and ``shares_cores``, whether processes of
-    its own compute on this machine's processors: what feeds them then gives way to them.
+    It may also have ``warnings``, what it noted while it ran, for the report; and ``shares_cores``, whether processes
+    of its own compute on this machine's processors: what feeds them then gives way to them.
     """
 
     name: str

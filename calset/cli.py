@@ -15,7 +15,6 @@ from typing import Any
 import click
 
 from calset import __version__, terminal
-from calset.builder.priority import never_mind_restoring
 from calset.errors import CalsetError, CatalogUpgraded, EngineError, EngineWarning, InputError
 
 SEED = click.IntRange(-(2**63), 2**63 - 1)
@@ -200,7 +199,9 @@ def _existing(path: Path) -> Any:
 def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Generate and grade a model's own traces; killed or stopped, the same command continues."""
     from calset.builder.generate import build as run
+    from calset.builder.priority import never_mind_restoring
 
+    never_mind_restoring()
     model = options.pop("model")
     planning = {name: options.pop(name) for name in ("tokens_per_second", "gpu", "n_devices")}
     _prepare(options)
@@ -1176,8 +1177,6 @@ def _print_trace(row: dict[str, Any], *, full: bool) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors are one line on standard error, exit code 2 for bad input, 1 for a failure."""
     warnings.showwarning = _warn
-    if argv is None and sys.argv[1:2] == ["build"]:
-        never_mind_restoring()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that is not UTF-8
     try:

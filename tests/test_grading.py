@@ -24,7 +24,7 @@ from calset.builder.grading import (
     verdict_without_grading,
 )
 from calset.builder.grading.pool import GradingPool
-from calset.builder.priority import giving_way
+from calset.builder.priority import caller_lowered, lower_feeding_threads
 from calset.errors import CalsetError, InputError
 
 # (reference, response after the thinking, finish reason, verdict a careful person gives)
@@ -382,7 +382,8 @@ def test_a_worker_that_replaces_one_does_not_fall_to_a_builds_lowest_priority(ch
     usual = os.getpriority(os.PRIO_PROCESS, 0) + 10
     with GradingPool(1) as pool:
         pool.submit("exact", "1", "1", {}).result(timeout=120)
-        with giving_way():
+        lower_feeding_threads()
+        with caller_lowered():
             (first,) = children()
             os.kill(first, signal.SIGKILL)
             pool.submit("exact", "1", "1", {}).result(timeout=120)

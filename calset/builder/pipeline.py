@@ -28,7 +28,7 @@ from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
 from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan, patiently
-from calset.builder.priority import giving_way, lower_own_threads
+from calset.builder.priority import caller_lowered, lower_feeding_threads
 from calset.builder.provenance import hardware, versions
 from calset.builder.reasoning import split
 from calset.builder.schedule import Schedule, Unit
@@ -141,7 +141,6 @@ class Pipeline:
         self._decisions: list[Decision] = []
         self._left_out: list[tuple[Problem, list[Contamination]]] = []
         self._first: Unit | None = None
-        self._gives_way = False
 
     def has_work(self) -> bool:
         """Whether there is anything to generate; looks at what the catalog holds, starts nothing.
@@ -170,9 +169,7 @@ class Pipeline:
         self._rate = Rate(self._began)
         self._met_before = self.schedule.facts().get("met", 0)
         self.emit("generating")
-        # An engine may say that its processes compute on the cores that this process runs on.
-        self._gives_way = bool(getattr(engine, "shares_cores", False))
-        with _interruptible(self._stop), giving_way() if self._gives_way else nullcontext():
+        with _interruptible(self._stop), caller_lowered() if _shares_cores(engine) else nullcontext():
             try:
                 while self._round(engine, pool):
                     pass
@@ -189,8 +186,8 @@ class Pipeline:
         over = threading.Event()
         pump = threading.Thread(target=self._pump, args=(engine, over), name="calset-pump", daemon=True)
         pump.start()
-        if self._gives_way:
-            lower_own_threads()
+        if _shares_cores(engine):
+            lower_feeding_threads()
         try:
             self._collect(engine, pool)
         except (CatalogError, KeyboardInterrupt):
@@ -431,6 +428,11 @@ class Pipeline:
             template_options=dict(info.template_options),
             engine_options=dict(self._engine_options),
         )
+
+
+def _shares_cores(engine: Engine) -> bool:
+    """Whether it says that its processes compute on the cores that this process runs on."""
+    return getattr(engine, "shares_cores", False)
 
 
 def _engine_error(error: BaseException) -> EngineError:

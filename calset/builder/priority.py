@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 LOWEST = 19  # at 5 and at 10 the engine got less: there is little to do, but it must not come at the wrong moment
 # What the names of the threads begin with that feed an engine and wait for it. Not a grading pool's: its workers would
 # inherit the lowest priority, at which they fall behind.
-OURS = ("calset-vllm", "calset-feed", "calset-pump")
+FEEDING = ("calset-vllm", "calset-feed", "calset-pump")
 
 _ends_with_command = False
 
@@ -27,14 +27,20 @@ def never_mind_restoring() -> None:
     _ends_with_command = True
 
 
-@contextmanager
-def giving_way() -> Iterator[None]:
-    """Lower the threads that feed an engine for good, and meanwhile the calling one.
+def lower_feeding_threads() -> None:
+    """Give this process's threads that feed an engine the lowest priority, for good."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(FEEDING) and thread.native_id is not None:
+            _set(thread.native_id, LOWEST)
 
-    The caller's stays as it is where it could not have its priority back: the system lets only root, and those whom
-    ``ulimit -e`` allows it, raise one. Threads that it starts inherit what it has.
+
+@contextmanager
+def caller_lowered() -> Iterator[None]:
+    """Lower the calling thread meanwhile; what it starts inherits that.
+
+    It stays as it is where it could not have its priority back: the system lets only root, and those whom ``ulimit -e``
+    allows it, raise one.
     """
-    lower_own_threads()
     if sys.platform != "linux" or not (_ends_with_command or _can_be_raised()):
         yield
         return
@@ -45,13 +51,6 @@ def giving_way() -> Iterator[None]:
         yield
     finally:
         _set(thread, before)
-
-
-def lower_own_threads() -> None:
-    """Give this process's threads that feed an engine the lowest priority."""
-    for thread in threading.enumerate():
-        if thread.name.startswith(OURS) and thread.native_id is not None:
-            _set(thread.native_id, LOWEST)
 
 
 def _set(thread: int, nice: int) -> bool:

@@ -214,8 +214,8 @@ def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:
 
 
 def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int:
-    """The matrices of one input at a time: as float32, updated, their errors and scores; a few columns of the Gram, of
-    which the factor takes the unused half.
+    """The matrices of one input at a time: what they lose, updated, their scores and masks, at most four copies in
+    float32; a few columns of the Gram, of which the factor takes the unused half.
 
     Splitting methods also hold the Gram damped and scaled, the scaled weights, their product with it, and two iterates
     with their sums.
@@ -225,12 +225,15 @@ def _solve_bytes(weights: Sequence[Weight], needs: Needs, method: Method) -> int
         # What one module holds may share an input; an attention's projections do.
         key = (id(weight.module) if weight.n_experts else hash(weight.name.rsplit(".", 2)[0]), weight.shape[1])
         together[key] = together.get(key, 0) + weight.shape[0]
-    has_gram = Needs.GRAM in needs
-    grams, columns = 5 * (has_gram and (method.products > 1 or method.refined)), 3 * TILE * has_gram
-    copies = 10 if method.products > 1 else 4
-    return max(
-        ((copies * rows + grams * width + columns) * width * FLOAT for (_, width), rows in together.items()), default=0
-    )
+    splits = method.products > 1
+    grams = 5 if splits or method.refined else 0
+    copies = 10 if splits else 4
+
+    def each(width: int, rows: int) -> int:
+        of_gram = grams * width + 3 * TILE if Needs.GRAM in needs else 0
+        return (copies * rows + of_gram) * width * FLOAT
+
+    return max((each(width, rows) for (_, width), rows in together.items()), default=0)
 
 
 def _activation_bytes(block: Block, shapes: Sequence[tuple[int, int]], hidden: int, itemsize: int, config: Any) -> int:

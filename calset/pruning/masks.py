@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from calset.errors import InputError, PruningError
+from calset.pruning.stats import widened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +139,7 @@ def prune_mask(scores: Tensor, selection: Selection) -> Tensor:
     Raises:
         PruningError: a score is NaN.
     """
-    check_scores(scores)
+    scores = checked(scores)
     if selection.pattern is not None:
         return lowest_of_groups(scores, selection.pattern)
     assert selection.sparsity is not None
@@ -155,14 +156,15 @@ def prune_mask(scores: Tensor, selection: Selection) -> Tensor:
     return mask
 
 
-def check_scores(scores: Tensor) -> None:
-    """Refuse what cannot be ranked.
+def checked(scores: Tensor) -> Tensor:
+    """The scores, if they can be ranked.
 
     Raises:
         PruningError: a score is NaN.
     """
     if scores.sum().isnan() and scores.isnan().any():  # a NaN, or infinities of both signs, make the sum one
         raise PruningError("scores are not a number: the weights or the calibration statistics are broken")
+    return scores
 
 
 def gradual_mask(scores: Tensor, selection: Selection, share: float) -> Tensor:
@@ -209,7 +211,7 @@ def lowest_of_rows(scores: Tensor, k: int) -> Tensor:
     mask = torch.empty(rows.shape, dtype=torch.bool)
     n = max(1, CACHED // rows.shape[1])
     for part, into in zip(rows.split(n), mask.split(n), strict=True):
-        into.copy_(_up_to_the_kth(part.float() if part.element_size() < 4 else part, k))  # as exact, and faster
+        into.copy_(_up_to_the_kth(widened(part), k))  # numpy, which selects faster, knows no bfloat16
     return mask.reshape(scores.shape)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +18,7 @@ from calset.errors import PruningError
 if TYPE_CHECKING:
     import torch
 
-    from calset.pruning.stats import InputStatistics
-
-WORTHWHILE = 256 << 20  # bytes of Grams on the host; beside less, asking again costs more than it is worth
+WORTHWHILE = 256 << 20  # bytes; beside less, asking the system again costs more than it is worth
 # The CPU's allocator raises a plain RuntimeError; pinned memory and cuBLAS have their own words.
 _WORDS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
@@ -49,11 +47,10 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-def give_back(statistics: Iterable[InputStatistics]) -> None:
-    """Let the system have what was freed, where the host holds large Grams: glibc keeps pieces of up to 32 MB, in all
-    some 200 MB."""
-    grams = {id(s.gram): s.gram for s in statistics if s.gram is not None and s.gram.device.type == "cpu"}
-    if sys.platform == "linux" and sum(gram.nbytes for gram in grams.values()) >= WORTHWHILE:
+def give_back(beside: torch.Tensor) -> None:
+    """Let the system have what was freed, where a large tensor lies on the host: glibc keeps pieces of up to 32 MB, in
+    all some 200 MB."""
+    if sys.platform == "linux" and beside.device.type == "cpu" and beside.nbytes >= WORTHWHILE:
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
 

@@ -149,6 +149,7 @@ def prune_shared(
     Raises:
         PruningError: statistics or scores that cannot be used.
     """
+    weights = [w.float() if w.element_size() > 4 else w for w in weights]  # float64, but Grams are float32
     selections = [selection] * len(weights) if isinstance(selection, Selection) else list(selection)
     if method.update is not None:
         assert statistics is not None
@@ -188,7 +189,8 @@ def _by_update(
 ) -> list[Pruned]:
     stack = updates.Stack(weights, selections)
     done = update(stack, statistics, damping)
-    give_back([statistics])
+    assert statistics.gram is not None
+    give_back(statistics.gram)
     results = []
     for i, (weight, new, mask) in enumerate(
         zip(weights, stack.split(done.weight), stack.split(done.mask), strict=True)

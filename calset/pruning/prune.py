@@ -23,12 +23,12 @@ from calset.pruning.estimate import Estimate
 from calset.pruning.hidden import HiddenStates, Where
 from calset.pruning.layout import Layout, Matrix, place
 from calset.pruning.masks import BLOCK_SIZE, Group
-from calset.pruning.memory import enough_memory, give_back
+from calset.pruning.memory import enough_memory
 from calset.pruning.phases import OnProgress, silent
 from calset.pruning.phases import timed as _timed
 from calset.pruning.plan import DAMPING, Plan, Propagate, as_allocated, check_shapes, make_plan, own_selection
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
-from calset.pruning.stats import is_finite, narrowed
+from calset.pruning.stats import is_finite
 from calset.pruning.structured_report import DropReport
 from calset.pruning.tensorfiles import TensorFiles
 
@@ -271,7 +271,6 @@ def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
             needs, only = plan.method.needs, {m.reads for m in chosen}
             found = walk.statistics(index, needs, keep=plan.propagate == "dense", only=only)
             found = team.add_up(found, {m.reads: m.shape[1] for m in chosen}, needs, plan.device)
-    give_back(found.values())
     with _timed(phases, "pruning"):
         reports = _prune_block(chosen, found, run)
     with _timed(phases, "writing"):
@@ -340,7 +339,7 @@ def _prune_group(
     members: Sequence[Matrix], inputs: InputStatistics | None, run: _Run
 ) -> dict[tuple[Any, ...], MatrixReport]:
     """Prune matrices that read one input, in place; reports by the matrices' keys."""
-    weights = [narrowed(m.values().detach()) for m in members]
+    weights = [m.values().detach() for m in members]
     if not all(map(is_finite, weights)):
         raise PruningError(f"{members[0].label} holds values that are not finite: the checkpoint is broken")
     plan, method = run.plan, run.plan.method

@@ -138,13 +138,6 @@ def widened(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def narrowed(values: Tensor) -> Tensor:
-    """float64 as float32, in which Grams are summed; other dtypes as they are."""
-    import torch
-
-    return values.float() if values.dtype == torch.float64 else values
-
-
 def wide_dtype(device: torch.device | str) -> torch.dtype:
     """For sums that cancel: float64, or float32 where there is no other (Apple's GPUs)."""
     import torch

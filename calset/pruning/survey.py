@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from calset.pruning import allocate, methods, scores
 from calset.pruning.masks import Selection
-from calset.pruning.stats import Needs, narrowed
+from calset.pruning.stats import Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +144,7 @@ def errors(
         for names in grouped(shared):
             results = methods.prune_shared(
                 method,
-                [narrowed(weights[name]) for name in names],
+                [weights[name] for name in names],
                 shared[names[0]],
                 replace(selection, sparsity=sparsity),
                 damping,

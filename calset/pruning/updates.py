@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from calset.errors import PruningError
-from calset.pruning.masks import Pattern, Selection, blocks, check_scores, lowest, lowest_of_groups, prune_mask
+from calset.pruning.masks import Pattern, Selection, blocks, checked, lowest, lowest_of_groups, prune_mask
 from calset.pruning.memory import give_back
 from calset.pruning.stats import TILE, is_finite, wide_dtype, widened
 
@@ -73,7 +73,7 @@ class Stack:
         return self.selections[0].pattern
 
     def split(self, stacked: Tensor) -> list[Tensor]:
-        return list(stacked.split(list(self.sizes)))
+        return list(stacked.split(self.sizes))
 
     def mask(self, scores: Tensor, choose: Callable[[Tensor, Selection], Tensor] = prune_mask) -> Tensor:
         """Each matrix's mask by its own selection, stacked."""
@@ -236,7 +236,7 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
     import torch
 
     factor = factorise(statistics, damping)
-    give_back([statistics])
+    give_back(factor.gram)
     dead, ridge, used = factor.dead, factor.ridge, factor.damping
     saliency = factor.saliency[:, None]
     # Inputs first: the work goes input by input, and those lie together this way.
@@ -307,7 +307,7 @@ def _block_mask(scores: Tensor, counts: Sequence[int], sizes: Sequence[int]) -> 
     """The lowest of each matrix's part of a block; scores and mask are block columns x outputs."""
     import torch
 
-    parts = zip(_checked(scores).split(list(sizes), dim=1), counts, strict=True)
+    parts = zip(checked(scores).split(list(sizes), dim=1), counts, strict=True)
     return torch.cat([lowest(part.T, k).T for part, k in parts], dim=1)
 
 
@@ -323,7 +323,7 @@ def _block_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern
 
         errors = block_errors(columns, upper, mask, pattern)
         # It cannot raise; an error that is not a number spreads to all columns after it.
-        return _checked(errors)
+        return checked(errors)
     return loop_errors(columns, upper, mask, pattern) if pattern else solve_errors(columns, upper, mask)
 
 
@@ -360,7 +360,7 @@ def loop_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern |
         for i in range(start, stop):
             if pattern is not None and i % pattern.m == 0:
                 group = slice(i, i + pattern.m)
-                scores = _checked(columns[group].square() / saliency[group])
+                scores = checked(columns[group].square() / saliency[group])
                 mask[group] = lowest_of_groups(scores.T.contiguous(), pattern).T
                 scale[group] = mask[group] / diagonal[group]
             torch.mul(columns[i], scale[i], out=errors[i])
@@ -390,11 +390,6 @@ def solve_errors(columns: Tensor, upper: Tensor, mask: Tensor, chunk: int | None
     errors = torch.where(mask, torch.cat(parts).T, 0.0)
     columns.addmm_(upper.T, errors, alpha=-1)
     return errors
-
-
-def _checked(scores: Tensor) -> Tensor:
-    check_scores(scores)
-    return scores
 
 
 def squared_error(change: Tensor, statistics: InputStatistics) -> float:

@@ -85,7 +85,7 @@ class VllmEngine:
     ) -> None:
         _prepare_environment(verbose)
         self.version = _import_vllm()
-        self.shares_cores = _on_cpu()  # what feeds it gives way to it
+        self.shares_cores = _is_on_cpu()
         self.max_model_len = max_model_len
         self.loaded = model.revision
         self._folder = model.folder
@@ -388,7 +388,7 @@ def _import_vllm() -> str:
     return vllm.__version__
 
 
-def _on_cpu() -> bool:
+def _is_on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()

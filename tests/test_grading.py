@@ -378,7 +378,7 @@ def test_workers_give_way_to_a_generation(background: bool, nice: int, children,
 
 
 def test_a_worker_that_replaces_one_does_not_fall_to_a_builds_lowest_priority(children):
-    """The pool's threads start it, and it inherits theirs."""
+    """It would inherit the priority of the pool's threads, if those started it."""
     usual = os.getpriority(os.PRIO_PROCESS, 0) + 10
     with GradingPool(1) as pool:
         pool.submit("exact", "1", "1", {}).result(timeout=120)

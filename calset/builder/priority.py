@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 LOWEST = 19  # at 5 and at 10 the engine got less: there is little to do, but it must not come at the wrong moment
-# What the names of the threads begin with that feed an engine and wait for it. Not a grading pool's: its workers would
-# inherit the lowest priority, at which they fall behind.
-FEEDING = ("calset-vllm", "calset-feed", "calset-pump")
+# What the names of the threads begin with that feed an engine, and that wait for it and for graders. Graders themselves
+# fall behind at the lowest priority, and are started by a thread that is none of these.
+FEEDING = ("calset-vllm", "calset-feed", "calset-pump", "calset-grading")
 
 _ends_with_command = False
 
@@ -28,7 +28,7 @@ def never_mind_restoring() -> None:
 
 
 def lower_feeding_threads() -> None:
-    """Give this process's threads that feed an engine the lowest priority, for good."""
+    """Give this process's threads that feed an engine, or wait for graders, the lowest priority, for good."""
     for thread in threading.enumerate():
         if thread.name.startswith(FEEDING) and thread.native_id is not None:
             _set(thread.native_id, LOWEST)

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +74,10 @@ class GradingPool:
         self._loading, self._loaded_at = 0, 0.0  # workers that import, and when the last one had
         self._all: set[_Worker] = set()
         self._closed = False
+        # Workers inherit the priority of the thread that starts them, which only root could raise again. This one has
+        # that of whoever makes the pool; those that wait for workers, and who submits, may be lowered later.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="calset-starter")
+        self._starter.submit(lambda: None)  # it starts here and now
 
     def submit(self, grader: str, answer: str, response: str, metadata: Mapping[str, Any]) -> Future[Outcome]:
         """Grade in a worker. The future raises CalsetError only if no worker can be started at all.
@@ -95,8 +99,7 @@ class GradingPool:
                 raise CalsetError("the grading pool is closed")
             self._waiting.append(_Job(message, future, time.monotonic()))
             self._changed.notify_all()
-        if not self._threads:  # then they see to it themselves; whoever submits may run at the lowest priority
-            self._grow()
+        self._grow()
         return future
 
     def warm(self, grader: str) -> None:
@@ -123,6 +126,7 @@ class GradingPool:
             worker.kill()
         for thread in self._threads:
             thread.join()
+        self._starter.shutdown()
 
     def __enter__(self) -> GradingPool:
         return self
@@ -228,7 +232,7 @@ class GradingPool:
         with self._changed:
             if self._closed:
                 raise CalsetError("the grading pool is closed")
-            worker = _Worker(NICE if self._background else 0)
+            worker = self._starter.submit(_Worker, NICE if self._background else 0).result()
             self._all.add(worker)
             return worker
 

@@ -199,9 +199,7 @@ def _existing(path: Path) -> Any:
 def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Generate and grade a model's own traces; killed or stopped, the same command continues."""
     from calset.builder.generate import build as run
-    from calset.builder.priority import never_mind_restoring
 
-    never_mind_restoring()
     model = options.pop("model")
     planning = {name: options.pop(name) for name in ("tokens_per_second", "gpu", "n_devices")}
     _prepare(options)

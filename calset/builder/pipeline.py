@@ -22,13 +22,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calset import ids
+from calset.builder.background import caller_does_not_interrupt, feeding_threads_do_not_interrupt
 from calset.builder.engines import Completion, Engine, Request
 from calset.builder.engines.base import RESUME_HINT
 from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
 from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan, patiently
-from calset.builder.priority import caller_lowered, lower_feeding_threads
 from calset.builder.provenance import hardware, versions
 from calset.builder.reasoning import split
 from calset.builder.schedule import Schedule, Unit
@@ -169,7 +169,7 @@ class Pipeline:
         self._rate = Rate(self._began)
         self._met_before = self.schedule.facts().get("met", 0)
         self.emit("generating")
-        with _interruptible(self._stop), caller_lowered() if _shares_cores(engine) else nullcontext():
+        with _interruptible(self._stop), caller_does_not_interrupt() if _shares_cores(engine) else nullcontext():
             try:
                 while self._round(engine, pool):
                     pass
@@ -187,7 +187,7 @@ class Pipeline:
         pump = threading.Thread(target=self._pump, args=(engine, over), name="calset-pump", daemon=True)
         pump.start()
         if _shares_cores(engine):
-            lower_feeding_threads()
+            feeding_threads_do_not_interrupt()
         try:
             self._collect(engine, pool)
         except (CatalogError, KeyboardInterrupt):

@@ -120,7 +120,7 @@ class Engine(Protocol):
     """A running inference engine on one model folder or Hub id.
 
     It may also have ``warnings``, what it noted while it ran, for the report; and ``shares_cores``, whether processes
-    of its own compute on this machine's processors: what feeds them then gives way to them.
+    of its own compute on this machine's processors: what feeds them then does not interrupt them.
     """
 
     name: str

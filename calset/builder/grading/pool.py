@@ -21,12 +21,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from calset.builder.background import do_not_interrupt
 from calset.builder.grading import MAX_RESPONSE_CHARS, Outcome, check_grader
 from calset.errors import CalsetError
 
@@ -74,10 +75,6 @@ class GradingPool:
         self._loading, self._loaded_at = 0, 0.0  # workers that import, and when the last one had
         self._all: set[_Worker] = set()
         self._closed = False
-        # Workers inherit the priority of the thread that starts them, which only root could raise again. This one has
-        # that of whoever makes the pool; those that wait for workers, and who submits, may be lowered later.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="calset-starter")
-        self._starter.submit(lambda: None)  # it starts here and now
 
     def submit(self, grader: str, answer: str, response: str, metadata: Mapping[str, Any]) -> Future[Outcome]:
         """Grade in a worker. The future raises CalsetError only if no worker can be started at all.
@@ -126,7 +123,6 @@ class GradingPool:
             worker.kill()
         for thread in self._threads:
             thread.join()
-        self._starter.shutdown()
 
     def __enter__(self) -> GradingPool:
         return self
@@ -232,7 +228,7 @@ class GradingPool:
         with self._changed:
             if self._closed:
                 raise CalsetError("the grading pool is closed")
-            worker = self._starter.submit(_Worker, NICE if self._background else 0).result()
+            worker = _Worker(NICE if self._background else 0)
             self._all.add(worker)
             return worker
 
@@ -344,6 +340,8 @@ def work(nice: int) -> None:
     """A worker's main loop: JSON lines from stdin until it closes. Runs in the worker's main thread."""
     with suppress(AttributeError, OSError):
         os.nice(nice)
+    if nice:
+        do_not_interrupt()
     # Replies have a pipe of their own: whatever a grader prints goes nowhere.
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,0 +1,99 @@
+"""Threads beside an engine on the same cores: which do not interrupt it, and which may again."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+import calset
+from calset.builder import background
+from calset.builder.engines import Completion
+from calset.builder.model_info import inspect
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy of their own")
+
+
+def policy(thread: threading.Thread | None = None) -> int:
+    return os.sched_getscheduler((thread.native_id or 0) if thread else 0)
+
+
+@pytest.fixture
+def idle() -> Iterator[dict[str, threading.Thread]]:
+    """A thread of a build's and one of somebody else."""
+    over = threading.Event()
+    threads = {name: threading.Thread(target=over.wait, name=name, daemon=True) for name in ("calset-pump", "theirs")}
+    for thread in threads.values():
+        thread.start()
+    yield threads
+    over.set()
+
+
+def test_threads_that_feed_an_engine_do_not_interrupt_and_others_may(idle):
+    background.feeding_threads_do_not_interrupt()
+    assert policy(idle["calset-pump"]) == os.SCHED_BATCH
+    assert policy(idle["theirs"]) == policy() == os.SCHED_OTHER
+
+
+def test_the_caller_may_interrupt_again_afterwards():
+    with suppress(ZeroDivisionError), background.caller_does_not_interrupt():
+        assert policy() == os.SCHED_BATCH
+        raise ZeroDivisionError
+    assert policy() == os.SCHED_OTHER
+
+
+def test_a_policy_that_somebody_chose_stays():
+    found = []
+
+    def chosen() -> None:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with background.caller_does_not_interrupt():
+            found.append(policy())
+        found.append(policy())
+
+    thread = threading.Thread(target=chosen)
+    thread.start()
+    thread.join()
+    assert found == [os.SCHED_IDLE] * 2
+
+
+def test_where_the_system_does_not_let_it_nothing_happens(monkeypatch: pytest.MonkeyPatch):
+    def forbidden(*args: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    background.feeding_threads_do_not_interrupt()
+    with background.caller_does_not_interrupt():
+        assert policy() == os.SCHED_OTHER
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_build_does_not_interrupt_an_engine_on_its_cores(shares, tiny_model, tmp_path):
+    class Double:
+        name, version, max_model_len = "double", "1", 1024
+        loaded, shares_cores = inspect(tiny_model).revision, shares
+
+        def stream(self, requests, sampling):
+            for request in requests:
+                time.sleep(0.2)  # the pump's policy is set as soon as it has started
+                seen.append(policy())
+                yield Completion(request.key, (31, 2), "stop", 0.0)
+
+        def cancel(self) -> None: ...
+        def load_weights(self, model, revision) -> None: ...
+        def close(self) -> None: ...
+
+    seen: list[int] = []
+    told: list[int] = []
+    calset.build(
+        tiny_model, "gym:chain_sum?size=3", samples=1, catalog=tmp_path / "c.duckdb", engine=Double(), graded=False,
+        progress=lambda event: told.append(policy()) if event.phase == "generating" and event.saved else None,
+    )  # fmt: skip
+    expected = os.SCHED_BATCH if shares else os.SCHED_OTHER
+    assert set(seen) == set(told) == {expected}
+    assert policy() == os.SCHED_OTHER

@@ -23,11 +23,8 @@ def snippets(page: Path) -> list[tuple[str, str]]:
     return [(m["language"], m["code"]) for m in found if m["language"] in ("bash", "python") and not m["skip"]]
 
 
-@pytest.mark.parametrize(
-    "page",
-    # README in the fast suite; the others take minutes together.
-    [pytest.param(page, marks=[pytest.mark.slow] * (page.name != "README.md"), id=page.name) for page in PAGES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_shows_runs(page: Path, tmp_path: Path) -> None:
     environment = dict(os.environ, CALSET_ENGINE="transformers", PYTHONPATH=str(tmp_path))
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -27,22 +26,17 @@ def policy(thread: threading.Thread | None = None) -> int:
 def idle() -> Iterator[dict[str, threading.Thread]]:
     """A thread of a build's and one of somebody else."""
     over = threading.Event()
-    threads = {name: threading.Thread(target=over.wait, name=name, daemon=True) for name in ("calset-pump", "theirs")}
+    threads = {name: threading.Thread(target=over.wait, name=name, daemon=True) for name in ("calset-vllm", "theirs")}
     for thread in threads.values():
         thread.start()
     yield threads
     over.set()
 
 
-def test_threads_that_feed_an_engine_do_not_interrupt_and_others_may(idle):
-    background.feeding_threads_do_not_interrupt()
-    assert policy(idle["calset-pump"]) == os.SCHED_BATCH
-    assert policy(idle["theirs"]) == policy() == os.SCHED_OTHER
-
-
-def test_the_caller_may_interrupt_again_afterwards():
-    with suppress(ZeroDivisionError), background.caller_does_not_interrupt():
-        assert policy() == os.SCHED_BATCH
+def test_a_builds_threads_do_not_interrupt_and_others_may_and_the_caller_again_afterwards(idle):
+    with suppress(ZeroDivisionError), background.not_interrupting():
+        assert policy() == policy(idle["calset-vllm"]) == os.SCHED_BATCH
+        assert policy(idle["theirs"]) == os.SCHED_OTHER
         raise ZeroDivisionError
     assert policy() == os.SCHED_OTHER
 
@@ -52,7 +46,7 @@ def test_a_policy_that_somebody_chose_stays():
 
     def chosen() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        with background.caller_does_not_interrupt():
+        with background.not_interrupting():
             found.append(policy())
         found.append(policy())
 
@@ -67,8 +61,7 @@ def test_where_the_system_does_not_let_it_nothing_happens(monkeypatch: pytest.Mo
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", forbidden)
-    background.feeding_threads_do_not_interrupt()
-    with background.caller_does_not_interrupt():
+    with background.not_interrupting():
         assert policy() == os.SCHED_OTHER
 
 
@@ -80,7 +73,6 @@ def test_a_build_does_not_interrupt_an_engine_on_its_cores(shares, tiny_model, t
 
         def stream(self, requests, sampling):
             for request in requests:
-                time.sleep(0.2)  # the pump's policy is set as soon as it has started
                 seen.append(policy())
                 yield Completion(request.key, (31, 2), "stop", 0.0)
 

@@ -15,30 +15,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# What the names of the threads begin with that feed an engine, and that wait for it and for graders.
-FEEDING = ("calset-vllm", "calset-feed", "calset-pump", "calset-grading")
+# What the names of the threads begin with that may run before a build generates: an engine's, and those that wait for
+# graders. All others of a build are started by these or by the caller, and inherit the policy.
+STARTED_BEFORE = ("calset-vllm", "calset-grading")
 
 
-def do_not_interrupt() -> None:
-    """The calling thread, and what it starts from now on, interrupts nobody."""
+def do_not_interrupt(thread: int = 0) -> None:
+    """A thread (by its native id; 0: the calling one), and what it starts from now on, interrupts nobody."""
     if sys.platform == "linux":
-        _set(0, os.SCHED_BATCH)
-
-
-def feeding_threads_do_not_interrupt() -> None:
-    """Nor do this process's threads that feed an engine or wait for graders, from now on."""
-    if sys.platform == "linux":
-        for thread in threading.enumerate():
-            if thread.name.startswith(FEEDING) and thread.native_id is not None:
-                _set(thread.native_id, os.SCHED_BATCH)
+        _set(thread, os.SCHED_BATCH)
 
 
 @contextmanager
-def caller_does_not_interrupt() -> Iterator[None]:
-    """Nor does the calling thread meanwhile, nor what it starts meanwhile, for good."""
+def not_interrupting() -> Iterator[None]:
+    """The calling thread does not meanwhile; nor, from now on, do a build's threads, nor what any of them starts."""
     if sys.platform != "linux":
         yield
         return
+    for thread in threading.enumerate():
+        if thread.name.startswith(STARTED_BEFORE) and thread.native_id is not None:
+            do_not_interrupt(thread.native_id)
     before = os.sched_getscheduler(0)
     do_not_interrupt()
     try:
@@ -48,7 +44,6 @@ def caller_does_not_interrupt() -> Iterator[None]:
 
 
 def _set(thread: int, policy: int) -> None:
-    """On Linux a thread's number stands for that thread alone, 0 for the calling one."""
     if sys.platform == "linux":
         with suppress(OSError):  # not allowed in this container, or the thread has ended
             if os.sched_getscheduler(thread) in (os.SCHED_OTHER, os.SCHED_BATCH):  # not what a user chose otherwise

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calset import ids
-from calset.builder.background import caller_does_not_interrupt, feeding_threads_do_not_interrupt
+from calset.builder.background import not_interrupting
 from calset.builder.engines import Completion, Engine, Request
 from calset.builder.engines.base import RESUME_HINT
 from calset.builder.grading import Outcome
@@ -169,7 +169,8 @@ class Pipeline:
         self._rate = Rate(self._began)
         self._met_before = self.schedule.facts().get("met", 0)
         self.emit("generating")
-        with _interruptible(self._stop), caller_does_not_interrupt() if _shares_cores(engine) else nullcontext():
+        shares_cores = getattr(engine, "shares_cores", False)
+        with _interruptible(self._stop), not_interrupting() if shares_cores else nullcontext():
             try:
                 while self._round(engine, pool):
                     pass
@@ -186,8 +187,6 @@ class Pipeline:
         over = threading.Event()
         pump = threading.Thread(target=self._pump, args=(engine, over), name="calset-pump", daemon=True)
         pump.start()
-        if _shares_cores(engine):
-            feeding_threads_do_not_interrupt()
         try:
             self._collect(engine, pool)
         except (CatalogError, KeyboardInterrupt):
@@ -428,11 +427,6 @@ class Pipeline:
             template_options=dict(info.template_options),
             engine_options=dict(self._engine_options),
         )
-
-
-def _shares_cores(engine: Engine) -> bool:
-    """Whether it says that its processes compute on the cores that this process runs on."""
-    return getattr(engine, "shares_cores", False)
 
 
 def _engine_error(error: BaseException) -> EngineError:

@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TORCH := 2.13.0
+# Test files are shared out among so many processes. They begin in the order of their names: a long one is not left to the end.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # A CPU build of torch: first from wherever pip already looks, else from PyTorch's own index of CPU builds.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -13,10 +16,10 @@ demo: $(VENV)/.ready
 	$(BIN)/calset demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.ready $(VENV)/.smollm2 $(VENV)/duckdb-1.5 $(VENV)/.chromium
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow --durations=20
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

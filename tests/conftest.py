@@ -16,6 +16,8 @@ from local_hub import TOKEN, Client, LocalHub, hurry
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and OpenMP's threads spin while they wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from calset import demo
 from calset.builder.engines.base import Completion, Request, Sampling

@@ -17,7 +17,7 @@ import pytest
 from calset.builder.problems import load_problems
 from calset.catalog.catalog import Catalog
 
-PROBLEMS = "gym:chain_sum?min_terms=3&max_terms=7&size=150&seed=11"
+PROBLEMS = "gym:chain_sum?min_terms=3&max_terms=7&size=60&seed=11"
 SAMPLES = 8
 SLOTS = 8
 IN_FLIGHT = SLOTS + 16  # what VllmEngine keeps in flight for so many slots
@@ -95,7 +95,7 @@ class Build:
                     self.started, self.claimed = True, int(line.split()[-1])
                 self._progressed.notify_all()
 
-    def wait_for_saved(self, more: int, seconds: float = 300) -> None:
+    def wait_for_saved(self, more: int, seconds: float = 600) -> None:
         with self._progressed:
             self._progressed.wait_for(lambda: self.started or self.finished, seconds)
             at_least = self.claimed + more
@@ -115,7 +115,7 @@ class Build:
 
     def end(self) -> str:
         """Wait until the build and all it started are gone; what it said on standard error."""
-        self.process.wait(timeout=300)
+        self.process.wait(timeout=900)
         self._reader.join(timeout=30)
         deadline = time.monotonic() + 60
         while self.pids("") and time.monotonic() < deadline:

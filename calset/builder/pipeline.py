@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,7 +25,7 @@ from typing import Any
 from calset import ids
 from calset.builder.background import not_interrupting
 from calset.builder.engines import Completion, Engine, Request
-from calset.builder.engines.base import RESUME_HINT
+from calset.builder.engines.base import RESUME_HINT, drain, lingers
 from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
@@ -135,6 +136,7 @@ class Pipeline:
         self._locked_since: float | None = None
         self._flying: dict[str, Unit] = {}
         self._inbox: queue.SimpleQueue[Completion | _Entry | _End] = queue.SimpleQueue()
+        self._batch: deque[Completion | _Entry | _End] = deque()  # out of the inbox, one after another
         self._waiting = 0  # for a verdict
         self._ready: list[_Entry] = []
         self._problems: dict[str, Problem] = {}  # of traces that are ready, until they are saved
@@ -223,7 +225,7 @@ class Pipeline:
     def _requests(self, over: threading.Event) -> Iterator[Request]:
         """What the engine is given. Its own errors end it: the engine then finishes what it has."""
         while not (over.is_set() or self._stop.is_set()):
-            if self._inbox.qsize() + self._waiting + len(self._ready) >= MAX_HELD:
+            if self._inbox.qsize() + len(self._batch) + self._waiting + len(self._ready) >= MAX_HELD:
                 time.sleep(0.05)
                 continue
             try:
@@ -253,16 +255,18 @@ class Pipeline:
         end: _End | None = None
         committed, pause = time.monotonic(), self._every
         while end is None or self._waiting or self._unsaved():
-            item = self._next()
-            if isinstance(item, Completion):
-                # An engine that was interrupted with us aborts what it runs; that is no trace.
-                if not (self._stop.is_set() and item.finish_reason in BROKEN):
-                    self._enter(item, pool)
-            elif isinstance(item, _Entry):
-                self._waiting -= 1
-                self._settle(item)
-            elif item is not None:
-                end = item
+            self._batch.extend(drain(self._inbox, timeout=0.1, linger=lingers(engine)))
+            while self._batch:
+                item = self._batch.popleft()
+                if isinstance(item, Completion):
+                    # An engine that was interrupted with us aborts what it runs; that is no trace.
+                    if not (self._stop.is_set() and item.finish_reason in BROKEN):
+                        self._enter(item, pool)
+                elif isinstance(item, _Entry):
+                    self._waiting -= 1
+                    self._settle(item)
+                else:
+                    end = item
             now = time.monotonic()
             last = end is not None and not self._waiting
             if last or len(self._ready) >= self._size or (self._ready and now - committed >= pause):
@@ -276,12 +280,6 @@ class Pipeline:
                 engine.cancel()  # again each time: a cancel before the stream has begun is lost
         if end.error is not None and not self.stopped:
             raise _engine_error(end.error) from end.error
-
-    def _next(self) -> Completion | _Entry | _End | None:
-        try:
-            return self._inbox.get(timeout=0.1)
-        except queue.Empty:
-            return None
 
     def _enter(self, completion: Completion, pool: GradingPool) -> None:
         unit = self._flying.pop(completion.key)

@@ -29,7 +29,9 @@ from calset.builder.engines.base import (
     RequestFeed,
     Sampling,
     check_same_shapes,
+    drain,
     import_problem,
+    lingers,
     wait_on,
 )
 from calset.errors import EngineError, InputError, first_line
@@ -187,10 +189,13 @@ class VllmEngine:
 
         self._feeder = self._wait(begin())
         try:
-            while (item := results.get()) is not _DONE:
-                if isinstance(item, BaseException):
-                    raise EngineError(f"vLLM failed ({first_line(item)}); {RESUME_HINT}") from item
-                yield item
+            while True:
+                for item in drain(results, linger=lingers(self)):
+                    if item is _DONE:
+                        return
+                    if isinstance(item, BaseException):
+                        raise EngineError(f"vLLM failed ({first_line(item)}); {RESUME_HINT}") from item
+                    yield item
         finally:
             self.cancel()
             self._feeder = None
@@ -222,6 +227,7 @@ class VllmEngine:
                         group.create_task(run(request))
                     if not feed.exhausted:
                         await changed.wait()
+                        await asyncio.sleep(lingers(self))
         except BaseExceptionGroup as errors:
             results.put(errors.exceptions[0])
         except asyncio.CancelledError:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -12,6 +14,7 @@ import pytest
 
 import calset
 from calset.builder import background
+from calset.builder.background import LINGER_SECONDS, drain, lingers
 from calset.builder.engines import Completion
 from calset.builder.model_info import inspect
 
@@ -89,3 +92,31 @@ def test_a_build_does_not_interrupt_an_engine_on_its_cores(shares, tiny_model, t
     expected = os.SCHED_BATCH if shares else os.SCHED_OTHER
     assert set(seen) == set(told) == {expected}
     assert policy() == os.SCHED_OTHER
+
+
+def test_a_drained_queue_gives_all_in_order_and_waits_no_longer_than_told():
+    source: queue.SimpleQueue[int] = queue.SimpleQueue()
+    began = time.monotonic()
+    assert drain(source, timeout=0.05, linger=60) == []
+    for i in range(5):
+        source.put(i)
+    assert drain(source, linger=0.0) == [0, 1, 2, 3, 4]
+    assert source.empty()
+    assert time.monotonic() - began < 30
+
+
+def test_who_lingers_takes_what_comes_meanwhile_too():
+    source: queue.SimpleQueue[int] = queue.SimpleQueue()
+    source.put(0)
+    later = threading.Timer(0.2, source.put, [1])
+    later.start()
+    assert drain(source, linger=2.0) == [0, 1]
+    later.join()
+
+
+def test_only_beside_an_engine_on_its_cores_does_a_build_linger():
+    class OnCores:
+        shares_cores = True
+
+    assert lingers(OnCores()) == LINGER_SECONDS
+    assert lingers(object()) == 0

@@ -4,20 +4,26 @@ vLLM's processes on a CPU never sleep: while one of them computes, the others po
 wants it. So Linux lets a thread that wakes up interrupt them at once, and what wakes this process, the outputs of a
 step, comes just as they prepare the next one: then every core waits. Under the policy SCHED_BATCH (sched(7)) a thread
 that wakes up waits for its turn, and gets no less of the cores. It takes no privilege, and can be undone. Linux only:
-elsewhere nothing happens.
+elsewhere nothing happens. And whoever deals with completions deals with many in one go, and so wakes up less often.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # What the names of the threads begin with that may run before a build generates: an engine's, and those that wait for
 # graders. All others of a build are started by these or by the caller, and inherit the policy.
 STARTED_BEFORE = ("calset-vllm", "calset-grading")
+LINGER_SECONDS = 0.05  # short beside a trace, and as long as two to five steps of a small model
 
 
 def do_not_interrupt(thread: int = 0) -> None:
@@ -41,6 +47,27 @@ def not_interrupting() -> Iterator[None]:
         yield
     finally:
         _set(0, before)
+
+
+def lingers(engine: Any) -> float:
+    """Seconds that whoever deals with an engine's completions waits for more of them; 0 unless it ``shares_cores``."""
+    return LINGER_SECONDS if getattr(engine, "shares_cores", False) else 0.0
+
+
+def drain(source: queue.SimpleQueue[T], *, timeout: float | None = None, linger: float = 0.0) -> list[T]:
+    """What is in a queue that nobody else reads, in order.
+
+    Args:
+        timeout: seconds to wait for the first item (None: as long as it takes); with none in time the list is empty.
+        linger: seconds to wait for more once there is one.
+    """
+    try:
+        items = [source.get(timeout=timeout)]
+    except queue.Empty:
+        return []
+    if linger:
+        time.sleep(linger)
+    return items + [source.get() for _ in range(source.qsize())]
 
 
 def _set(thread: int, policy: int) -> None:

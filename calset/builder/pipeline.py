@@ -23,9 +23,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calset import ids
-from calset.builder.background import not_interrupting
+from calset.builder.background import drain, lingers, not_interrupting
 from calset.builder.engines import Completion, Engine, Request
-from calset.builder.engines.base import RESUME_HINT, drain, lingers
+from calset.builder.engines.base import RESUME_HINT
 from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit

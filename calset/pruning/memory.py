@@ -6,6 +6,7 @@ Why apart: whoever loads, computes or stores must let it through as it is, to th
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,35 @@ def give_back(beside: torch.Tensor) -> None:
     if sys.platform == "linux" and beside.device.type == "cpu" and beside.nbytes >= WORTHWHILE:
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def square_of_zeros(width: int, device: torch.device | str) -> torch.Tensor:
+    """width x width zeros, float32. A large one on the host takes memory page by page, as it is written to: of a Gram
+    that is half of it, until something uses the other half."""
+    import torch
+
+    n_bytes = 4 * width * width
+    if sys.platform != "linux" or torch.device(device).type != "cpu" or n_bytes < WORTHWHILE:
+        return torch.zeros(width, width, dtype=torch.float32, device=device)
+    # Neither torch nor numpy: the one writes the zeros, the other asks for pages that are wider than a row.
+    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32).view(width, width)
+
+
+def forget_above(matrix: torch.Tensor, tile: int) -> None:
+    """Give back what a large square matrix on the host holds above its ``tile`` x ``tile`` tiles on the diagonal: what
+    stands there afterwards says nothing."""
+    if sys.platform != "linux" or matrix.device.type != "cpu" or matrix.nbytes < WORTHWHILE:
+        return
+    assert matrix.is_contiguous()
+    page, row = mmap.PAGESIZE, matrix.shape[1] * matrix.element_size()
+    advise = ctypes.CDLL(None).madvise
+    for i in range(len(matrix)):
+        begin = matrix.data_ptr() + i * row
+        first = begin + (i // tile + 1) * tile * matrix.element_size()
+        first, stop = (first + page - 1) // page * page, (begin + row) // page * page
+        if first < stop:
+            advise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTNEED)
 
 
 def free_memory(device: torch.device | None) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import TYPE_CHECKING, Any
 
+from calset.pruning.memory import square_of_zeros
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -60,7 +62,7 @@ class InputStatistics:
             wide = wide_dtype(device)
             statistics.squares, statistics.total = (torch.zeros(width, dtype=wide, device=device) for _ in range(2))
         if Needs.GRAM in needs:
-            statistics.gram = torch.zeros(width, width, dtype=torch.float32, device=device)
+            statistics.gram = square_of_zeros(width, device)
         return statistics
 
     def add(self, inputs: Tensor, counted: Tensor, weights: Tensor | None = None) -> None:

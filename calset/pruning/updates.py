@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from calset.errors import PruningError
 from calset.pruning.masks import Pattern, Selection, blocks, checked, lowest, lowest_of_groups, prune_mask
-from calset.pruning.memory import give_back
+from calset.pruning.memory import forget_above, give_back
 from calset.pruning.stats import TILE, is_finite, wide_dtype, widened
 
 if TYPE_CHECKING:
@@ -265,6 +265,7 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
         # Under the damped Hessian the squares of the errors sum to the squared error of what was lost.
         damped += errors.square().sum(0)
         added += ridge * given.square().sum(0)
+    forget_above(factor.gram, TILE)
     # Rounded here, and not by the caller, and a slab at a time: beside a Gram every copy of the weights counts.
     new = torch.empty(n_outputs, width, dtype=stack.matrices[0].dtype, device=dead.device)
     for _, start, stop in _pieces(0, width, SLAB):

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,9 +20,6 @@ T = TypeVar("T")
 
 CLOSED = "this engine is closed"
 RESUME_HINT = "what was saved stays; run the same command again to continue"
-# Beside an engine that computes on this machine's own cores: what wakes up takes a core from it, so it deals with what
-# comes in so long in one go. Short beside a trace; as long as two to five steps of a small model.
-LINGER_SECONDS = 0.05
 
 
 class EngineUnavailable(InputError):
@@ -49,27 +44,6 @@ def wait_on(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, threa
     if given.cancelled():
         raise EngineError(CLOSED)
     return given.result()
-
-
-def lingers(engine: Any) -> float:
-    """Seconds that whoever deals with an engine's completions waits for more of them: see ``LINGER_SECONDS``."""
-    return LINGER_SECONDS if getattr(engine, "shares_cores", False) else 0.0
-
-
-def drain(source: queue.SimpleQueue[T], *, timeout: float | None = None, linger: float = 0.0) -> list[T]:
-    """What is in a queue that nobody else reads, in order.
-
-    Args:
-        timeout: seconds to wait for the first item (None: as long as it takes); with none in time the list is empty.
-        linger: seconds to wait for more once there is one; see ``lingers``.
-    """
-    try:
-        items = [source.get(timeout=timeout)]
-    except queue.Empty:
-        return []
-    if linger:
-        time.sleep(linger)
-    return items + [source.get() for _ in range(source.qsize())]
 
 
 def import_problem(error: BaseException, remedy: str) -> str:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from calset.builder.background import drain, lingers
 from calset.builder.engines.base import (
     CLOSED,
     RESUME_HINT,
@@ -29,9 +30,7 @@ from calset.builder.engines.base import (
     RequestFeed,
     Sampling,
     check_same_shapes,
-    drain,
     import_problem,
-    lingers,
     wait_on,
 )
 from calset.errors import EngineError, InputError, first_line

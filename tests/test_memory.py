@@ -1,0 +1,52 @@
+"""What a large Gram takes of the host's memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from calset.pruning.memory import WORTHWHILE, forget_above, square_of_zeros
+from calset.pruning.stats import TILE, InputStatistics, Needs, mirror
+
+WIDTH = 17 * TILE - 3  # 290 MB, and the last tile is a smaller one
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes what it takes")
+def test_a_large_gram_takes_memory_for_the_half_that_is_used():
+    inputs = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0))
+    counted = torch.ones(len(inputs), dtype=torch.bool)
+    InputStatistics.zeros(TILE, Needs.GRAM).add(inputs[:, :TILE], counted)  # libraries take some of their own
+    before = anonymous_bytes()
+    statistics = InputStatistics.zeros(WIDTH, Needs.GRAM)
+    gram = statistics.gram
+    assert gram is not None
+    assert gram.nbytes >= WORTHWHILE
+    assert anonymous_bytes() - before < 0.05 * gram.nbytes
+    statistics.add(inputs, counted)
+    assert statistics.is_finite()
+    assert anonymous_bytes() - before < 0.65 * gram.nbytes
+    mirror(gram)
+    torch.testing.assert_close(gram, inputs.T @ inputs, rtol=1e-4, atol=1e-4)
+    full, used = anonymous_bytes(), gram.clone()
+    copied = anonymous_bytes() - full
+    forget_above(gram, TILE)
+    assert full + copied - anonymous_bytes() > 0.35 * gram.nbytes
+    for start in range(0, WIDTH, TILE):
+        stop = start + TILE
+        assert torch.equal(gram[start:stop, :stop], used[start:stop, :stop])
+
+
+def test_a_small_one_is_left_whole():
+    matrix = torch.randn(2 * TILE, 2 * TILE)
+    used = matrix.clone()
+    forget_above(matrix, TILE)
+    assert torch.equal(matrix, used)
+    assert square_of_zeros(3, "cpu").tolist() == [[0.0] * 3] * 3

@@ -37,7 +37,10 @@ def test_a_large_gram_takes_memory_for_the_half_that_is_used():
     torch.testing.assert_close(gram, inputs.T @ inputs, rtol=1e-4, atol=1e-4)
     full, used = anonymous_bytes(), gram.clone()
     copied = anonymous_bytes() - full
-    forget_above(gram, TILE)
+    half = WIDTH // 2
+    forget_above(gram, TILE, half)
+    assert torch.equal(gram[:, half:], used[:, half:])
+    forget_above(gram, TILE, WIDTH)
     assert full + copied - anonymous_bytes() > 0.35 * gram.nbytes
     for start in range(0, WIDTH, TILE):
         stop = start + TILE
@@ -47,6 +50,6 @@ def test_a_large_gram_takes_memory_for_the_half_that_is_used():
 def test_a_small_one_is_left_whole():
     matrix = torch.randn(2 * TILE, 2 * TILE)
     used = matrix.clone()
-    forget_above(matrix, TILE)
+    forget_above(matrix, TILE, 2 * TILE)
     assert torch.equal(matrix, used)
     assert square_of_zeros(3, "cpu").tolist() == [[0.0] * 3] * 3

@@ -69,18 +69,18 @@ def square_of_zeros(width: int, device: torch.device | str) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=torch.float32).view(width, width)
 
 
-def forget_above(matrix: torch.Tensor, tile: int) -> None:
-    """Give back what a large square matrix on the host holds above its ``tile`` x ``tile`` tiles on the diagonal: what
-    stands there afterwards says nothing."""
+def forget_above(matrix: torch.Tensor, tile: int, columns: int) -> None:
+    """Give back what a large square matrix on the host holds above its ``tile`` x ``tile`` tiles on the diagonal, in
+    its first ``columns``: what stands there afterwards says nothing."""
     if sys.platform != "linux" or matrix.device.type != "cpu" or matrix.nbytes < WORTHWHILE:
         return
     assert matrix.is_contiguous()
-    page, row = mmap.PAGESIZE, matrix.shape[1] * matrix.element_size()
+    page, item, row = mmap.PAGESIZE, matrix.element_size(), matrix.stride(0) * matrix.element_size()
     advise = ctypes.CDLL(None).madvise
-    for i in range(len(matrix)):
+    for i in range(min(columns, len(matrix))):
         begin = matrix.data_ptr() + i * row
-        first = begin + (i // tile + 1) * tile * matrix.element_size()
-        first, stop = (first + page - 1) // page * page, (begin + row) // page * page
+        first = (begin + (i // tile + 1) * tile * item + page - 1) // page * page
+        stop = (begin + columns * item) // page * page
         if first < stop:
             advise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTNEED)
 

@@ -265,7 +265,8 @@ def sparsegpt(stack: Stack, statistics: InputStatistics, damping: float = 0.01) 
         # Under the damped Hessian the squares of the errors sum to the squared error of what was lost.
         damped += errors.square().sum(0)
         added += ridge * given.square().sum(0)
-    forget_above(factor.gram, TILE)
+        if stop == width or stop // SLAB > start // SLAB:  # of R, blocks to come read only their own columns
+            forget_above(factor.gram, TILE, stop)
     # Rounded here, and not by the caller, and a slab at a time: beside a Gram every copy of the weights counts.
     new = torch.empty(n_outputs, width, dtype=stack.matrices[0].dtype, device=dead.device)
     for _, start, stop in _pieces(0, width, SLAB):

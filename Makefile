@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TORCH := 2.13.0
-# Test files are shared out among so many processes. They begin in the order of their names: a long one is not left to the end.
+# Processes that share out the test files, in the order of their names: by default those with few tests, however long,
+# come last.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # A CPU build of torch: first from wherever pip already looks, else from PyTorch's own index of CPU builds.

@@ -1,4 +1,5 @@
-"""Real parts that several test files share. vLLM takes most of a minute to start, so it starts once a session."""
+"""Real parts that several test files share. vLLM takes most of a minute to start, so it starts once for
+all tests of a process."""
 
 from __future__ import annotations
 

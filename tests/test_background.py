@@ -14,11 +14,11 @@ import pytest
 
 import calset
 from calset.builder import background
-from calset.builder.background import LINGER_SECONDS, drain, lingers
+from calset.builder.background import LINGER_SECONDS, drain, linger_seconds
 from calset.builder.engines import Completion
 from calset.builder.model_info import inspect
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy of their own")
+has_policies = pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy of their own")
 
 
 def policy(thread: threading.Thread | None = None) -> int:
@@ -36,6 +36,7 @@ def idle() -> Iterator[dict[str, threading.Thread]]:
     over.set()
 
 
+@has_policies
 def test_a_builds_threads_do_not_interrupt_and_others_may_and_the_caller_again_afterwards(idle):
     with suppress(ZeroDivisionError), background.not_interrupting():
         assert policy() == policy(idle["calset-vllm"]) == os.SCHED_BATCH
@@ -44,6 +45,7 @@ def test_a_builds_threads_do_not_interrupt_and_others_may_and_the_caller_again_a
     assert policy() == os.SCHED_OTHER
 
 
+@has_policies
 def test_a_policy_that_somebody_chose_stays():
     found = []
 
@@ -59,6 +61,7 @@ def test_a_policy_that_somebody_chose_stays():
     assert found == [os.SCHED_IDLE] * 2
 
 
+@has_policies
 def test_where_the_system_does_not_let_it_nothing_happens(monkeypatch: pytest.MonkeyPatch):
     def forbidden(*args: object) -> None:
         raise PermissionError
@@ -68,6 +71,7 @@ def test_where_the_system_does_not_let_it_nothing_happens(monkeypatch: pytest.Mo
         assert policy() == os.SCHED_OTHER
 
 
+@has_policies
 @pytest.mark.parametrize("shares", [True, False])
 def test_a_build_does_not_interrupt_an_engine_on_its_cores(shares, tiny_model, tmp_path):
     class Double:
@@ -94,14 +98,22 @@ def test_a_build_does_not_interrupt_an_engine_on_its_cores(shares, tiny_model, t
     assert policy() == os.SCHED_OTHER
 
 
+def drained(source: queue.SimpleQueue[int], **how: float) -> list[int]:
+    return list(drain(source, **how))
+
+
 def test_a_drained_queue_gives_all_in_order_and_waits_no_longer_than_told():
     source: queue.SimpleQueue[int] = queue.SimpleQueue()
     began = time.monotonic()
-    assert drain(source, timeout=0.05, linger=60) == []
+    assert drained(source, timeout=0.05, linger=60) == []
     for i in range(5):
         source.put(i)
-    assert drain(source, linger=0.0) == [0, 1, 2, 3, 4]
+    assert drained(source, linger=0.0) == [0, 1, 2, 3, 4]
     assert source.empty()
+    for i in range(5):
+        source.put(i)
+    assert next(drain(source)) == 0
+    assert source.qsize() == 4
     assert time.monotonic() - began < 30
 
 
@@ -110,7 +122,7 @@ def test_who_lingers_takes_what_comes_meanwhile_too():
     source.put(0)
     later = threading.Timer(0.2, source.put, [1])
     later.start()
-    assert drain(source, linger=2.0) == [0, 1]
+    assert drained(source, linger=2.0) == [0, 1]
     later.join()
 
 
@@ -118,5 +130,5 @@ def test_only_beside_an_engine_on_its_cores_does_a_build_linger():
     class OnCores:
         shares_cores = True
 
-    assert lingers(OnCores()) == LINGER_SECONDS
-    assert lingers(object()) == 0
+    assert linger_seconds(OnCores()) == LINGER_SECONDS
+    assert linger_seconds(object()) == 0

@@ -17,7 +17,7 @@ import pytest
 from calset.builder.problems import load_problems
 from calset.catalog.catalog import Catalog
 
-PROBLEMS = "gym:chain_sum?min_terms=3&max_terms=7&size=60&seed=11"
+PROBLEMS = "gym:chain_sum?min_terms=3&max_terms=7&size=75&seed=11"
 SAMPLES = 8
 SLOTS = 8
 IN_FLIGHT = SLOTS + 16  # what VllmEngine keeps in flight for so many slots

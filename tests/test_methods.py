@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calset.errors import InputError, PruningError
-from calset.pruning import refine, splitting, updates
+from calset.pruning import memory, refine, splitting, updates
 from calset.pruning.masks import Pattern, Selection, prune_mask
 from calset.pruning.methods import METHODS, find, prune_shared
 from calset.pruning.stats import InputStatistics, Needs, is_finite, mirror
@@ -411,10 +411,11 @@ def test_the_factor_gives_the_upper_cholesky_of_the_inverse_block_by_block(width
 
 
 @pytest.mark.parametrize("how", [{"sparsity": 0.5, "block_size": 100}, {"pattern": Pattern(3, 6), "block_size": 128}])
-def test_where_slabs_end_changes_nothing(how, monkeypatch):
-    weight, inputs = make_weight(12, 1200), make_inputs(400, 1200)
+def test_where_slabs_end_and_memory_is_given_back_changes_nothing(how, monkeypatch):
+    weight, inputs = make_weight(12, 3180), make_inputs(400, 3180)
     whole_slabs = run("sparsegpt", weight, inputs, **how)
     monkeypatch.setattr(updates, "SLAB", 512)
+    monkeypatch.setattr(memory, "WORTHWHILE", 0)  # and what a slab no longer needs of the factor is given back
     in_parts = run("sparsegpt", weight, inputs, **how)
     assert torch.equal(in_parts.mask, whole_slabs.mask)
     assert torch.allclose(in_parts.weight, whole_slabs.weight, atol=1e-5)

@@ -4,7 +4,9 @@ vLLM's processes on a CPU never sleep: while one of them computes, the others po
 wants it. So Linux lets a thread that wakes up interrupt them at once, and what wakes this process, the outputs of a
 step, comes just as they prepare the next one: then every core waits. Under the policy SCHED_BATCH (sched(7)) a thread
 that wakes up waits for its turn, and gets no less of the cores. It takes no privilege, and can be undone. Linux only:
-elsewhere nothing happens. And whoever deals with completions deals with many in one go, and so wakes up less often.
+elsewhere that part does nothing.
+
+And the fewer the better: whoever deals with completions lingers, to deal with many in one go.
 """
 
 from __future__ import annotations
@@ -49,25 +51,32 @@ def not_interrupting() -> Iterator[None]:
         _set(0, before)
 
 
-def lingers(engine: Any) -> float:
-    """Seconds that whoever deals with an engine's completions waits for more of them; 0 unless it ``shares_cores``."""
-    return LINGER_SECONDS if getattr(engine, "shares_cores", False) else 0.0
+def shares_cores(engine: Any) -> bool:
+    """Whether an engine computes on this machine's own cores: see ``Engine``."""
+    return getattr(engine, "shares_cores", False)
 
 
-def drain(source: queue.SimpleQueue[T], *, timeout: float | None = None, linger: float = 0.0) -> list[T]:
-    """What is in a queue that nobody else reads, in order.
+def linger_seconds(engine: Any) -> float:
+    """How long whoever deals with an engine's completions waits for more of them; 0 unless it ``shares_cores``."""
+    return LINGER_SECONDS if shares_cores(engine) else 0.0
+
+
+def drain(source: queue.SimpleQueue[T], *, timeout: float | None = None, linger: float = 0.0) -> Iterator[T]:
+    """What is in a queue that nobody else reads, in order. What is not taken from here stays in it.
 
     Args:
-        timeout: seconds to wait for the first item (None: as long as it takes); with none in time the list is empty.
+        timeout: seconds to wait for the first item (None: until there is one); with none in time, nothing comes.
         linger: seconds to wait for more once there is one.
     """
     try:
-        items = [source.get(timeout=timeout)]
+        first = source.get(timeout=timeout)
     except queue.Empty:
-        return []
+        return
     if linger:
         time.sleep(linger)
-    return items + [source.get() for _ in range(source.qsize())]
+    yield first
+    for _ in range(source.qsize()):
+        yield source.get()
 
 
 def _set(thread: int, policy: int) -> None:

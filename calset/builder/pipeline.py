@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calset import ids
-from calset.builder.background import drain, lingers, not_interrupting
+from calset.builder.background import drain, linger_seconds, not_interrupting, shares_cores
 from calset.builder.engines import Completion, Engine, Request
 from calset.builder.engines.base import RESUME_HINT
 from calset.builder.grading import Outcome
@@ -136,7 +135,6 @@ class Pipeline:
         self._locked_since: float | None = None
         self._flying: dict[str, Unit] = {}
         self._inbox: queue.SimpleQueue[Completion | _Entry | _End] = queue.SimpleQueue()
-        self._batch: deque[Completion | _Entry | _End] = deque()  # out of the inbox, one after another
         self._waiting = 0  # for a verdict
         self._ready: list[_Entry] = []
         self._problems: dict[str, Problem] = {}  # of traces that are ready, until they are saved
@@ -171,8 +169,7 @@ class Pipeline:
         self._rate = Rate(self._began)
         self._met_before = self.schedule.facts().get("met", 0)
         self.emit("generating")
-        shares_cores = getattr(engine, "shares_cores", False)
-        with _interruptible(self._stop), not_interrupting() if shares_cores else nullcontext():
+        with _interruptible(self._stop), not_interrupting() if shares_cores(engine) else nullcontext():
             try:
                 while self._round(engine, pool):
                     pass
@@ -225,7 +222,7 @@ class Pipeline:
     def _requests(self, over: threading.Event) -> Iterator[Request]:
         """What the engine is given. Its own errors end it: the engine then finishes what it has."""
         while not (over.is_set() or self._stop.is_set()):
-            if self._inbox.qsize() + len(self._batch) + self._waiting + len(self._ready) >= MAX_HELD:
+            if self._inbox.qsize() + self._waiting + len(self._ready) >= MAX_HELD:
                 time.sleep(0.05)
                 continue
             try:
@@ -255,9 +252,7 @@ class Pipeline:
         end: _End | None = None
         committed, pause = time.monotonic(), self._every
         while end is None or self._waiting or self._unsaved():
-            self._batch.extend(drain(self._inbox, timeout=0.1, linger=lingers(engine)))
-            while self._batch:
-                item = self._batch.popleft()
+            for item in drain(self._inbox, timeout=0.1, linger=linger_seconds(engine)):
                 if isinstance(item, Completion):
                     # An engine that was interrupted with us aborts what it runs; that is no trace.
                     if not (self._stop.is_set() and item.finish_reason in BROKEN):
@@ -267,6 +262,8 @@ class Pipeline:
                     self._settle(item)
                 else:
                     end = item
+                if len(self._ready) >= self._size:
+                    break
             now = time.monotonic()
             last = end is not None and not self._waiting
             if last or len(self._ready) >= self._size or (self._ready and now - committed >= pause):

@@ -65,24 +65,30 @@ def square_of_zeros(width: int, device: torch.device | str) -> torch.Tensor:
     if sys.platform != "linux" or torch.device(device).type != "cpu" or n_bytes < WORTHWHILE:
         return torch.zeros(width, width, dtype=torch.float32, device=device)
     # Neither torch nor numpy: the one writes the zeros, the other asks for pages that are wider than a row.
-    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{n_bytes} bytes for a Gram of {width} inputs") from error
+    with suppress(OSError):  # a kernel without such pages
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.float32).view(width, width)
 
 
 def forget_above(matrix: torch.Tensor, tile: int, columns: int) -> None:
     """Give back what a large square matrix on the host holds above its ``tile`` x ``tile`` tiles on the diagonal, in
-    its first ``columns``: what stands there afterwards says nothing."""
+    its first ``columns``: whole pages, so that some of it still stands there, and the rest reads as 0."""
     if sys.platform != "linux" or matrix.device.type != "cpu" or matrix.nbytes < WORTHWHILE:
         return
     assert matrix.is_contiguous()
     page, item, row = mmap.PAGESIZE, matrix.element_size(), matrix.stride(0) * matrix.element_size()
-    advise = ctypes.CDLL(None).madvise
-    for i in range(min(columns, len(matrix))):
-        begin = matrix.data_ptr() + i * row
-        first = (begin + (i // tile + 1) * tile * item + page - 1) // page * page
-        stop = (begin + columns * item) // page * page
-        if first < stop:
-            advise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTNEED)
+    with suppress(OSError, AttributeError):  # another C library
+        advise = ctypes.CDLL(None).madvise
+        for i in range(min(columns, len(matrix))):
+            begin = matrix.data_ptr() + i * row
+            first = (begin + (i // tile + 1) * tile * item + page - 1) // page * page
+            stop = (begin + columns * item) // page * page
+            if first < stop:
+                advise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTNEED)
 
 
 def free_memory(device: torch.device | None) -> int:

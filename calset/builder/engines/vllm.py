@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from calset.builder.background import drain, lingers
+from calset.builder.background import drain, linger_seconds
 from calset.builder.engines.base import (
     CLOSED,
     RESUME_HINT,
@@ -98,8 +98,8 @@ class VllmEngine:
         arguments = self._arguments(model, device, dtype, concurrency, verbose, options)
         # More than what runs, so that the scheduler always has the next prompt at hand; not much more, since an
         # adaptive build decides late, and better, what comes next.
-        slots = (arguments.max_num_seqs or 256) * max(1, arguments.data_parallel_size)
-        self._in_flight = slots + max(16, slots // 4)
+        self._slots = (arguments.max_num_seqs or 256) * max(1, arguments.data_parallel_size)
+        self._in_flight = self._slots + max(16, self._slots // 4)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="calset-vllm", daemon=True)
         self._thread.start()
@@ -189,7 +189,7 @@ class VllmEngine:
         self._feeder = self._wait(begin())
         try:
             while True:
-                for item in drain(results, linger=lingers(self)):
+                for item in drain(results, linger=linger_seconds(self)):
                     if item is _DONE:
                         return
                     if isinstance(item, BaseException):
@@ -226,7 +226,8 @@ class VllmEngine:
                         group.create_task(run(request))
                     if not feed.exhausted:
                         await changed.wait()
-                        await asyncio.sleep(lingers(self))
+                        if running >= self._slots:  # it has enough to do
+                            await asyncio.sleep(linger_seconds(self))
         except BaseExceptionGroup as errors:
             results.put(errors.exceptions[0])
         except asyncio.CancelledError:

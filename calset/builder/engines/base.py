@@ -165,7 +165,7 @@ class RequestFeed:
         requests: what ``Engine.stream`` was given; its ``next`` may block.
         ahead: requests pulled ahead of ``take`` at most. Few: an adaptive build decides late, and better, what comes
             next.
-        notify: called from the feeding thread after each request and at the end.
+        notify: called from the feeding thread when there is a request again and at the end.
     """
 
     def __init__(self, requests: Iterable[Request], *, ahead: int = 16, notify: Callable[[], object] | None = None):
@@ -183,7 +183,9 @@ class RequestFeed:
                 with self._changed:
                     self._pulled.append(request)
                     self._changed.notify_all()
-                self._tell()
+                    was_empty = len(self._pulled) == 1
+                if was_empty:  # else whoever takes has left some for want of room, and comes again
+                    self._tell()
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed or len(self._pulled) < self._ahead)
                     if self._closed:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+from conftest import ScriptedEngine
 
 import calset
 from calset.builder import background
@@ -96,6 +97,21 @@ def test_a_build_does_not_interrupt_an_engine_on_its_cores(shares, tiny_model, t
     expected = os.SCHED_BATCH if shares else os.SCHED_OTHER
     assert set(seen) == set(told) == {expected}
     assert policy() == os.SCHED_OTHER
+
+
+def test_beside_an_engine_on_its_cores_a_build_waits_for_more_before_it_deals_with_a_completion(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(background, "LINGER_SECONDS", 0.7)
+    engine = ScriptedEngine(inspect(tiny_model).revision)
+    engine.shares_cores = True  # type: ignore[attr-defined]
+    told: list[tuple[int, float]] = []
+    calset.build(
+        tiny_model, "gym:chain_sum?size=3", samples=1, catalog=tmp_path / "c.duckdb", engine=engine, graded=False,
+        progress=lambda event: told.append((event.saved, time.monotonic())) if event.phase == "generating" else None,
+    )  # fmt: skip
+    began, saved = (next(at for n, at in told if (n > 0) == some) for some in (False, True))
+    assert saved - began >= 0.7
 
 
 def drained(source: queue.SimpleQueue[int], **how: float) -> list[int]:

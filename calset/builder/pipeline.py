@@ -94,7 +94,7 @@ class Excluded:
         self._found.put((problem, evidence))
 
     def drain(self) -> list[tuple[Problem, list[Contamination]]]:
-        return [self._found.get() for _ in range(self._found.qsize())]
+        return list(drain(self._found, timeout=0))
 
 
 class Pipeline:

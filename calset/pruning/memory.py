@@ -51,7 +51,7 @@ def ran_out(error: BaseException) -> bool:
 def give_back(beside: torch.Tensor) -> None:
     """Let the system have what was freed, where a large tensor lies on the host: glibc keeps pieces of up to 32 MB, in
     all some 200 MB."""
-    if sys.platform == "linux" and beside.device.type == "cpu" and beside.nbytes >= WORTHWHILE:
+    if _is_large_on_host(beside.nbytes, beside.device):
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
 
@@ -62,7 +62,7 @@ def square_of_zeros(width: int, device: torch.device | str) -> torch.Tensor:
     import torch
 
     n_bytes = 4 * width * width
-    if sys.platform != "linux" or torch.device(device).type != "cpu" or n_bytes < WORTHWHILE:
+    if not _is_large_on_host(n_bytes, torch.device(device)):
         return torch.zeros(width, width, dtype=torch.float32, device=device)
     # Neither torch nor numpy: the one writes the zeros, the other asks for pages that are wider than a row.
     try:
@@ -77,7 +77,7 @@ def square_of_zeros(width: int, device: torch.device | str) -> torch.Tensor:
 def forget_above(matrix: torch.Tensor, tile: int, columns: int) -> None:
     """Give back what a large square matrix on the host holds above its ``tile`` x ``tile`` tiles on the diagonal, in
     its first ``columns``: whole pages, so that some of it still stands there, and the rest reads as 0."""
-    if sys.platform != "linux" or matrix.device.type != "cpu" or matrix.nbytes < WORTHWHILE:
+    if not _is_large_on_host(matrix.nbytes, matrix.device):
         return
     assert matrix.is_contiguous()
     page, item, row = mmap.PAGESIZE, matrix.element_size(), matrix.stride(0) * matrix.element_size()
@@ -89,6 +89,11 @@ def forget_above(matrix: torch.Tensor, tile: int, columns: int) -> None:
             stop = (begin + columns * item) // page * page
             if first < stop:
                 advise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTNEED)
+
+
+def _is_large_on_host(n_bytes: int, device: torch.device) -> bool:
+    """Whether pages of a tensor can be asked for and given back one by one, and that pays."""
+    return sys.platform == "linux" and device.type == "cpu" and n_bytes >= WORTHWHILE
 
 
 def free_memory(device: torch.device | None) -> int:

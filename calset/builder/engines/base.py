@@ -120,8 +120,8 @@ class Engine(Protocol):
     """A running inference engine on one model folder or Hub id.
 
     It may also have ``warnings``, what it noted while it ran, for the report; and ``shares_cores``, whether processes
-    of its own compute on this machine's processors: what feeds them then does not interrupt them, and may deal with
-    what comes out a twentieth of a second later.
+    of its own compute on this machine's processors: what feeds them then does not interrupt them, and deals with what
+    comes out a little later, in one go.
     """
 
     name: str

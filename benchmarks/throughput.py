@@ -1,14 +1,16 @@
 """What a build costs over bare generation: tokens/s of build (streaming, grading, catalog) against vLLM's LLM.generate.
 
-One process, the same prompts, seeds and sampling; several rounds, each begun by the other one, so that a drifting
-machine hits both; before them a quarter of the problems is run and not counted, since an engine is slower in its first
+One process, the same prompts, seeds and sampling; several rounds, each begun by another one, so that a drifting
+machine hits all; before them a quarter of the problems is run and not counted, since an engine is slower in its first
 half minute. The figure to read is the ratio. Beside it stands the CPU time of this process for each request, which
 moves less from one round to the next: what it takes on a machine without spare cores comes out of the engine's time.
 Ten times more requests than slots (``--times``); ``--tail`` draws heavy-tailed lengths: nine problems of ten are short,
-the tenth is several times as long.
+the tenth is several times as long. ``--ablate`` also builds without each thing that ``calset.builder.background``
+does beside an engine on the same cores.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --tail
+    python benchmarks/throughput.py --tail --times 20 --ablate
     python benchmarks/throughput.py --model smollm2 --slots 16 --max-tokens 128
 """
 
@@ -21,12 +23,15 @@ import random
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 from smollm2 import convert
 
 import calset
 from calset import ids
+from calset.builder import background
 from calset.builder.engines import open_engine
 from calset.builder.model_info import inspect
 from calset.demo import MODEL
@@ -36,6 +41,19 @@ TAIL = [
     "gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2&size={short}&seed=5",
     "gym:chain_sum?min_terms=7&max_terms=7&min_digits=4&max_digits=4&size={long}&seed=5",
 ]
+
+
+def interrupt(thread: int = 0) -> None:
+    """The usual policy again: an engine's thread keeps what an earlier build gave it."""
+    os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+# Of ``calset.builder.background``, and what it is without. The graders, in their own processes, keep their policy.
+ABLATIONS = {
+    "patience": ("STEP_SECONDS", 0.0),
+    "linger": ("LINGER_SECONDS", 0.0),
+    "policy": ("do_not_interrupt", interrupt),
+}
 
 
 def main() -> None:
@@ -50,6 +68,7 @@ def main() -> None:
         "--times", type=int, default=10, help="requests for each slot; a build's fixed costs weigh less"
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ablate", action="store_true", help="also build without each way to leave the engine alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.model == "smollm2":
@@ -71,8 +90,7 @@ def run(args: argparse.Namespace, problems: Path) -> None:
     rows = calset.load_problems(str(problems))[1]
     longest = max(len(info.prompt_ids(p.question)) for p in rows) + args.max_tokens
     engine = open_engine("vllm", info, max_model_len=longest, concurrency=args.slots)
-    llm, ratios = None, []
-    lengths: list[int] = []
+    llm, lengths = None, []
 
     def bare(seed: int, part: int | None = None) -> tuple[float, float]:
         rate, lengths[:], cpu = bare_generate(llm, info, rows[:part], args, seed)
@@ -83,16 +101,25 @@ def run(args: argparse.Namespace, problems: Path) -> None:
         report = build_report(engine, args, problems, seed, part)
         return report.n_tokens / report.seconds, 1000 * (time.process_time() - began) / report.n_new
 
+    def without(name: str, value: object, seed: int) -> tuple[float, float]:
+        with mock.patch.object(background, name, value):
+            return built(seed)
+
+    kinds = {"bare": bare, "build": built}
+    if args.ablate:
+        kinds |= {f"without {name}": partial(without, *what) for name, what in ABLATIONS.items()}
+    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
     try:
         llm = bare_engine(info, longest, args.slots)
         for one in (bare, built):
             one(args.rounds, len(rows) // 4)  # to warm up
-        print("round bare_tokens_per_s build_tokens_per_s ratio bare_cpu_ms build_cpu_ms")
+        print("round tokens_per_s ratio cpu_ms what")
         for number in range(args.rounds):
-            pair = {one: one(number) for one in ((bare, built) if number % 2 == 0 else (built, bare))}
-            (rate, cpu), (build_rate, build_cpu) = pair[bare], pair[built]
-            ratios.append(build_rate / rate)
-            print(f"{number} {rate:.0f} {build_rate:.0f} {ratios[-1]:.3f} {cpu:.2f} {build_cpu:.2f}", flush=True)
+            first = number % len(kinds)
+            got = {kind: kinds[kind](number) for kind in [*kinds][first:] + [*kinds][:first]}
+            for kind, (rate, cpu) in got.items():
+                ratios[kind].append(rate / got["bare"][0])
+                print(f"{number} {rate:.0f} {ratios[kind][-1]:.3f} {cpu:.2f} {kind}", flush=True)
     finally:
         engine.close()
         if llm is not None:
@@ -100,8 +127,8 @@ def run(args: argparse.Namespace, problems: Path) -> None:
     lengths.sort()
     p10, p50, p99 = (lengths[int(q * (len(lengths) - 1))] for q in (0.1, 0.5, 0.99))
     print(
-        f"median ratio {statistics.median(ratios):.3f} ({len(lengths)} requests, {args.slots} slots, lengths "
-        f"{p10}/{p50}/{p99}/{lengths[-1]} at p10/p50/p99/max)"
+        f"{len(lengths)} requests, {args.slots} slots, lengths {p10}/{p50}/{p99}/{lengths[-1]} at p10/p50/p99/max; "
+        f"median ratios: " + ", ".join(f"{kind} {statistics.median(of):.3f}" for kind, of in ratios.items())
     )
 
 

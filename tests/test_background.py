@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import sys
@@ -15,7 +16,7 @@ from conftest import ScriptedEngine
 
 import calset
 from calset.builder import background
-from calset.builder.background import LINGER_SECONDS, drain, linger_seconds
+from calset.builder.background import PatientSelector, drain, linger_seconds, step_seconds
 from calset.builder.engines import Completion
 from calset.builder.model_info import inspect
 
@@ -146,5 +147,60 @@ def test_only_beside_an_engine_on_its_cores_does_a_build_linger():
     class OnCores:
         shares_cores = True
 
-    assert linger_seconds(OnCores()) == LINGER_SECONDS
-    assert linger_seconds(object()) == 0
+    assert linger_seconds(OnCores()) == background.LINGER_SECONDS
+    assert step_seconds(OnCores()) == background.STEP_SECONDS
+    assert linger_seconds(object()) == step_seconds(object()) == 0
+
+
+@pytest.fixture
+def patient() -> Iterator[tuple[asyncio.AbstractEventLoop, PatientSelector]]:
+    """A loop in a thread of its own, and its selector."""
+    selector = PatientSelector()
+    loop = asyncio.SelectorEventLoop(selector)
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop, selector
+    selector.seconds = 0.0
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def heard_after(loop: asyncio.AbstractEventLoop, n: int = 1) -> list[float]:
+    """Seconds until the loop has heard each of the things that it is told from outside."""
+    began, heard, over = time.monotonic(), [], threading.Event()
+
+    def hear() -> None:
+        heard.append(time.monotonic() - began)
+        if len(heard) == n:
+            over.set()
+
+    for _ in range(n):
+        loop.call_soon_threadsafe(hear)
+    assert over.wait(60)
+    return heard
+
+
+def test_a_patient_loop_hears_later_of_all_that_came_meanwhile(patient):
+    loop, selector = patient
+    assert heard_after(loop)[0] < 1.9
+    selector.seconds = 2.0
+    heard = heard_after(loop, n=20)
+    assert min(heard) >= 1.9
+    assert max(heard) < 10
+    selector.seconds = 0.0
+    assert heard_after(loop)[0] < 1.9
+
+
+def test_what_a_patient_loop_has_ready_does_not_wait(patient):
+    loop, selector = patient
+
+    async def steps() -> float:
+        began, selector.seconds = time.monotonic(), 30.0
+        for _ in range(100):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        selector.seconds = 0.0
+        return time.monotonic() - began
+
+    assert asyncio.run_coroutine_threadsafe(steps(), loop).result(60) < 10

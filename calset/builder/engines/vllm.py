@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from calset.builder.background import drain, linger_seconds
+from calset.builder.background import PatientSelector, drain, linger_seconds, step_seconds
 from calset.builder.engines.base import (
     CLOSED,
     RESUME_HINT,
@@ -100,7 +100,8 @@ class VllmEngine:
         # adaptive build decides late, and better, what comes next.
         self._slots = (arguments.max_num_seqs or 256) * max(1, arguments.data_parallel_size)
         self._in_flight = self._slots + max(16, self._slots // 4)
-        self._loop = asyncio.new_event_loop()
+        self._selector = PatientSelector()
+        self._loop = asyncio.SelectorEventLoop(self._selector)
         self._thread = threading.Thread(target=self._loop.run_forever, name="calset-vllm", daemon=True)
         self._thread.start()
         self._start(arguments)
@@ -217,6 +218,7 @@ class VllmEngine:
                 changed.set()
 
         feed = RequestFeed(requests, notify=_waker(loop, changed))
+        self._selector.seconds = step_seconds(self)
         try:
             async with asyncio.TaskGroup() as group:
                 while not feed.exhausted:
@@ -235,6 +237,7 @@ class VllmEngine:
         except BaseException as error:
             results.put(error)
         finally:
+            self._selector.seconds = 0.0
             feed.close()
 
     async def _complete(self, request: Request, sampling: Sampling) -> Completion:

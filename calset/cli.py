@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that ``calset --help`` answers at o
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,7 +16,15 @@ from typing import Any
 import click
 
 from calset import __version__, terminal
-from calset.errors import CalsetError, CatalogUpgraded, EngineError, EngineWarning, InputError
+from calset.errors import (
+    CalsetError,
+    CatalogError,
+    CatalogUpgraded,
+    EngineError,
+    EngineWarning,
+    InputError,
+    Stopped,
+)
 
 SEED = click.IntRange(-(2**63), 2**63 - 1)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -198,6 +207,7 @@ def _existing(path: Path) -> Any:
 @json_option
 def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Generate and grade a model's own traces; killed or stopped, the same command continues."""
+    from calset.builder.engines.base import RESUME_HINT
     from calset.builder.generate import build as run
 
     model = options.pop("model")
@@ -213,10 +223,14 @@ def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], dry_run:
             report = run(model, list(problems), progress=_build_progress(bar), **options)
         except EngineError as error:
             raise type(error)(f"{error}: {_command_line()}") from error
+        except CatalogError as error:
+            raise type(error)(f"{error}; {RESUME_HINT}: {_command_line()}") from error
+        except KeyboardInterrupt as error:
+            raise Stopped(f"stopped; {RESUME_HINT}: {_command_line()}") from error
     if as_json:
         terminal.emit_json(report.as_dict())
     else:
-        _print_build(report)
+        _print_build(report, options["target"])
     if report.stopped:
         asked = f" of {report.n_requested}" if report.n_requested is not None else ""
         terminal.note(f"Stopped; {report.n_existing + report.n_new}{asked} traces are saved. To continue:")
@@ -289,7 +303,7 @@ def _build_progress(bar: terminal.Progress) -> Callable[[Any], None]:
     return show
 
 
-def _print_build(report: Any) -> None:
+def _print_build(report: Any, target: str | None) -> None:
     verdicts = ", ".join(f"{n} {v}" for v, n in sorted(report.verdicts.items(), key=lambda x: -x[1]))
     reasons = ", ".join(f"{n} {r}" for r, n in sorted(report.finish_reasons.items(), key=lambda x: -x[1]))
     speed = f" at {report.n_tokens / report.seconds:,.0f} tokens/s" if report.n_new and report.seconds else ""
@@ -310,15 +324,12 @@ def _print_build(report: Any) -> None:
             f"Target {aim['recipe']}: {aim['met']:,} of {aim['need']:,} {aim['unit']}; {aim['complete']:,} problems "
             f"with all samples ({aim['in_band']:,} in the band), {aim['stopped']:,} stopped early"
         )
-        following = (
-            f"calset select NAME --recipe {aim['recipe']} --min-k {aim['samples']} --{aim['unit']} {aim['need']}"
-        )
+        named = f"--recipe {shlex.quote(target or aim['recipe'])} --model {shlex.quote(report.model)}"
+        following = f"calset select NAME {named} --min-k {aim['samples']} --{aim['unit']} {aim['need']}"
     terminal.say(f"Catalog: {report.catalog}. Next: {following} --catalog {report.catalog}")
 
 
 def _command_line() -> str:
-    import shlex
-
     return shlex.join(["calset", *sys.argv[1:]])
 
 

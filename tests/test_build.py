@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from conftest import HAS_VLLM
 from processes import holding
 
 from calset.builder.engines import Completion, Request, Sampling
@@ -429,6 +430,16 @@ def test_a_build_that_waits_for_the_catalog_stops_when_asked(
     assert (report.stopped, report.n_new, count(path)) == (True, 3, 3)
 
 
+def test_what_has_an_argument_of_its_own_may_be_an_engine_option_too(tiny_model: Path, tmp_path: Path):
+    path = tmp_path / "c.duckdb"
+    build(tiny_model, SUMS, samples=1, limit=2, max_tokens=8, catalog=path, engine="transformers",
+          engine_options={"concurrency": 1})  # fmt: skip
+    assert count(path) == 2
+
+
+VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -446,6 +457,12 @@ def test_a_build_that_waits_for_the_catalog_stops_when_asked(
         ({"decontaminate": "held-out.jsonl"}, "no file held-out.jsonl"),
         ({"retry": ["everything"]}, "retry takes truncated and error"),
         ({"engine": "transformers", "engine_options": {"tensor_parallel_size": 2}}, "has no option 'tensor_parallel"),
+        ({"engine": "transformers", "engine_options": {"tokenizer": "other"}}, "tokenizer is no engine option"),
+        pytest.param(
+            {"engine": "vllm", "engine_options": {"revision": "x"}}, "revision is no engine option", marks=VLLM
+        ),
+        pytest.param({"engine": "vllm", "engine_options": {"max_model_len": 20}}, "20 is too short: the", marks=VLLM),
+        pytest.param({"engine": "vllm", "engine_options": {"max_model_len": "2k"}}, "of tokens, not '2k'", marks=VLLM),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(tiny_model: Path, tmp_path: Path, options: dict, says: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -150,6 +151,26 @@ def test_engine_options_are_named_values(tmp_path: Path) -> None:
     refused(calset(*ask, "tensor_parallel_size", cwd=tmp_path), 2, "NAME=VALUE")
     refused(calset(*ask, "tensor_parallel_size=2", cwd=tmp_path), 2, "no option 'tensor_parallel_size'")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_build_stopped_while_it_looks_at_problems_says_how_to_go_on(tmp_path: Path) -> None:
+    spec = "gym:chain_sum?size=1000000000"
+    command = [*CALSET, "build", "--model", str(demo.MODEL), "--problems", spec, "--engine", "transformers"]
+    command += ["--progress", "json"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "checking problems" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    last = rest.strip().splitlines()[-1]
+    assert process.returncode == 130
+    assert last.startswith(
+        "calset: stopped; what was saved stays; run the same command again to continue: calset build "
+    )
+    assert f"--problems '{spec}'" in last
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

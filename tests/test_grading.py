@@ -2,6 +2,7 @@ r"""Graders against hand-labelled answers, and workers against answers that hang
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -20,10 +21,12 @@ from calset.builder.grading import (
     grade_response,
     grader_version,
     graders,
+    gym,
     last_boxed,
     verdict_without_grading,
 )
 from calset.builder.grading.pool import GradingPool
+from calset.builder.problems import load_problems
 from calset.errors import CalsetError, InputError
 
 # (reference, response after the thinking, finish reason, verdict a careful person gives)
@@ -167,8 +170,6 @@ def test_gym_agrees_with_every_hand_label(pool: GradingPool):
 
 def test_gym_uses_the_tasks_own_scorer_and_the_stored_entry(pool: GradingPool):
     """A knights-and-knaves answer may be worded otherwise; a countdown has many solutions: only the task knows."""
-    from calset.builder.problems import load_problems
-
     for task in ("countdown", "knights_knaves", "simple_equations", "basic_arithmetic", "spell_backward"):
         for problem in load_problems(f"gym:{task}?size=3&seed=1")[1]:
             row = (problem.answer, f"The answer is \\boxed{{{problem.answer}}}", "stop", "correct")
@@ -179,6 +180,53 @@ def test_gym_uses_the_tasks_own_scorer_and_the_stored_entry(pool: GradingPool):
     for response, expected in (("4*94 - 6 - 61", "correct"), ("94*4 - 61 + 6", "incorrect")):
         row = (problem.answer, response, "stop", expected)
         assert verdict(pool, "gym", row, dict(problem.metadata)).verdict == expected, response
+
+
+def test_each_tasks_own_answer_scores_from_the_catalog_as_it_does_there():
+    """What the catalog keeps of an entry is JSON, without tuples and with text for keys."""
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    different, n = [], 0
+    for task in sorted(set(DATASETS) - {"composite"}):
+        dataset = create_dataset(task, seed=1, size=1)
+        entry = dataset[0]
+        if entry["answer"] is None:
+            continue
+        n += 1
+        direct = dataset.score_answer(str(entry["answer"]), entry)
+        (problem,) = load_problems(f"gym:{task}?size=1&seed=1")[1]
+        metadata = problem.metadata | {"question": problem.question}
+        outcome = gym.grade(problem.answer, f"<answer>{problem.answer}</answer>", metadata)
+        if outcome.detail != f"score {direct:.4g}":
+            different.append((task, direct, outcome))
+    assert different == []
+    assert n > 90
+
+
+def test_a_board_is_read_whole_without_a_box():
+    (problem,) = load_problems("gym:mini_sudoku?size=1&seed=1")[1]
+    board = problem.answer
+    wrong = board[:-1] + str(5 - int(board[-1]))
+    told = {
+        f"The board is:\n{board}": "correct",
+        f"First I try\n\n{wrong}\n\nwhich fails. Solution:\n```\n{board}\n```\n": "correct",
+        f"First I try\n\n{board}\n\nwhich fails. Solution:\n\n{wrong}": "incorrect",
+        board.splitlines()[-1]: "incorrect",
+        "```\n```": "no_answer",
+    }
+    for response, verdict in told.items():
+        assert gym.grade(board, response, problem.metadata | {"question": problem.question}).verdict == verdict, (
+            response
+        )
+
+
+def test_a_task_that_states_no_answer_has_an_empty_one_and_is_scored(pool: GradingPool):
+    (problem,) = load_problems("gym:graph_color?size=1&seed=1")[1]
+    assert problem.answer == ""
+    right = json.dumps(problem.metadata["entry"]["possible_answer"])
+    for response, expected in ((right, "correct"), (r"\boxed{nonsense}", "incorrect")):
+        row = ("", response, "stop", expected)
+        assert verdict(pool, "gym", row, dict(problem.metadata)).verdict == expected
 
 
 def test_unfinished_thinking_is_never_graded():

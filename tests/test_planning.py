@@ -139,6 +139,37 @@ def test_experts_that_a_token_does_not_visit_are_not_active(info: ModelInfo, tmp
     assert found.total - found.active == routed * 6 // 8
 
 
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"quant_method": "gptq", "bits": 8, "group_size": 64}, 8),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "bnb_4bit_quant_type": "nf4"},
+            8,
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, 4),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 4}}},
+            },
+            8,
+        ),
+    ],
+)
+def test_the_bits_of_quantised_weights_are_read_from_their_settings(info, tmp_path, settings, bits) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                quantization_config=settings).save_pretrained(tmp_path)  # fmt: skip
+    found = parameters(replace(info, folder=tmp_path, location=str(tmp_path)))
+    assert found is not None
+    assert found.bits == bits
+
+
 def test_weights_that_do_not_fit_are_said(info: ModelInfo, tmp_path: Path) -> None:
     from transformers import LlamaConfig
 

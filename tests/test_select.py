@@ -608,6 +608,18 @@ def test_gold_takes_prompt_and_reference_solution(tmp_path: Path, tokenizer: Any
     assert all((list(s.input_ids[:3]), s.n_prompt_tokens, s.kind) == ([1, 2, 3], 3, "gold") for s in subset.samples)
 
 
+def test_gold_leaves_out_what_only_a_scorer_can_judge(tmp_path: Path, tokenizer: Any) -> None:
+    catalog = tokenised(tmp_path / "c.duckdb", tokenizer)
+    run = catalog.runs()[0]
+    bare, worked = make_problem(3, answer=""), make_problem(4, answer="", metadata={"solution": "4 + 4 makes 8"})
+    catalog.add_problems([bare, worked])
+    catalog.add_traces([make_trace(problem, run, 0) for problem in (bare, worked)])
+    subset = select(catalog, "gold", "gold")
+    texts = {tokenizer.decode(s.input_ids[s.n_prompt_tokens : -1]) for s in subset.samples}
+    assert texts == {"2", "2 + 2 makes 4", "4 + 4 makes 8"}
+    assert len(select(catalog, "prompts", "prompts").samples) == 4
+
+
 def test_text_takes_windows_of_a_file(tmp_path: Path, tokenizer: Any) -> None:
     catalog = tokenised(tmp_path / "c.duckdb", tokenizer)
     text = tmp_path / "prose.txt"

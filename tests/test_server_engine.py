@@ -34,7 +34,7 @@ from calset.catalog.catalog import Catalog
 from calset.errors import EngineError, EngineWarning, InputError
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-QUICK = {"backoff": 0.05, "probe_every": 0.1, "connect_timeout": 2.0}
+QUICK = {"backoff": 0.05, "probe_every": 0.1, "connect_timeout": 2.0, "restart_timeout": 0.2}
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=20)
 
 
@@ -414,6 +414,48 @@ def test_a_server_that_dies_is_dropped_and_its_requests_move_on_and_it_comes_bac
     assert len(found) == 120
     assert f"the server {a.url} is back" in engine.warnings
     assert len(a.bodies) > served  # it works again
+
+
+def test_the_only_server_may_be_restarted(doubles, opened):
+    double = doubles(seconds=0.05)
+    engine = opened(double, concurrency=4, failures=2, restart_timeout=60)
+    requests = requests_for(60)
+    found: dict[str, Completion] = {}
+    for completion in engine.stream(requests, SAMPLING):
+        found[completion.key] = completion
+        if len(found) == 20:
+            double.die()
+            threading.Timer(1.5, double.start).start()
+    assert len(found) == 60
+    check_served(found, requests)
+    assert f"the server {double.url} is back" in engine.warnings
+
+
+def test_a_stream_that_waits_for_a_restart_can_be_cancelled(doubles, opened):
+    double = doubles(seconds=0.05)
+    engine = opened(double, concurrency=4, failures=2, restart_timeout=600)
+    began = time.monotonic()
+    for n, _ in enumerate(engine.stream(requests_for(60), SAMPLING)):
+        if n == 5:
+            double.die()
+            threading.Timer(2.0, engine.cancel).start()
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("reason", ["abort", None])
+def test_a_request_that_a_server_aborts_is_asked_for_again(doubles, opened, reason):
+    """vLLM aborts what it runs when it is told to end, and answers with HTTP 200."""
+    left = iter(range(12))
+
+    def abort(payload: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        if body["max_tokens"] > 1 and next(left, None) is not None:
+            payload["choices"][0]["finish_reason"] = reason
+        return payload
+
+    engine = opened(doubles(change=abort), concurrency=8)
+    requests = requests_for(40)
+    check_served(run(engine, requests), requests)
+    assert next(left, None) is None
 
 
 def test_a_hung_server_is_found_by_its_health_and_its_requests_move_on(doubles, opened):
@@ -865,7 +907,7 @@ def test_a_build_through_a_real_server_under_two_names_stores_what_was_served_an
             max_tokens=300,
             concurrency=16,
             commit_every_seconds=0.3,
-            engine_options={"backoff": 0.2, "failures": 3},
+            engine_options={"backoff": 0.2, "failures": 3, "restart_timeout": 1},
             progress=progress,
         )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.builder.adaptive import AdaptiveSchedule, Target
-from calset.builder.engines import Engine, check_options, open_engine, resolve_engine
+from calset.builder.engines import Engine, check_length, check_options, open_engine, resolve_engine
 from calset.builder.grading import grader_version
 from calset.builder.grading.pool import GradingPool
 from calset.builder.model_info import inspect
@@ -267,7 +267,7 @@ def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
     )
     info = inspect(asked["model"], template_options=asked["template_options"])
     given = {name: asked[name] for name in ("temperature", "top_p", "top_k", "min_p") if asked[name] is not None}
-    return make_plan(
+    plan = make_plan(
         info,
         sources,
         store,
@@ -277,6 +277,8 @@ def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
         progress=_checking(asked["progress"]),
         **{name: asked[name] for name in ("samples", "system_prompt", "max_tokens", "kind", "seed", "retry")},
     )
+    check_length((asked["engine_options"] or {}).get("max_model_len", plan.longest), plan.longest)
+    return plan
 
 
 def _checked(asked: Mapping[str, Any], engine: str | Engine | None) -> Target | None:
@@ -338,7 +340,8 @@ def _running(
 ) -> Engine:
     info = plan.info
     if isinstance(engine, str):
-        return open_engine(engine, info, max_model_len=plan.longest, device=device, concurrency=concurrency, **options)
+        asked = {"max_model_len": plan.longest, "device": device, "concurrency": concurrency}
+        return open_engine(engine, info, **(asked | options))
     # Without this, traces could be recorded as one checkpoint's while another answers.
     if engine.loaded != info.revision:
         engine.load_weights(info.folder, info.revision)

@@ -10,7 +10,7 @@ Must not know: engines, problems, how a catalog is opened.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from calset.errors import InputError
 EMPTY_BYTES = 3_000_000
 BYTES_PER_TOKEN = 10.0
 CPU_BILLIONS = 1.0  # without a GPU here and none named, larger models are planned for an H100
+WEIGHT_BITS = {"bits", "num_bits", "nbits", "w_bit"}  # of GPTQ, compressed-tensors, HQQ, AWQ
 FAR = 4.0  # a rate scaled by more than this is a coarse guess
 
 
@@ -351,8 +352,22 @@ def _bits(config: Any) -> int:
     quantised = getattr(config, "quantization_config", None)
     if quantised is None:
         return 32 if "32" in str(getattr(config, "dtype", "")) else 16
-    said = str(quantised).lower()
-    return 4 if "4" in said and "fp8" not in said else 8
+    settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    widths = [int(value) for name, value in _leaves(settings) if name in WEIGHT_BITS and type(value) is int]
+    if widths:
+        return min(widths)
+    method = str(settings.get("quant_method", "")).lower()
+    return 4 if settings.get("load_in_4bit") or "fp4" in method else 8
+
+
+def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of nested settings, but for those of activations."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            if "activations" not in name:
+                yield from _leaves(value)
+        else:
+            yield name, value
 
 
 def _device(gpu: str | None, here: Sequence[str], size: Parameters | None) -> str:

@@ -188,6 +188,9 @@ def _pool(
     if recipe.kind != "trace":
         rows = _first_of_each_problem(rows)
         stages["problems"] = len(rows)
+    if recipe.kind == "gold" and (without := _without_reference(catalog)):
+        rows = [row for row in rows if row[2] not in without]
+        stages["reference"] = len(rows)
     strata = _strata(catalog, recipe.stratify, {row[2] for row in rows}) if recipe.stratify else {}
     candidates, sources, sizes = [], {}, {}
     for trace, attempt, problem, index, correct, finished, difficulty, k, n_tokens, n_prompt, key, *_ in rows:
@@ -220,6 +223,15 @@ def _overlapping(catalog: Catalog, exclude: Decontaminator, problem_ids: Sequenc
         for problem in catalog.problems(part).values()
         if exclude.check(problem)
     }
+
+
+def _without_reference(catalog: Catalog) -> set[str]:
+    """Problems that only a scorer can judge: there is neither an answer nor a solution."""
+    rows = catalog.rows(
+        "SELECT problem_id FROM problems "
+        "WHERE answer = '' AND coalesce(json_extract_string(metadata, '$.solution'), '') = ''"
+    )
+    return {row["problem_id"] for row in rows}
 
 
 UNNAMED = "(none)"  # the stratum of problems without the metadata key

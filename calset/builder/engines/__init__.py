@@ -15,8 +15,20 @@ if TYPE_CHECKING:
 
 ENGINES = ("vllm", "transformers")
 COMMON_OPTIONS = {"concurrency", "verbose"}
+# A build's model decides these; another one's tokens would be recorded as its own.
+FIXED_OPTIONS = {"model", "name", "revision", "tokenizer", "tokenizer_revision", "hf_config_path"}
 
-__all__ = ["ENGINES", "Completion", "Engine", "Request", "Sampling", "check_options", "open_engine", "resolve_engine"]
+__all__ = [
+    "ENGINES",
+    "Completion",
+    "Engine",
+    "Request",
+    "Sampling",
+    "check_length",
+    "check_options",
+    "open_engine",
+    "resolve_engine",
+]
 
 
 def resolve_engine(name: str) -> str:
@@ -45,11 +57,13 @@ def resolve_engine(name: str) -> str:
 
 
 def check_options(name: str, options: Iterable[str]) -> None:
-    """Refuse what the transformers and server engines do not take; vLLM's options are its own, and vLLM checks them.
+    """Refuse what no engine takes, and what the transformers and server engines do not; vLLM checks its own options.
 
     Raises:
         InputError: naming the option.
     """
+    if fixed := sorted(set(options) & FIXED_OPTIONS):
+        raise InputError(f"{fixed[0]} is no engine option: traces are recorded as those of the model that is named")
     if name == "transformers" and (unknown := sorted(set(options) - COMMON_OPTIONS)):
         raise InputError(f"the transformers engine has no option {unknown[0]!r}; that is for --engine vllm")
     if wire.is_url(name):
@@ -60,6 +74,18 @@ def check_options(name: str, options: Iterable[str]) -> None:
                 f"the server engine has no option {unknown[0]!r}; it has {', '.join(sorted(OPTIONS))}, and what vLLM "
                 "itself takes belongs on the server's command line"
             )
+
+
+def check_length(given: Any, needed: int) -> None:
+    """Refuse a ``max_model_len`` that is no number of tokens, or in which the longest request does not fit.
+
+    Raises:
+        InputError: saying what is needed.
+    """
+    if type(given) is not int:
+        raise InputError(f"max_model_len must be a whole number of tokens, not {given!r}")
+    if given < needed:
+        raise InputError(f"max_model_len {given:,} is too short: the longest prompt and max_tokens take {needed:,}")
 
 
 def open_engine(

@@ -55,6 +55,7 @@ class Patience:
     probe_every: float = 15.0  # between two looks at each server's health
     backoff: float = 2.0  # the longest first pause of a failing server; each further one may be twice as long
     failures: int = 6  # in a row, one a pause, before a server is dropped
+    restart_timeout: float = 300.0  # for one to come back when none is left
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -73,7 +74,7 @@ OPTIONS = frozenset({"concurrency", "verbose", "served_model", *(entry.name for 
 
 
 class _Unavailable(Exception):
-    """No answer: no connection, one that broke, a timeout, or HTTP 5xx."""
+    """No answer: no connection, one that broke, a timeout, HTTP 5xx, or a request that the server aborted."""
 
     def __init__(self, why: str, *, pause: float | None = None, timed_out: bool = False) -> None:
         super().__init__(why)
@@ -334,6 +335,8 @@ class ServerEngine:
         seconds = read_seconds or self._patience.read_seconds(request.max_tokens)
         answer = await self._send(server.url, "POST", "/v1/completions", read_seconds=seconds, json=body)
         token_ids, reason = wire.read_completion(self._json(server.url, answer), request, self._stops, server.url)
+        if reason == "abort":  # as vLLM does to all of them when it is told to end
+            raise _Unavailable("it gave up on a request")
         return Completion(request.key, token_ids, reason, time.monotonic() - began)
 
     async def _send(self, url: str, method: str, path: str, *, read_seconds: float, json: Any = None) -> Any:
@@ -603,11 +606,15 @@ class _Stream:
         self._wake.set()
 
     async def _revive(self) -> None:
-        """Look once more at all of them before the stream ends for want of a server."""
-        if any(server.alive for server in self._servers):
-            return
-        await asyncio.gather(*(self._readmit(server) for server in self._servers))
-        if not any(server.alive for server in self._servers):
-            reasons = "; ".join(f"{server.url}: {server.why}" for server in self._servers)
-            raise EngineError(f"no server is left ({reasons}); start one, then {RESUME_HINT}")
-        self._wake.set()
+        """Wait for one to come back before the stream ends for want of a server."""
+        deadline = time.monotonic() + self._patience.restart_timeout
+        while not any(server.alive for server in self._servers):
+            await asyncio.gather(*(self._readmit(server) for server in self._servers if not server.alive))
+            if any(server.alive for server in self._servers):
+                self._wake.set()
+                return
+            left = deadline - time.monotonic()
+            if left <= 0:
+                reasons = "; ".join(f"{server.url}: {server.why}" for server in self._servers)
+                raise EngineError(f"no server is left ({reasons}); start one, then {RESUME_HINT}")
+            await asyncio.sleep(min(left, self._patience.probe_every))

@@ -102,6 +102,8 @@ def read_completion(
 ) -> tuple[tuple[int, ...], str]:
     """(token ids, finish reason) of a ``/v1/completions`` answer, once they are proven to be what was served.
 
+    A finish reason that is none, ``abort``, means that the server gave up on the request.
+
     Raises:
         EngineError: no token ids; ids that are not those of the prompt, of the count or of the limit; a stop without
             the token that it stopped on.

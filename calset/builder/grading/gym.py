@@ -16,9 +16,13 @@ from typing import Any
 from calset.builder.grading import Outcome, last_boxed
 from calset.builder.grading.answers import last_tagged
 
-RULES = "1"  # raise when a change here can change a verdict
+RULES = "2"  # raise when a change here can change a verdict
 
+# Compared with the tuples of a parsed answer, which the catalog's JSON keeps as lists.
+_BOARDS = {"arc_agi": ("output",), "rearc": ("output",)}
 _LEAD = re.compile(r"(?i)^(?:so,?\s+|therefore,?\s+|thus,?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*")
+_FENCE = re.compile(r"(?m)^[ \t]*```.*$")
+_INTRODUCTION = re.compile(r"^[^\n]*:[ \t]*\n")  # "Here is the board:"
 
 
 def version() -> str:
@@ -30,25 +34,38 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     task = metadata.get("task")
     if not task:
         return Outcome("gold_unparsable", detail="the problem names no reasoning-gym task")
-    extracted = extract(response)
+    extracted = extract(response, lines=answer.count("\n") + 1)
     if not extracted:
         return Outcome("no_answer", detail="an empty answer")
-    entry = {"answer": answer, "metadata": metadata.get("entry", {}), "question": metadata.get("question", "")}
+    known = dict(metadata.get("entry", {}))
+    known |= {name: _tuples(known[name]) for name in _BOARDS.get(task, ()) if name in known}
+    entry = {"answer": answer, "metadata": known, "question": metadata.get("question", "")}
     options = json.dumps(metadata.get("options", {}), sort_keys=True)
     score = float(_scorer(task, options)(extracted, entry))
     return Outcome("correct" if score >= 1 - 1e-9 else "incorrect", extracted, f"score {score:.4g}")
 
 
-def extract(response: str) -> str:
-    """The last box, else the last ``<answer>``, else the last line without "The answer is"."""
+def extract(response: str, *, lines: int = 1) -> str:
+    """The last box, else the last ``<answer>``, else the last line without "The answer is".
+
+    Args:
+        lines: of the reference answer. With several, as of a board, the last paragraph takes the last line's place.
+    """
     boxed = last_boxed(response)
     if boxed is not None:
         return boxed.strip()
     tagged = last_tagged(response)
     if tagged is not None:
         return tagged.text
-    lines = [line.strip() for line in response.splitlines() if line.strip()]
-    return _LEAD.sub("", lines[-1]).rstrip(".").strip() if lines else ""
+    if lines > 1:
+        paragraphs = re.split(r"\n\s*\n", _FENCE.sub("", response).strip())
+        return _INTRODUCTION.sub("", paragraphs[-1]).strip()
+    found = [line.strip() for line in response.splitlines() if line.strip()]
+    return _LEAD.sub("", found[-1]).rstrip(".").strip() if found else ""
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=64)

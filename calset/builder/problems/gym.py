@@ -86,19 +86,20 @@ def gym_version() -> str:
 
 def _task_problems(source: Source, task: str, options: dict[str, Any], dataset: Any) -> Iterator[Problem]:
     """A task draws problem i of seed s from Random(s + i), so overlapping draws share problems: the id is of question
-    and answer alone. The task's scorer judges later, from the entry's metadata and the task's options."""
+    and answer alone. The task's scorer judges later, from the entry's metadata and the task's options. Some tasks have
+    many answers and state none: it is empty here."""
     kept = {name: value for name, value in options.items() if name not in GYM_DEFAULTS}
     seed = options.get("seed", GYM_DEFAULTS["seed"])
     for i in range(len(dataset)):
         entry = dataset[i]
-        text, answer = str(entry["question"]), str(entry["answer"])
+        text, answer = str(entry["question"]), entry["answer"]
         yield Problem(
-            problem_id=ids.problem_id(source.name, text, answer),
+            problem_id=ids.problem_id(source.name, text, str(answer)),
             source_id=source.source_id,
             source=source.name,
             source_row=f"{task}:{seed}+{i}",
             question=text,
-            answer=answer,
+            answer="" if answer is None else str(answer),
             grader="gym",
             metadata={"task": task, "options": kept, "entry": _plain(entry.get("metadata", {}))},
         )

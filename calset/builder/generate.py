@@ -341,7 +341,7 @@ def _running(
     info = plan.info
     if isinstance(engine, str):
         asked = {"max_model_len": plan.longest, "device": device, "concurrency": concurrency}
-        return open_engine(engine, info, **(asked | options))
+        return open_engine(engine, info, **(asked | dict(options)))
     # Without this, traces could be recorded as one checkpoint's while another answers.
     if engine.loaded != info.revision:
         engine.load_weights(info.folder, info.revision)

@@ -27,11 +27,11 @@ def verdicts(catalog: Catalog) -> list[str]:
 
 def test_a_new_version_grades_all_and_keeps_the_history(catalog: Catalog):
     report = grade(catalog)
-    assert (report.n_graded, report.n_changed, report.n_skipped) == (6, 4, 0)
+    assert (report.n_graded, report.n_changed, report.n_skipped) == (5, 4, 1)  # the truncated one stays
     assert verdicts(catalog) == ["correct", "correct", "truncated", "correct", "correct", "correct"]
     assert report.changes["incorrect"] == {"correct": 1}
     assert "correct" not in report.changes
-    assert catalog.query("SELECT count(*) FROM grades").rows == [(5 + 6,)]
+    assert catalog.query("SELECT count(*) FROM grades").rows == [(5 + 5,)]
     assert catalog.query("SELECT count(*) FROM grades WHERE grader_version = '0.9'").rows == [(5,)]
 
 
@@ -41,9 +41,41 @@ def test_what_this_version_has_graded_is_skipped_unless_forced(catalog: Catalog)
     assert (again.n_graded, again.n_skipped) == (0, 6)
     assert grade(catalog, force=True).n_graded == 6
     other = grade(catalog, grader="exact")
-    assert (other.n_graded, other.n_skipped) == (6, 0)
+    assert (other.n_graded, other.n_skipped) == (5, 1)
     # The newest counts, so math has something to say again.
-    assert grade(catalog).n_graded == 6
+    assert grade(catalog).n_graded == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"finish_reason": "error", "response": ""}, "error"),
+        ({"finish_reason": "abort"}, "error"),
+        ({"finish_reason": "repetition"}, "truncated"),
+        ({"answer_start": -1}, "no_answer"),
+    ],
+)
+def test_what_a_trace_ended_with_is_said_once_unless_forced(tmp_path: Path, changes: dict, verdict: str):
+    catalog = Catalog(tmp_path / "c.duckdb")
+    run, problem = make_run(), make_problem(0)
+    catalog.add_source(make_source())
+    catalog.add_problems([problem])
+    catalog.add_run(run)
+    catalog.add_traces([make_trace(problem, run, 0, **changes), make_trace(problem, run, 1)])
+    assert grade(catalog).verdicts == {verdict: 1, "correct": 1}
+    again = grade(catalog, grader="exact")
+    assert (again.n_graded, again.n_skipped) == (1, 1)
+    assert grade(catalog, verdicts=[verdict]).n_graded == 0
+    assert catalog.query("SELECT count(*) FROM grades").rows == [(3,)]
+    assert grade(catalog, force=True).n_graded == 2
+
+
+def test_an_unfinished_trace_with_a_graders_verdict_gets_that_of_its_end(catalog: Catalog):
+    """As one has that was graded before its finish reason counted as one."""
+    trace = make_trace(make_problem(0), make_run(), 9, finish_reason="repetition")
+    catalog.record([trace], [make_grade(trace, "correct")])
+    grade(catalog)
+    assert catalog.trace(trace.trace_id)["verdict"] == "truncated"
 
 
 def test_what_was_lost_to_a_deadline_is_tried_again(catalog: Catalog):

@@ -20,7 +20,7 @@ from calset.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class GradeReport:
-    """What a re-grading did; earlier verdicts stay in the history. ``n_skipped`` had this grader's verdict already."""
+    """What a re-grading did; earlier verdicts stay in the history. ``n_skipped`` had this verdict already."""
 
     n_graded: int
     n_changed: int
@@ -49,14 +49,15 @@ def grade(
 ) -> GradeReport:
     """Grade stored traces again; the newest verdict counts, earlier ones stay.
 
-    A trace whose newest grade is by the same grader at the same version is skipped: its verdict would be the same.
+    A trace whose newest grade is by the same grader at the same version is skipped: its verdict would be the same. So
+    is one whose verdict is what its end says (truncated, broken, thinking never ended), whatever the grader.
 
     Args:
         grader: instead of each problem's own.
         model, source, run: only these traces.
         verdicts: only traces whose present verdict is one of these, e.g. ``["no_answer", "pred_unparsable"]``.
         ungraded: only traces without a verdict.
-        force: grade again what this grader at this version has graded, too.
+        force: grade again what would be skipped, too.
         progress: called with (graded and saved, all) after each commit.
 
     Raises:

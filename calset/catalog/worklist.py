@@ -14,13 +14,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import VERDICTS, Problem
+from calset.catalog.records import BROKEN, UNFINISHED, VERDICTS, Problem
 from calset.catalog.values import chunks
 from calset.errors import InputError
 
 IDS_AT_A_TIME = 20_000
 # What the same grader may say otherwise next time: a deadline passed, a worker was lost.
 PASSING = ("timeout", "error")
+# Whether a trace has the verdict that its end says by itself (``verdict_without_grading``): no grader changes that.
+_ENDED = """
+    coalesce(t.verdict = CASE
+        WHEN t.finish_reason IN (SELECT unnest(?::VARCHAR[])) THEN 'truncated'
+        WHEN t.finish_reason IN (SELECT unnest(?::VARCHAR[])) THEN 'error'
+        WHEN t.answer_start < 0 THEN 'no_answer'
+    END, false)
+"""
 
 
 class Gradable(NamedTuple):
@@ -44,8 +52,9 @@ class Wanted:
         run_id, model, source: only these.
         grader: the grader that will grade, each problem's own when None; matters for ``done``.
         done: grader -> version. A trace whose newest grade is by that grader at that version is left out, unless the
-            verdict was ``timeout`` or ``error``.
-        judged: (judge, revision, prompt hash). A trace that has this judgement is left out.
+            verdict was ``timeout`` or ``error``; so is one whose verdict is what its end says, whoever graded it.
+        judged: (judge, revision, prompt hash). A trace that has this judgement is left out, unless its verdict was
+            ``error`` and the trace itself is not broken.
 
     Raises:
         InputError: an unknown verdict.
@@ -75,16 +84,19 @@ class Wanted:
             params.append(list(self.verdicts))
         if self.done:
             clauses.append(
-                """(g.verdict IS NULL OR g.verdict IN (SELECT unnest(?::VARCHAR[])) OR g.grader <> coalesce(?, p.grader)
-                OR concat(g.grader, ' ', g.grader_version) NOT IN (SELECT unnest(?::VARCHAR[])))"""
+                f"""(g.verdict IS NULL OR g.verdict IN (SELECT unnest(?::VARCHAR[]))
+                OR g.grader <> coalesce(?, p.grader)
+                OR concat(g.grader, ' ', g.grader_version) NOT IN (SELECT unnest(?::VARCHAR[]))) AND NOT {_ENDED}"""
             )
             params += [list(PASSING), self.grader, [f"{name} {version}" for name, version in self.done.items()]]
+            params += [list(UNFINISHED), list(BROKEN)]
         if self.judged is not None:
             clauses.append(
                 """NOT EXISTS (FROM judgements j WHERE j.trace_id = t.trace_id AND j.attempt = t.attempt
-                AND j.judge = ? AND j.judge_revision = ? AND j.prompt_hash = ?)"""
+                AND j.judge = ? AND j.judge_revision = ? AND j.prompt_hash = ?
+                AND (j.verdict <> 'error' OR t.finish_reason IN (SELECT unnest(?::VARCHAR[]))))"""
             )
-            params += self.judged
+            params += [*self.judged, list(BROKEN)]
         return " AND ".join(clauses) or "true", params
 
     def tables(self) -> str:

@@ -93,6 +93,16 @@ def grader_option(default: str) -> Callable[..., Any]:
     return click.option("--grader", cls=_GraderOption, help=f"Default: {default}.")
 
 
+def engine_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--engine-option",
+        "engine_options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="The engine's own, e.g. tensor_parallel_size=8; a value is JSON or else text. Repeatable.",
+    )(command)
+
+
 def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--question", help="The question's column in a file. Default: question."),
@@ -120,13 +130,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="NAME=VALUE",
             help="What the chat template is rendered with, e.g. enable_thinking=false. Repeatable.",
         ),
-        click.option(
-            "--engine-option",
-            "engine_options",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="The engine's own, e.g. tensor_parallel_size=8; a value is JSON or else text. Repeatable.",
-        ),
+        engine_option,
         click.option("--limit", type=int, help="Only the first N problems."),
         grader_option("the source's own"),
         click.option("--concurrency", type=click.IntRange(min=1), help="Requests in flight at most, at each server."),
@@ -342,23 +346,25 @@ def _command_line() -> str:
     "--verdict", "verdicts", metavar="VERDICT[,...]", help="Only traces whose present verdict is one of these."
 )
 @click.option("--ungraded", is_flag=True, help="Only traces without a verdict.")
-@click.option("--force", is_flag=True, help="Also what this grader at this version has graded.")
+@click.option("--force", is_flag=True, help="Also what would get the verdict it has.")
 @click.option(
     "--judge", metavar="MODEL", help="Let this model judge instead; its judgements stand beside the verdicts."
 )
 @click.option("--judge-engine", help="As build's --engine. Default: auto.")
+@engine_option
 @catalog_option
 @progress_option
 @json_option
 def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
     """Grade stored traces again, or let a model judge them; earlier verdicts stay in the history."""
     options["verdicts"] = tuple(filter(None, (options["verdicts"] or "").replace(" ", "").split(",")))
-    judge, engine = options.pop("judge"), options.pop("judge_engine")
+    judge, engine, engine_options = (options.pop(name) for name in ("judge", "judge_engine", "engine_options"))
     if judge is not None:
+        options["engine_options"] = _named_values("--engine-option", engine_options)
         _judge(judge, engine or "auto", catalog, progress_mode, as_json, **options)
         return
-    if engine is not None:
-        raise InputError("--judge-engine is for --judge MODEL")
+    if engine is not None or engine_options:
+        raise InputError(f"--{'engine-option' if engine is None else 'judge-engine'} is for --judge MODEL")
     from calset.builder.regrade import grade as run
 
     with terminal.progress(progress_mode, "graded") as bar:
@@ -402,6 +408,8 @@ def _judge(judge: str, engine: str, catalog: Path, progress_mode: str, as_json: 
         terminal.say(
             f"Agreement: {report.agreement:.1%} of what both judged; unreadable replies: {report.unparsable:.1%}"
         )
+    for warning in report.warnings:
+        terminal.note(f"Warning: {warning}")
 
 
 @cli.command()

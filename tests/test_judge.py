@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,12 @@ import pytest
 from factories import make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import given
 from hypothesis import strategies as st
+from server_double import EOS, Double, for_seed
 
+from calset import ids
+from calset.builder import judge as judging
 from calset.builder.engines import Completion, Request, Sampling
+from calset.builder.engines.base import RequestFeed
 from calset.builder.judge import SCHEMA, judge, prompt_hash, read_judgement
 from calset.builder.model_info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
@@ -136,6 +141,74 @@ def test_what_was_judged_is_not_judged_again(info: ModelInfo, tiny_model: Path, 
     again = judge(catalog, tiny_model, engine=engine)
     assert (again.n_judged, again.engine) == (0, None)
     assert len({r.seed for r in engine.requests}) == 3
+
+
+def test_what_ended_as_an_error_is_judged_again_and_both_are_kept(info: ModelInfo, tiny_model: Path, tmp_path: Path):
+    rows = [("correct", "0", {}), ("correct", "banana", {}), ("error", "", {"finish_reason": "error"})]
+    catalog = fill(tmp_path / "c.duckdb", rows)
+    engine = ScriptedJudge(info, lambda prompt: "well" if "banana" in prompt else says("correct"))
+    assert dict(judge(catalog, tiny_model, engine=engine).verdicts) == {"correct": 1, "error": 2}
+    better = ScriptedJudge(info, lambda _: says("incorrect"))
+    again = judge(catalog, tiny_model, engine=better)
+    # Not the trace that is broken itself: no judge will ever read it.
+    assert (dict(again.verdicts), again.n_sent) == ({"incorrect": 1}, 1)
+    assert "banana" in better.prompts[0]
+    assert judge(catalog, tiny_model, engine=better).n_judged == 0
+    kept = catalog.query("SELECT j.verdict FROM judgements j JOIN trace USING (trace_id) WHERE response = 'banana'")
+    assert sorted(kept.rows) == [("error",), ("incorrect",)]
+    newest = catalog.query("SELECT judge_verdict FROM judgement WHERE response = 'banana'").rows
+    assert newest == [("incorrect",)]
+
+
+class SlowJudge(ScriptedJudge):
+    """Answers nothing before it is told to, but pulls requests ahead, as the real engines do."""
+
+    def __init__(self, info: ModelInfo, go_on: threading.Event) -> None:
+        super().__init__(info, lambda _: says("correct"))
+        self.go_on = go_on
+
+    def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        feed = RequestFeed(requests)
+        taken = feed.take(1, timeout=30)
+        assert self.go_on.wait(30), "nothing was saved while the engine was at work"
+        while not feed.exhausted:
+            taken += feed.take(16, timeout=0.1)
+        yield from super().stream(taken, sampling)
+
+
+def test_what_needs_no_engine_is_saved_while_the_engine_is_at_work_and_never_gathers(
+    info: ModelInfo, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = [("truncated", "2", {"finish_reason": "length"}) for _ in range(300)]
+    catalog = fill(tmp_path / "c.duckdb", [*rows, ("correct", "0", {})])
+    # The one to be sent comes first, whatever its id.
+    seen: list[str] = []
+    pages = judging.worklist.pages
+
+    def first_the_finished_one(*asked: Any) -> Iterator[list[Any]]:
+        every = [trace for page in pages(*asked) for trace in page]
+        every.sort(key=lambda trace: trace.finish_reason == "length")
+        yield from ([trace] for trace in every)
+
+    def counted(*asked: Any) -> Any:
+        seen.append(asked[1])
+        return known(*asked)
+
+    known = judging.verdict_without_grading
+    monkeypatch.setattr(judging.worklist, "pages", first_the_finished_one)
+    monkeypatch.setattr(judging, "verdict_without_grading", counted)
+    go_on, saved = threading.Event(), []
+
+    def progress(done: int, total: int) -> None:
+        saved.append(done)
+        assert len(seen) - done <= 2 * 8 + 2
+        if done >= 280:
+            go_on.set()
+
+    report = judge(catalog, tiny_model, engine=SlowJudge(info, go_on), commit_size=8, progress=progress)
+    assert dict(report.verdicts) == {"truncated": 300, "correct": 1}
+    assert saved == [*range(8, 301, 8), 301]
+    assert catalog.query("SELECT count(*) FROM judgements").rows == [(301,)]
 
 
 def test_another_revision_or_prompt_is_another_judge(
@@ -268,14 +341,9 @@ def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path):
     """The bundled model has no opinion, but what it writes under the schema is JSON with one of the verdicts."""
     import jsonschema
 
-    from calset.builder.engines import open_engine
-
     catalog = fill(tmp_path / "c.duckdb", [("correct", f"The answer is {2 * n}.", {}) for n in range(8)] + UNFINISHED)
-    engine = open_engine("vllm", inspect(tiny_model), max_model_len=2048, concurrency=8)
-    try:
-        report = judge(catalog, tiny_model, engine=engine)
-    finally:
-        engine.close()
+    options = {"max_model_len": 2048, "max_num_seqs": 8}
+    report = judge(catalog, tiny_model, engine="vllm", engine_options=options)
     assert (report.n_judged, report.n_sent) == (12, 8)
     replies = catalog.query("SELECT raw, judge_verdict, extracted FROM judgement WHERE raw <> ''").rows
     whole = [(json.loads(raw, strict=False), judged) for raw, judged, _ in replies if judged != "error"]
@@ -284,7 +352,6 @@ def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path):
         jsonschema.validate(value, SCHEMA)
         assert value["verdict"] == judged
     assert report.unparsable == (len(replies) - len(whole)) / 8
-    assert judge(catalog, tiny_model, engine="vllm").n_judged == 0
 
 
 def test_the_command_line_judges_and_reports(tiny_model: Path, tmp_path: Path):
@@ -305,6 +372,78 @@ def test_the_command_line_judges_and_reports(tiny_model: Path, tmp_path: Path):
     assert "0 traces judged by tiny-lrm" in done.stdout
     refused = CliRunner().invoke(cli, [*common, "--force"])
     assert "neither --grader nor --force" in str(refused.exception)
+    refused = CliRunner().invoke(cli, [*common, "--engine-option", "tensor_parallel_size=2"])
+    assert "has no option 'tensor_parallel_size'" in str(refused.exception)
+    refused = CliRunner().invoke(cli, ["grade", "--engine-option", "served_model=a", "--catalog", str(path)])
+    assert "--engine-option is for --judge" in str(refused.exception)
+
+
+@pytest.fixture
+def double(info: ModelInfo) -> Iterator[Double]:
+    """A server that holds its completions to the schema: whatever it is asked, it says that the answer is correct."""
+
+    def structured(payload: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        if "response_format" in body:
+            token_ids = [*info.tokenizer.encode(says("correct"), add_special_tokens=False), EOS]
+            payload["choices"][0] |= {"token_ids": token_ids, "finish_reason": "stop"}
+            payload["usage"]["completion_tokens"] = len(token_ids)
+        return payload
+
+    started = Double(change=structured)
+    started.models.append(started.models[0] | {"id": "another"})
+    yield started
+    started.die()
+
+
+def test_a_server_judges_under_the_schema_and_what_it_fails_on_is_asked_again(
+    double: Double, tiny_model: Path, tmp_path: Path
+):
+    from click.testing import CliRunner
+
+    from calset.cli import cli
+
+    path = tmp_path / "c.duckdb"
+    catalog = fill(path, [("correct", str(2 * n), {}) for n in range(6)] + UNFINISHED)
+    unlucky = catalog.query("SELECT min(trace_id) FROM trace WHERE verdict = 'correct'").rows[0][0]
+    double.faults = [for_seed(ids.request_seed(0, unlucky, 0), 500)]
+    common = ["grade", "--judge", str(tiny_model), "--judge-engine", double.url, "--catalog", str(path), "--json"]
+    quick = ["--engine-option", "backoff=0.05", "--engine-option", "served_model=another"]
+
+    def run(*more: str) -> dict[str, Any]:
+        return json.loads(CliRunner().invoke(cli, [*common, *quick, *more], catch_exceptions=False).stdout)
+
+    report = run()
+    assert (report["n_judged"], report["n_sent"], report["engine"]) == (10, 6, "server")
+    assert report["confusion"] == {"correct": {"correct": 5, "error": 1}}
+    assert ["kept failing" in warning for warning in report["warnings"]].count(True) == 1
+    assert {body["model"] for body in double.bodies} == {"another"}
+    assert all(body["temperature"] == 0 for body in double.bodies)
+    assert all(body["response_format"]["json_schema"]["schema"] == SCHEMA for body in double.bodies)
+    double.faults = []
+    assert run()["confusion"] == {"correct": {"correct": 1}}
+    assert run()["n_judged"] == 0
+    judged = catalog.query("SELECT verdict, judge_verdict FROM judgement WHERE length(raw) > 0").rows
+    assert judged == [("correct", "correct")] * 6
+
+
+def test_of_several_served_models_the_judge_must_be_named(double: Double, tiny_model: Path, tmp_path: Path):
+    catalog = fill(tmp_path / "c.duckdb", [("correct", "0", {})])
+    double.models[0]["id"] = double.models[0]["root"] = "one"
+    double.models[1]["root"] = "another"
+    with pytest.raises(InputError, match="--engine-option served_model=NAME"):
+        judge(catalog, tiny_model, engine=double.url)
+    report = judge(catalog, tiny_model, engine=double.url, engine_options={"served_model": "another"})
+    assert report.verdicts == {"correct": 1}
+    assert "serves another" in report.warnings[0]
+
+
+def test_a_server_with_less_context_than_a_judge_needs_is_refused_with_what_to_do(
+    double: Double, tiny_model: Path, tmp_path: Path
+):
+    catalog = fill(tmp_path / "c.duckdb", [("correct", "0", {})])
+    double.models[0]["max_model_len"] = 1024
+    with pytest.raises(InputError, match=r"at most 1024 tokens .* 2048 are needed; start it with a larger"):
+        judge(catalog, tiny_model, engine=double.url)
 
 
 def test_the_command_line_says_what_a_regrading_changed(tmp_path: Path):

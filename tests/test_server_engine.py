@@ -242,7 +242,7 @@ def test_the_served_model_is_the_only_one_the_namesake_or_the_one_asked_for(doub
 
 def test_too_short_a_context_is_refused_before_anything_is_generated(doubles, opened):
     double = doubles(models=[card("tiny-lrm", length=511)])
-    with pytest.raises(InputError, match=r"at most 511 tokens .* 512 are needed; lower --max-tokens"):
+    with pytest.raises(InputError, match=r"at most 511 tokens .* 512 are needed; start it with a larger"):
         opened(double)
     double.models = [card("tiny-lrm", length=512)]
     opened(double)

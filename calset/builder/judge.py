@@ -15,15 +15,17 @@ import hashlib
 import json
 import queue
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calset import ids
-from calset.builder.engines import Completion, Engine, Request, Sampling, open_engine
+from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, resolve_engine
 from calset.builder.grading import Outcome, verdict_without_grading
 from calset.builder.model_info import ModelInfo, inspect
 from calset.builder.reasoning import split
@@ -89,6 +91,7 @@ class JudgeReport:
     agreement: float | None
     unparsable: float | None
     seconds: float
+    warnings: tuple[str, ...] = ()  # what the engine noted, such as servers that it dropped
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,28 +114,38 @@ def judge(
     seed: int = 0,
     device: str | None = None,
     concurrency: int | None = None,
+    engine_options: Mapping[str, Any] | None = None,
     commit_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> JudgeReport:
     """Let a model judge stored traces; its judgements are kept beside the rules' verdicts, which stay as they are.
 
     What this model at this revision has judged with this prompt is not judged again, so a call that was stopped goes on
-    where it was. Unfinished traces and empty answers are never sent: their end says the verdict. Greedy, one request a
-    trace; engines that can hold the judge to the JSON schema do (vLLM), the others' replies are read leniently.
+    where it was. What ended as ``error`` (the engine failed, the reply held no verdict, the question did not fit) is
+    judged again, and both judgements are kept. Unfinished traces and empty answers are never sent: their end says the
+    verdict. Greedy, one request a trace; engines that can hold the judge to the JSON schema do (vLLM, servers), the
+    others' replies are read leniently.
 
     Args:
         model: the judge: a Hugging Face checkpoint folder or Hub id.
-        engine: ``auto``, ``vllm``, ``transformers``, or a running engine on ``model``, which stays open.
+        engine: ``auto``, ``vllm``, ``transformers``, URLs of OpenAI-compatible servers that hold ``model``, or a
+            running engine on it, which stays open.
         traces_of, source, run: only the traces of this model, of this source's problems, of this run.
         verdicts: only traces whose present verdict is one of these.
+        concurrency: requests at once.
+        engine_options: the engine's own options. The context asked for is 16,384 tokens, or the judge's own where that
+            is less; vLLM takes another ``max_model_len``.
         progress: called with (judged and saved, all) after each commit.
 
     Raises:
-        InputError: a bad model, engine, verdict or run.
+        InputError: a bad model, engine, option, verdict or run.
         EngineError: the engine did not start, or died; what was judged is saved, the same call continues.
         CatalogError: the catalog cannot be read or written.
     """
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    options = dict(engine_options or {})
+    if isinstance(engine, str):
+        check_options(resolve_engine(engine), options)
     if run is not None:
         store.run(run)
     wanted = worklist.Wanted(verdicts=tuple(verdicts), run_id=run, model=traces_of, source=source)
@@ -143,7 +156,8 @@ def judge(
     running = engine
     if isinstance(running, str):
         length = min(info.max_model_len, CONTEXT)
-        running = open_engine(running, info, max_model_len=length, device=device, concurrency=concurrency)
+        options = {"max_model_len": length, "device": device, "concurrency": concurrency} | options
+        running = open_engine(running, info, **options)
     elif running.loaded != info.revision:
         running.load_weights(info.folder, info.revision)
     try:
@@ -151,7 +165,7 @@ def judge(
     finally:
         if isinstance(engine, str):
             running.close()
-    return work.report(running.name)
+    return work.report(running)
 
 
 def judge_prompt(trace: worklist.Gradable, chars: int) -> str:
@@ -185,6 +199,13 @@ def read_judgement(text: str) -> Outcome:
     return Outcome("error", detail="the judge's reply holds no verdict")
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The engine's stream is over; ``error`` is why, if it broke."""
+
+    error: BaseException | None = None
+
+
 class _Judging:
     """One judging's state: what is sent, what came back, what is saved."""
 
@@ -202,36 +223,65 @@ class _Judging:
         self._wanted = replace(wanted, judged=(info.model, info.revision, self._hash))
         self.total = worklist.count(store, self._wanted)
         self._sent: dict[str, worklist.Gradable] = {}
-        self._unsent: queue.SimpleQueue[Judgement] = queue.SimpleQueue()  # made in the engine's feeding thread
+        # Judgements are those made without the engine, in its feeding thread, which waits while there is no room.
+        self._inbox: queue.Queue[Completion | Judgement | _End] = queue.Queue(commit_size)
+        self._over = threading.Event()
         self._verdicts: Counter[str] = Counter()
         self._pairs: Counter[tuple[str, str]] = Counter()
         self._engine = ("", "")
         self._seconds = 0.0
 
     def run(self, engine: Engine) -> None:
-        """Stream judgements into the catalog until each wanted trace has one."""
+        """Stream judgements into the catalog until each wanted trace has one.
+
+        A thread of its own pumps the engine: what is judged without it is saved while it thinks.
+        """
         began = time.monotonic()
         self._engine = (engine.name, engine.version)
         ready: list[Judgement] = []
+        pump = threading.Thread(target=self._pump, args=(engine,), name="calset-judge", daemon=True)
+        pump.start()
         try:
-            for completion in engine.stream(self._requests(engine), GREEDY):
-                ready.append(self._judged(completion))
+            while not isinstance(item := self._inbox.get(), _End):
+                ready.append(self._judged(item) if isinstance(item, Completion) else item)
                 if len(ready) >= self._size:
                     self._commit(ready)
-                    ready = []
+            if item.error is not None:
+                raise item.error
         finally:
+            self._over.set()
+            engine.cancel()
             # Also when the engine died: what came back is saved.
             self._commit(ready)
+            pump.join(timeout=60)
             self._seconds = time.monotonic() - began
+
+    def _pump(self, engine: Engine) -> None:
+        """Hand on what comes out of the engine, then the end or the error."""
+        try:
+            for completion in engine.stream(self._requests(engine), GREEDY):
+                self._put(completion)
+            self._put(_End())
+        except BaseException as error:
+            self._put(_End(error))
+
+    def _put(self, item: Completion | Judgement | _End) -> None:
+        """Wait for room in the inbox, as long as somebody reads it."""
+        while not self._over.is_set():
+            with suppress(queue.Full):
+                self._inbox.put(item, timeout=0.1)
+                return
 
     def _requests(self, engine: Engine) -> Iterator[Request]:
         for page in worklist.pages(self._store, self._wanted, self._size):
             for trace in page:
+                if self._over.is_set():
+                    return
                 known = verdict_without_grading(trace.response, trace.finish_reason, trace.answer_start >= 0)
                 prompt = None if known else self._prompt_ids(trace, engine)
                 if prompt is None:
                     outcome = known or Outcome("error", detail="the question does not fit the judge's context")
-                    self._unsent.put(self._judgement(trace, outcome, raw=""))
+                    self._put(self._judgement(trace, outcome, raw=""))
                     continue
                 self._sent[trace.trace_id] = trace
                 seed = ids.request_seed(self._seed, trace.trace_id, 0)
@@ -281,17 +331,15 @@ class _Judging:
         )
 
     def _commit(self, ready: list[Judgement]) -> None:
-        batch = list(ready)
-        while not self._unsent.empty():
-            batch.append(self._unsent.get())
-        if not batch:
+        if not ready:
             return
-        self._store.add_judgements(batch)
-        self._verdicts.update(judgement.verdict for judgement in batch)
+        self._store.add_judgements(ready)
+        self._verdicts.update(judgement.verdict for judgement in ready)
+        ready.clear()
         if self._progress is not None:
             self._progress(self._verdicts.total(), max(self.total, self._verdicts.total()))
 
-    def report(self, engine: str | None) -> JudgeReport:
+    def report(self, engine: Engine | None) -> JudgeReport:
         confusion: dict[str, dict[str, int]] = {}
         for (rule, judged), n in sorted(self._pairs.items()):
             confusion.setdefault(rule, {})[judged] = n
@@ -302,7 +350,7 @@ class _Judging:
             judge=self._info.model,
             judge_revision=self._info.revision,
             prompt_hash=self._hash,
-            engine=engine,
+            engine=engine.name if engine else None,
             n_judged=self._verdicts.total(),
             n_sent=sent,
             verdicts=dict(self._verdicts),
@@ -310,4 +358,5 @@ class _Judging:
             agreement=agreed / sum(both.values()) if both else None,
             unparsable=sum(n for (_, judged), n in self._pairs.items() if judged == "error") / sent if sent else None,
             seconds=self._seconds,
+            warnings=tuple(getattr(engine, "warnings", ())),
         )

@@ -422,7 +422,8 @@ class ServerEngine:
         if served.max_model_len is not None and served.max_model_len < self.max_model_len:
             raise InputError(
                 f"{server.url} serves at most {served.max_model_len} tokens of prompt and completion, and "
-                f"{self.max_model_len} are needed; lower --max-tokens, or start it with a larger --max-model-len"
+                f"{self.max_model_len} are needed; start it with a larger --max-model-len, or lower --max-tokens "
+                "where the command has it"
             )
         if not wire.looks_like(served, self._model):
             self.warn(

@@ -17,6 +17,7 @@ import click
 
 from calset import __version__, terminal
 from calset.errors import (
+    BuildWarning,
     CalsetError,
     CatalogError,
     CatalogUpgraded,
@@ -1221,7 +1222,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-    text = f"Warning: {message}" if issubclass(category, (CatalogUpgraded, EngineWarning)) else None
+    text = f"Warning: {message}" if issubclass(category, (BuildWarning, CatalogUpgraded, EngineWarning)) else None
     terminal.note(text or warnings.formatwarning(message, category, filename, lineno).rstrip())
 
 

@@ -34,6 +34,10 @@ class CatalogUpgraded(UserWarning):
     """A warning, no error: a catalog of an older schema is upgraded; the message names the copy that is kept."""
 
 
+class BuildWarning(UserWarning):
+    """A warning before a build's engine starts; the report, which may come days later, says it again."""
+
+
 class EngineWarning(UserWarning):
     """A warning before an error: what an engine had noted when the build that used it failed."""
 

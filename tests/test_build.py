@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,17 +17,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from conftest import HAS_VLLM
 from processes import holding
 
 from calset.builder.engines import Completion, Request, Sampling
-from calset.builder.generate import build
+from calset.builder.generate import build, dry_run
 from calset.builder.model_info import inspect
 from calset.builder.pipeline import BuildProgress
 from calset.builder.regrade import grade
 from calset.builder.tally import Rate
 from calset.catalog.catalog import Catalog
-from calset.errors import CatalogLocked, EngineError, InputError
+from calset.cli import cli
+from calset.errors import BuildWarning, CatalogLocked, EngineError, InputError
 
 NAMED = list(enumerate(("Ann", "Ben", "Cleo", "Dan", "Eve", "Fay")))
 SUMS = "gym:chain_sum?min_terms=2&max_terms=3&size=12&seed=3"
@@ -248,6 +251,32 @@ def test_grading_again_keeps_the_history(tiny_model: Path, tmp_path, scripted_en
     assert Catalog(path).query("SELECT count(*) FROM grades").rows == [(48,)]
     with pytest.raises(InputError, match="unknown grader"):
         grade(path, grader="maths")
+
+
+def test_another_grader_than_that_of_stored_problems_is_said_before_the_engine_starts(
+    tiny_model: Path, tmp_path, scripted_engine, recwarn: pytest.WarningsRecorder
+):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    source = tmp_path / "my sums.jsonl"
+    source.write_text("".join(json.dumps({"question": f"{n} + {n} =", "answer": str(2 * n)}) + "\n" for n in range(3)))
+
+    def run(**options) -> tuple[str, ...]:
+        return build(tiny_model, str(source), catalog=path, **({"engine": scripted_engine(loaded)} | options)).warnings
+
+    says = "3 stored problems of my sums.jsonl have the grader math, .* grades by exact"
+    for options in ({"samples": 1}, {"samples": 2}, {"samples": 3, "graded": False, "grader": "exact"}):
+        assert not any("grader" in text for text in run(**options))
+    assert not recwarn.list
+    with pytest.warns(BuildWarning, match=says), pytest.raises(EngineError):
+        run(samples=4, grader="exact", engine=scripted_engine(loaded, fail_after=0))
+    with pytest.warns(BuildWarning, match=says):
+        (said,) = (text for text in run(samples=4, grader="exact") if "grader" in text)
+    assert said in dry_run(tiny_model, str(source), catalog=path, grader="exact", tokens_per_second=100).warnings
+    advice = shlex.split(said[said.index("calset grade --grader") : said.rindex(", or")])
+    graded = Catalog(path)
+    assert {g for (g,) in graded.query("SELECT grader FROM trace WHERE grader IS NOT NULL").rows} == {"math", "exact"}
+    CliRunner().invoke(cli, [*advice[1:], "--catalog", str(path)], catch_exceptions=False)
+    assert graded.query("SELECT grader, count(*) FROM trace GROUP BY ALL").rows == [("exact", 12)]
 
 
 def test_problems_that_an_evaluation_source_holds_are_left_out_with_the_evidence(

@@ -27,7 +27,7 @@ from calset.builder.schedule import FixedSchedule, Schedule
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
 from calset.catalog.records import RunKind
-from calset.errors import EngineWarning, InputError
+from calset.errors import BuildWarning, EngineWarning, InputError
 
 if TYPE_CHECKING:
     from calset.builder.planning import PlanReport
@@ -148,6 +148,8 @@ def build(
         CatalogError: the catalog cannot be written.
 
     Warns:
+        BuildWarning: before the engine starts, of stored problems that keep another grader than the one asked for; the
+            report says it again.
         EngineWarning: before an error, what the engine had noted, such as servers that it dropped.
     """
     asked = dict(locals())
@@ -177,10 +179,12 @@ def build(
         engine_options=engine_options,
         progress=progress,
     )
-    warnings = [*plan.warnings, *plan.existing.warnings]
+    warnings = [*plan.warnings, *plan.existing.warnings, *plan.other_graders]
     if not work.has_work():
         work.emit("done")
         return _report(work, None, 0.0, aim, warnings)
+    for text in plan.other_graders:
+        python_warnings.warn(text, BuildWarning, stacklevel=2)
     work.emit("starting engine")
     with GradingPool(graders) as pool:
         if graded:
@@ -254,7 +258,8 @@ def dry_run(
     )
     left_out = len(plan.excluded_ids)
     said = [f"{left_out} problems are left out: evaluation sources hold them too"] if left_out else []
-    return replace(report, warnings=(*plan.warnings, *plan.existing.warnings, *said, *report.warnings))
+    said = [*plan.warnings, *plan.existing.warnings, *plan.other_graders, *said]
+    return replace(report, warnings=(*said, *report.warnings))
 
 
 def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
@@ -275,7 +280,7 @@ def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
         limit=None if isinstance(engine, str) else min(info.max_model_len, engine.max_model_len),
         decontaminator=_decontaminator(asked["decontaminate"]),
         progress=_checking(asked["progress"]),
-        **{name: asked[name] for name in ("samples", "system_prompt", "max_tokens", "kind", "seed", "retry")},
+        **{name: asked[name] for name in ("samples", "system_prompt", "max_tokens", "kind", "seed", "retry", "graded")},
     )
     check_length((asked["engine_options"] or {}).get("max_model_len", plan.longest), plan.longest)
     return plan

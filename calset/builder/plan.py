@@ -6,6 +6,7 @@ and once while generating. Must not know: engines at work, grading, progress bar
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -63,6 +64,7 @@ class Plan:
     first_prompt_ids: tuple[int, ...]
     existing: Existing
     warnings: tuple[str, ...]
+    other_graders: tuple[str, ...] = ()  # warnings, of problems that are stored with another grader
     excluded_ids: frozenset[str] = frozenset()  # problems that an evaluation source holds too
     decontaminator: Decontaminator | None = None
 
@@ -137,6 +139,7 @@ def make_plan(
     kind: RunKind = "build",
     seed: int = 0,
     retry: Collection[str] = (),
+    graded: bool = True,
     decontaminator: Decontaminator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
@@ -144,6 +147,7 @@ def make_plan(
 
     Args:
         limit: prompt and completion tokens that fit; the model's own when None.
+        graded: whether the build grades.
         decontaminator: leaves out the problems that evaluation sources hold too.
         progress: called with the number of problems read, about once a second.
 
@@ -186,6 +190,7 @@ def make_plan(
         first_prompt_ids=measured.first,
         existing=_existing(store, key, measured.problem_ids, samples, budget, frozenset(retry)),
         warnings=tuple(_warnings(info, sampling, samples, system_prompt)),
+        other_graders=tuple(_other_graders(store, sources, measured.problem_ids)) if graded else (),
         excluded_ids=frozenset(measured.excluded_ids),
         decontaminator=decontaminator,
     )
@@ -274,6 +279,24 @@ def _existing(
         elif "truncated" in retry and as_long:
             warnings.append(f"{what}, no less than this build's {max_tokens}: not run again; raise --max-tokens")
     return Existing(there, again, tuple(warnings))
+
+
+def _other_graders(store: Catalog, sources: Sequence[ProblemSource], problem_ids: Sequence[str]) -> Iterator[str]:
+    """Warnings where stored problems have another grader than their source has now; the stored ones stay."""
+    if not store.exists():
+        return
+    found: Counter[tuple[str, str]] = Counter()
+    for start in range(0, len(problem_ids), IDS_A_LOOK):
+        found.update(store.count_graders(problem_ids[start : start + IDS_A_LOOK]))
+    asked = {source.source.name: source.source.grader for source in sources}
+    for (name, stored), n in sorted(found.items()):
+        grader = asked.get(name, stored)
+        if grader != stored:
+            yield (
+                f"{n} stored {'problem' if n == 1 else 'problems'} of {name} {'has' if n == 1 else 'have'} the grader "
+                f"{stored}, which plain `calset grade` takes; this build grades by {grader}. So that no pass rate "
+                f"mixes both: calset grade --grader {grader} --source {shlex.quote(name)}, or a fresh --catalog"
+            )
 
 
 def patiently(work: Callable[[], T]) -> T:

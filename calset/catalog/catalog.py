@@ -267,6 +267,14 @@ class Catalog:
         params = [max_tokens, list(BROKEN), generation_key, samples, list(problem_ids)]
         return [AttemptCount(**row) for row in self.rows(sql, params)]
 
+    def count_graders(self, problem_ids: Sequence[str]) -> dict[tuple[str, str], int]:
+        """(Source's name, grader) -> how many of some problems are kept with it; unknown ids are left out."""
+        sql = """
+            SELECT source, grader, count(*) AS n FROM problems
+            WHERE problem_id IN (SELECT unnest(?::VARCHAR[])) GROUP BY ALL
+        """
+        return {(row["source"], row["grader"]): row["n"] for row in self.rows(sql, [list(problem_ids)])}
+
     def runs(self, kind: str | None = None) -> list[Run]:
         """All runs, oldest first, or those of one kind ("build", "evaluate")."""
         where, params = ("WHERE kind = ?", [kind]) if kind else ("", [])

@@ -121,6 +121,8 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--top-p", type=float, help="Default: the model's generation_config, else its family's recipe."),
         click.option("--top-k", type=int, help="0 is off. Default: as for --temperature."),
+        click.option("--min-p", type=float, help="0 is off. Default: as for --temperature."),
+        click.option("--repetition-penalty", type=float, help="1 is off. Default: as for --temperature."),
         click.option("--max-tokens", type=int, help="Completion tokens at most. Default: what the context holds."),
         click.option("--seed", type=SEED, default=0, show_default=True, help="Every trace's own seed derives from it."),
         click.option("--system-prompt", help="None unless given."),

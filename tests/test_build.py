@@ -323,6 +323,20 @@ def test_the_run_keeps_where_its_sampling_came_from(tiny_model: Path, tmp_path, 
     assert (run.template_options, run.engine_options) == ({}, {})
 
 
+def test_every_value_of_the_sampling_can_be_asked_for_and_is_part_of_the_key(
+    tiny_model: Path, tmp_path, scripted_engine
+):
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.05, "repetition_penalty": 1.1}
+    keys = {build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded)).generation_key}
+    for name, value in asked.items():
+        report = build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded), **{name: value})
+        keys.add(report.generation_key)
+        run = Catalog(path).run(report.run_id or "")
+        assert (report.n_new, run.sampling[name], run.sampling_from[name]) == (12, value, "asked for")
+    assert len(keys) == 1 + len(asked)
+
+
 def test_traces_that_wait_for_a_locked_catalog_are_bounded_and_saved_in_the_end(
     tiny_model: Path, tmp_path, scripted_engine, monkeypatch: pytest.MonkeyPatch
 ):
@@ -479,6 +493,9 @@ VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"max_tokens": 2048}, "does not fit the model's context of 2048"),
         ({"temperature": 9.0}, "temperature must lie"),
+        ({"min_p": 1.5}, "min_p must lie between 0 and 1, not 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite, not 0.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be positive and finite, not inf"),
         ({"engine": "sglang"}, "unknown engine"),
         ({"grader": "maths"}, "unknown grader"),
         ({"limit": 0}, "limit must be at least 1"),

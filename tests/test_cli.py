@@ -211,6 +211,12 @@ def test_unknown_problems(spec: str, tmp_path: Path) -> None:
     assert not (tmp_path / "calset.duckdb").exists()
 
 
+def test_a_sampling_value_out_of_range_is_one_line(tmp_path: Path) -> None:
+    asked = ("build", "--model", demo.MODEL, "--problems", "demo")
+    refused(calset(*asked, "--min-p", "-0.1", cwd=tmp_path), 2, "min_p must lie between 0 and 1")
+    refused(calset(*asked, "--repetition-penalty", "0", cwd=tmp_path), 2, "repetition_penalty must be positive")
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path) -> None:
     asked = ("build", "--model", demo.MODEL, "--problems", "demo", "--limit", "5", "--samples", "4", "--dry-run")
     done = calset(*asked, "--tokens-per-second", "100", "--json", cwd=tmp_path)

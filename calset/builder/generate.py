@@ -11,13 +11,13 @@ import shutil
 import time
 import warnings as python_warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.builder.adaptive import AdaptiveSchedule, Target
-from calset.builder.engines import Engine, check_length, check_options, open_engine, resolve_engine
+from calset.builder.engines import Engine, Sampling, check_length, check_options, open_engine, resolve_engine
 from calset.builder.grading import grader_version
 from calset.builder.grading.pool import GradingPool
 from calset.builder.model_info import inspect
@@ -86,6 +86,7 @@ def build(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    repetition_penalty: float | None = None,
     min_p: float | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
@@ -125,7 +126,8 @@ def build(
         confidence: of stopping a problem; 0.95 when None.
         engine: ``auto``, ``vllm``, ``transformers``, URLs of OpenAI-compatible servers, or a running engine, which
             stays open; when it holds other weights than ``model``'s, they are swapped in.
-        temperature, top_p, top_k, min_p: override the model's own (docs/models.md says where those come from).
+        temperature, top_p, top_k, min_p, repetition_penalty: override the model's own (docs/models.md says where those
+            come from).
         template_options: what the chat template is rendered with, e.g. ``{"enable_thinking": False}``.
         decontaminate: evaluation sources; a problem that they hold too is left out, and the evidence kept
             (docs/decontamination.md).
@@ -271,7 +273,7 @@ def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
         **{name: asked[name] for name in ("question", "answer", "grader", "limit")},
     )
     info = inspect(asked["model"], template_options=asked["template_options"])
-    given = {name: asked[name] for name in ("temperature", "top_p", "top_k", "min_p") if asked[name] is not None}
+    given = {f.name: asked[f.name] for f in fields(Sampling) if asked[f.name] is not None}
     plan = make_plan(
         info,
         sources,

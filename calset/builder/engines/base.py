@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -83,8 +84,8 @@ class Sampling:
             raise InputError(f"top_k must be 0 (off) or positive, not {self.top_k}")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p must lie between 0 and 1, not {self.min_p}")
-        if not self.repetition_penalty > 0:
-            raise InputError(f"repetition_penalty must be positive, not {self.repetition_penalty}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InputError(f"repetition_penalty must be positive and finite, not {self.repetition_penalty}")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

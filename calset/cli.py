@@ -750,7 +750,7 @@ def select(name: str, catalog: Path, as_json: bool, evaluations: tuple[str, ...]
     if evaluations:
         from calset.builder.decontamination import against_sources
 
-        options["exclude"] = against_sources(evaluations)
+        options["exclude"] = against_sources(evaluations, pinned=store.source_revisions())
     options["held_out_from"] = [resolve(reference, store) for reference in options["held_out_from"]]
     for band in ("difficulty", "length_quantiles", "length_tokens"):
         options[band] = _band(options[band], band)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import ScriptedEngine
 from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import TOKEN, Client, LocalHub, hurry
@@ -447,6 +448,38 @@ def built(spec: str, path: str) -> list[tuple[str, str, str, int]]:
 def test_a_build_records_the_commit_of_its_problems(hub: LocalHub, client: Client, tmp_path: Path) -> None:
     sha = hub.commit("org/built", {"README.md": card(), "train.jsonl": json_lines(SUMS[:2])})
     assert client(built, "hf:org/built", str(tmp_path / "c.duckdb")) == [("org/built:train", "hub", sha, 2)]
+
+
+def without_held_out(problems: Path, path: Path) -> tuple[int, int, int, dict[str, str]]:
+    """Runs in the client's process: a build without what hf:org/held-out holds, and the catalog's sources."""
+    import calset
+    from calset import demo
+
+    options = {"samples": 1, "max_tokens": 12, "engine": ScriptedEngine(""), "graded": False, "catalog": path}
+    report = calset.build(demo.MODEL, str(problems), decontaminate="hf:org/held-out", **options)
+    return report.n_excluded, report.n_new, report.n_existing, calset.Catalog(path).source_revisions()
+
+
+def n_held_out(path: Path, spec: str) -> int:
+    import calset
+
+    return calset.decontaminate(path, spec).n_evaluation
+
+
+def test_what_a_build_leaves_out_stays_the_same_when_the_evaluation_moves(
+    hub: LocalHub, client: Client, tmp_path: Path
+) -> None:
+    old = hub.commit("org/held-out", {"README.md": card(), "train.jsonl": json_lines(SUMS[:1])})
+    problems, path = tmp_path / "sums.jsonl", tmp_path / "c.duckdb"
+    problems.write_bytes(json_lines(SUMS))
+    *counts, revisions = client(without_held_out, problems, path)
+    assert (counts, revisions["hf:org/held-out"]) == ([1, 5, 0], old)
+    new = hub.commit("org/held-out", {"train.jsonl": json_lines(SUMS[1:4])})
+    *counts, again = client(without_held_out, problems, path)
+    assert (counts, again) == ([1, 0, 5], revisions)
+    assert client(n_held_out, path, "hf:org/held-out") == 1
+    assert client(n_held_out, path, f"hf:org/held-out@{new}") == 3
+    assert client(without_held_out, problems, tmp_path / "fresh.duckdb")[0] == 3
 
 
 # --- bad connections ---------------------------------------------------------------------------------------------

@@ -23,16 +23,26 @@ N_EXAMPLES = 10
 
 
 def against_sources(
-    specs: str | Sequence[str], n: Sequence[int] = NGRAMS, *, min_share: float = MIN_SHARE, **options: Any
+    specs: str | Sequence[str],
+    n: Sequence[int] = NGRAMS,
+    *,
+    min_share: float = MIN_SHARE,
+    pinned: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Decontaminator:
     """A ``Decontaminator`` of evaluation sources named as ``load_problems`` takes them (``options`` are its own).
+
+    Args:
+        pinned: spec -> the revision to take, as ``Catalog.source_revisions`` gives them.
 
     Raises:
         InputError: an unknown source, or a rule that makes no sense.
     """
     OverlapRule(tuple(n), min_share)  # before anything is read
     named = [specs] if isinstance(specs, str) else list(specs)
-    return Decontaminator((load_problems(spec, **options) for spec in named), n, min_share=min_share)
+    revisions = pinned or {}
+    opened = (load_problems(spec, revision=revisions.get(spec), **options) for spec in named)
+    return Decontaminator(opened, n, min_share=min_share)
 
 
 # --- what a catalog holds already -------------------------------------------------------------------------------
@@ -82,7 +92,8 @@ def decontaminate(
         CatalogError: the catalog cannot be read or written.
     """
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    decontaminator = against_sources(against, n, min_share=min_share, question=question, answer=answer)
+    pinned = store.source_revisions()
+    decontaminator = against_sources(against, n, min_share=min_share, pinned=pinned, question=question, answer=answer)
     if problems is None:
         pages, total = _kept_problems(store, decontaminator.sources)
     else:

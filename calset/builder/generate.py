@@ -168,8 +168,9 @@ def build(
     if graded:
         for source in plan.sources:
             grader_version(source.source.grader)  # imports it: not only by name is it there
-    for source in plan.sources:
-        store.add_source(source.source)
+    evaluations = plan.decontaminator.sources if plan.decontaminator else []
+    for source in [*(named.source for named in plan.sources), *evaluations]:
+        store.add_source(source)
     work = Pipeline(
         plan,
         schedule,
@@ -280,7 +281,7 @@ def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
         store,
         sampling=replace(info.sampling, **given),  # the model's own, where nothing else is asked
         limit=None if isinstance(engine, str) else min(info.max_model_len, engine.max_model_len),
-        decontaminator=_decontaminator(asked["decontaminate"]),
+        decontaminator=_decontaminator(asked["decontaminate"], store),
         progress=_checking(asked["progress"]),
         **{name: asked[name] for name in ("samples", "system_prompt", "max_tokens", "kind", "seed", "retry", "graded")},
     )
@@ -334,12 +335,12 @@ def _target(
     return Target.of(target, **given)
 
 
-def _decontaminator(sources: str | Sequence[str]) -> Decontaminator | None:
+def _decontaminator(sources: str | Sequence[str], store: Catalog) -> Decontaminator | None:
     if not sources:
         return None
     from calset.builder.decontamination import against_sources
 
-    return against_sources(sources)
+    return against_sources(sources, pinned=store.source_revisions())
 
 
 def _running(

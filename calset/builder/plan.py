@@ -122,7 +122,7 @@ def open_sources(specs: Sequence[str], store: Catalog, **options: Any) -> tuple[
     """
     if not specs:
         raise InputError("no problems given")
-    pinned = {source.spec: source.revision for source in (store.sources() if store.exists() else [])}
+    pinned = store.source_revisions()
     return tuple(open_problems(spec, revision=pinned.get(spec), **options) for spec in specs)
 
 

@@ -297,6 +297,10 @@ class Catalog:
         """All sources, by name."""
         return [Source(**row) for row in self.rows("SELECT * FROM sources ORDER BY name, source_id")]
 
+    def source_revisions(self) -> dict[str, str]:
+        """Spec -> the revision at which the catalog has the source; empty where there is no catalog yet."""
+        return {source.spec: source.revision for source in self.sources()} if self.exists() else {}
+
     def problem(self, problem_id: str) -> Problem:
         """One problem.
 

@@ -162,7 +162,7 @@ def _existing(path: Path) -> Any:
 
 
 @cli.command()
-@click.option("--model", required=True, help="A checkpoint folder or Hub id.")
+@click.option("--model", required=True, help="A checkpoint folder or Hub id, ORG/NAME or ORG/NAME@REVISION.")
 @click.option(
     "--problems",
     required=True,

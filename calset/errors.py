@@ -35,7 +35,7 @@ class CatalogUpgraded(UserWarning):
 
 
 class BuildWarning(UserWarning):
-    """A warning before a build's engine starts; the report, which may come days later, says it again."""
+    """A warning before a build's engine starts: stored problems keep another grader, a model's branch has moved on."""
 
 
 class EngineWarning(UserWarning):

@@ -410,6 +410,15 @@ def test_an_incomplete_folder_is_refused_in_one_line(tiny_model: Path, tmp_path:
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_with_an_at_in_its_name_is_a_folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(tiny_model, tmp_path / "org" / "lrm@v1")
+    monkeypatch.chdir(tmp_path)
+    for model in (tmp_path / "org" / "lrm@v1", "org/lrm@v1"):
+        info = inspect(model)
+        assert (info.model, info.is_local, info.revision) == ("lrm@v1", True, inspect(tiny_model).revision)
+        assert Path(info.location) == Path(model)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

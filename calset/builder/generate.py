@@ -20,9 +20,8 @@ from calset.builder.adaptive import AdaptiveSchedule, Target
 from calset.builder.engines import Engine, Sampling, check_length, check_options, open_engine, resolve_engine
 from calset.builder.grading import grader_version
 from calset.builder.grading.pool import GradingPool
-from calset.builder.model_info import inspect
 from calset.builder.pipeline import BuildProgress, Excluded, Pipeline, Report
-from calset.builder.plan import Plan, make_plan, open_sources
+from calset.builder.plan import Plan, make_plan, open_model, open_sources
 from calset.builder.schedule import FixedSchedule, Schedule
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
@@ -86,8 +85,8 @@ def build(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
-    repetition_penalty: float | None = None,
     min_p: float | None = None,
+    repetition_penalty: float | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
     system_prompt: str | None = None,
@@ -118,7 +117,8 @@ def build(
     new problem is opened once the recipe has what it needs.
 
     Args:
-        model: a Hugging Face checkpoint folder or Hub id.
+        model: a Hugging Face checkpoint folder or Hub id, ``org/name`` or ``org/name@REVISION``; without a revision, a
+            model that the catalog has runs of stays at the commit of the first.
         problems: sources as ``open_problems`` takes them.
         samples: traces a problem, each its own request with its own seed; with a target, at most.
         target: the recipe (name, TOML file or Recipe) whose samples are wanted; needs ``need`` or ``need_tokens``.
@@ -150,8 +150,8 @@ def build(
         CatalogError: the catalog cannot be written.
 
     Warns:
-        BuildWarning: before the engine starts, of stored problems that keep another grader than the one asked for; the
-            report says it again.
+        BuildWarning: before the engine starts, of stored problems that keep another grader than the one asked for (the
+            report says it again), and of a Hub model whose branch is at another commit than the catalog's runs of it.
         EngineWarning: before an error, what the engine had noted, such as servers that it dropped.
     """
     asked = dict(locals())
@@ -273,7 +273,7 @@ def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
         store,
         **{name: asked[name] for name in ("question", "answer", "grader", "limit")},
     )
-    info = inspect(asked["model"], template_options=asked["template_options"])
+    info = open_model(asked["model"], store, template_options=asked["template_options"])
     given = {f.name: asked[f.name] for f in fields(Sampling) if asked[f.name] is not None}
     plan = make_plan(
         info,

@@ -27,7 +27,8 @@ from calset import ids
 from calset.builder.grading import Outcome, check_grader
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
-from calset.builder.model_info import ModelInfo, inspect
+from calset.builder.model_info import ModelInfo
+from calset.builder.plan import open_model
 from calset.builder.problems import ProblemSource, open_problems
 from calset.builder.provenance import versions
 from calset.builder.recovery import Recovered, Recovery, with_defaults
@@ -103,7 +104,8 @@ def import_traces(
     """Keep traces of files, grade them, and tokenise those that come as text; the same call again adds nothing.
 
     Args:
-        model: a checkpoint folder or Hub id, for its tokenizer and chat template; no weights are loaded.
+        model: a checkpoint folder or Hub id, as ``build`` takes it, for its tokenizer and chat template; no weights are
+            loaded.
         files: ``.jsonl``, ``.json``, ``.csv`` and ``.parquet`` files, folders of them, ``hf:org/name?config=&split=``.
         problems: sources as ``open_problems`` takes them. A trace whose question one of them holds gets that problem:
             its reference answer, its grader, and the problem id that a build gives it.
@@ -129,10 +131,11 @@ def import_traces(
     if not specs:
         raise InputError("no files given: name at least one to import")
     places = [_open(spec, source, grader or "math") for spec in specs]
-    info = inspect(model, template_options=template_options)
+    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    info = open_model(model, store, template_options=template_options)
     work = _Import(
         info,
-        catalog if isinstance(catalog, Catalog) else Catalog(catalog),
+        store,
         places,
         columns=Columns(question, answer),
         recovery=Recovery(info, system_prompt),

@@ -127,7 +127,7 @@ def judge(
     others' replies are read leniently.
 
     Args:
-        model: the judge: a Hugging Face checkpoint folder or Hub id.
+        model: the judge: a Hugging Face checkpoint folder or Hub id, ``org/name`` or ``org/name@REVISION``.
         engine: ``auto``, ``vllm``, ``transformers``, URLs of OpenAI-compatible servers that hold ``model``, or a
             running engine on it, which stays open.
         traces_of, source, run: only the traces of this model, of this source's problems, of this run.

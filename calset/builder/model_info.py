@@ -19,6 +19,7 @@ from calset.errors import InputError, first_line
 
 # All but the weights, which the engine fetches itself.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+HUB_PATIENCE_SECONDS = 10.0  # for what a build can do without
 # What decides which tokens a folder's model gives: its revision is their hash.
 REVISION_FILES = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model", "added_tokens.json")
 
@@ -113,13 +114,15 @@ def inspect(
     """Read a model's config, tokenizer and template, from a folder or the Hub; loads no weights, runs no remote code.
 
     Args:
+        model: a checkpoint folder, or a Hub id: ``org/name`` or ``org/name@REVISION`` (a branch, tag or commit).
+        revision: of a Hub model that names none; the default branch when None.
         template_options: what the chat template is rendered with, e.g. ``{"enable_thinking": False}`` (Qwen3) or
             ``{"reasoning_effort": "high"}`` (gpt-oss).
 
     Raises:
-        InputError: no such folder or Hub model, no config.json, no safetensors, no usable tokenizer, chat template or
-            generation_config.json, an option that the template does not read, or a transformers that cannot be
-            imported.
+        InputError: no such folder, Hub model or revision, no config.json, no safetensors, no usable tokenizer, chat
+            template or generation_config.json, an option that the template does not read, or a transformers that cannot
+            be imported.
     """
     try:
         from transformers import AutoTokenizer
@@ -143,9 +146,10 @@ def inspect(
     defaults = _generation_config(folder)
     family = recognise(Traits(config.get_text_config().model_type, template, reasoning))
     sampling, sampling_from = _sampling(defaults, folder / "generation_config.json", family)
+    name = recorded_name(model, folder, is_local)
     return ModelInfo(
-        model=recorded_name(model, folder, is_local),
-        location=str(folder) if is_local else str(model),
+        model=name,
+        location=str(folder) if is_local else name,
         folder=folder,
         revision=sha,
         is_local=is_local,
@@ -187,31 +191,53 @@ def folder_revision(folder: Path) -> str:
     return ids.files_hash(sorted(paths))
 
 
+def hub_name(model: str | Path) -> tuple[str, str | None]:
+    """``org/name`` and the revision of ``org/name@REVISION``, None without one."""
+    name, _, revision = str(model).partition("@")
+    return name, revision or None
+
+
+def default_commit(name: str) -> str | None:
+    """The commit of a Hub model's default branch; None when the Hub does not tell."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().model_info(name, timeout=HUB_PATIENCE_SECONDS).sha
+    except Exception:
+        return None
+
+
 def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
-    """(folder with the small files, revision, whether it is a local folder)."""
+    """(folder with the small files, revision, whether it is a local folder); ``revision`` as ``inspect`` takes it."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{model} holds no *.safetensors weights; calset reads no other format")
         return folder, folder_revision(folder), True
-    text = str(model)
-    if isinstance(model, Path) or folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise InputError(f"no model folder {model}; pass a folder or a Hub id such as Qwen/Qwen3-0.6B")
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot = Path(snapshot_download(text, revision=revision, allow_patterns=SMALL_FILES))
-    except Exception as error:
+    name, asked = hub_name(model)
+    no_id = name.startswith((".", "~")) or name.count("/") != 1 or str(model).endswith("@")
+    if isinstance(model, Path) or folder.is_absolute() or no_id:
         raise InputError(
-            f"there is no folder {model}, and the Hub did not give a model of that name: {first_line(error)}"
-        ) from error
+            f"no model folder {model}; pass a folder or a Hub id such as Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@REVISION"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    revision = asked or revision
+    try:
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES))
+    except RevisionNotFoundError as error:
+        raise InputError(f"{name} has no revision {revision!r}; name a branch, a tag or a commit") from error
+    except Exception as error:
+        what = f"{name} at revision {revision}" if revision else "a model of that name"
+        raise InputError(f"there is no folder {model}, and the Hub did not give {what}: {first_line(error)}") from error
     return snapshot, snapshot.name, False
 
 
 def recorded_name(model: str | Path, folder: Path, is_local: bool) -> str:
     """A folder goes by its own name, not by its path: the revision tells same-named ones apart on any machine."""
     if not is_local:
-        return str(model)
+        return hub_name(model)[0]
     resolved = folder.resolve()
     return "tiny-lrm" if resolved == demo.MODEL.resolve() else resolved.name
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import shlex
 import time
+import warnings as python_warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calset import ids
 from calset.builder.engines import Sampling
-from calset.builder.model_info import ModelInfo
+from calset.builder.model_info import ModelInfo, default_commit, hub_name, inspect
 from calset.builder.problems import ProblemSource, open_problems
 from calset.builder.schedule import Opened
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Contamination, Problem, RunKind
-from calset.errors import CatalogLocked, InputError
+from calset.errors import BuildWarning, CatalogLocked, InputError
 
 if TYPE_CHECKING:
     from calset.overlap import Decontaminator
@@ -124,6 +126,33 @@ def open_sources(specs: Sequence[str], store: Catalog, **options: Any) -> tuple[
         raise InputError("no problems given")
     pinned = store.source_revisions()
     return tuple(open_problems(spec, revision=pinned.get(spec), **options) for spec in specs)
+
+
+def open_model(model: str | Path, store: Catalog, **options: Any) -> ModelInfo:
+    """The model; one of the Hub that names no revision stays at the commit of the catalog's first run of it.
+
+    Args:
+        options: ``inspect``'s.
+
+    Raises:
+        InputError: see ``inspect``.
+
+    Warns:
+        BuildWarning: the Hub's default branch has moved on since then, or no run is at what the revision names now.
+    """
+    name, asked = hub_name(model)
+    commits = store.model_commits(name)
+    info = inspect(model, revision=commits[0] if commits else None, **options)
+    if info.is_local or not commits:
+        return info
+    first, text = commits[0], None
+    if asked is None and (newest := default_commit(name)) not in (None, first):
+        text = f"{name} stays at {first}, where {store.path} has it; --model {name}@{newest} takes the Hub's newest"
+    elif asked not in (None, info.revision) and info.revision not in commits:
+        text = f"{model} is {info.revision} by now; --model {name}@{first} goes on where {store.path} has it"
+    if text:
+        python_warnings.warn(text, BuildWarning, stacklevel=2)
+    return info
 
 
 def make_plan(

@@ -301,6 +301,17 @@ class Catalog:
         """Spec -> the revision at which the catalog has the source; empty where there is no catalog yet."""
         return {source.spec: source.revision for source in self.sources()} if self.exists() else {}
 
+    def model_commits(self, model: str) -> list[str]:
+        """The commits at which the catalog has runs of a Hub model, that of the first run first."""
+        if not self.exists():
+            return []
+        sql = """
+            SELECT model_revision FROM runs
+            WHERE model = ? AND model_path IS NULL AND regexp_full_match(model_revision, '[0-9a-f]{40}')
+            GROUP BY model_revision ORDER BY min(started_at), model_revision
+        """
+        return [row["model_revision"] for row in self.rows(sql, [model])]
+
     def problem(self, problem_id: str) -> Problem:
         """One problem.
 

@@ -72,7 +72,7 @@ class Source:
 
 
 def open_source(model: str | Path) -> Source:
-    """Look at a model folder (or Hub id) before anything expensive.
+    """Look at a model folder (or Hub id, also ``org/name@REVISION``) before anything expensive.
 
     Raises:
         InputError: no such model, no config, or a quantised checkpoint.
@@ -81,9 +81,10 @@ def open_source(model: str | Path) -> Source:
     from calset.builder.model_info import locate, recorded_name
 
     folder, revision, is_local = locate(model, None)
+    recorded = recorded_name(model, folder, is_local)
     if not is_local:
-        folder = _download(str(model), revision)
-    return open_folder(folder, name=str(model), recorded=recorded_name(model, folder, is_local), revision=revision)
+        folder = _download(recorded, revision)
+    return open_folder(folder, name=str(model), recorded=recorded, revision=revision)
 
 
 def open_folder(folder: Path, *, name: str | None = None, recorded: str | None = None, revision: str = "") -> Source:

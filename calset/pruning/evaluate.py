@@ -99,7 +99,7 @@ def evaluate(
     """Generate ``samples`` traces a problem with ``model``, grade them, and summarise; recorded in the catalog.
 
     Args:
-        model: a checkpoint folder or Hub id.
+        model: a checkpoint folder or Hub id, as ``build`` takes it.
         problems: problem sources, as ``build`` takes them; keep them apart from the calibration problems.
         engine: an engine's name, or a running engine that already holds ``model``'s weights.
 

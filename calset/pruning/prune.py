@@ -77,7 +77,7 @@ def prune(
     holds one block. A run that was killed is continued by the same call, and ends with the same bytes.
 
     Args:
-        model: a checkpoint folder or a Hub id.
+        model: a checkpoint folder or a Hub id, ``org/name`` or ``org/name@REVISION``.
         out: a new (or empty) folder.
         method: a name of ``methods.METHODS``, or of ``structured.METHODS``.
         sparsity: the share of zeros in every matrix, or of a mixture's experts or of the blocks that go, in (0, 1); or

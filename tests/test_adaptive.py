@@ -20,11 +20,12 @@ from calset.builder.model_info import ModelInfo, inspect
 from calset.builder.schedule import Opened
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
-from calset.catalog.records import Problem
+from calset.catalog.records import Attempt, Problem
 from calset.catalog.selection import select
 from calset.errors import EngineError, InputError
 
 SAMPLES = 8
+INSIDE = Recipe("inside", correct=True, finished=True, difficulty=(0.2, 0.8))  # without a length band, which moves
 
 
 class Population:
@@ -182,6 +183,67 @@ def test_problems_that_are_put_off_hold_no_prompt_and_come_back_with_the_same_on
     assert {name: len(seen) for name, seen in prompts.items()} == {problem.problem_id: 1 for problem in problems}
     facts = schedule.facts()
     assert (facts["complete"] + facts["stopped"], facts["open"]) == (120, 0)
+
+
+def existing(problem: Problem, verdicts: str) -> dict[int, Attempt]:
+    """Attempts at the first samples: "c"orrect, "i"ncorrect, "e"rror."""
+    names = {"c": ("stop", "correct"), "i": ("stop", "incorrect"), "e": ("error", "error")}
+    return {
+        i: Attempt(f"{problem.problem_id}-{i}", 0, names[v][0], 64, 3, 10, names[v][1]) for i, v in enumerate(verdicts)
+    }
+
+
+def make_schedule(opened: Iterable[Opened], **options) -> AdaptiveSchedule:
+    target = Target.of(INSIDE, need=10_000)
+    return AdaptiveSchedule(iter(opened), "key", SAMPLES, target, render=lambda problem: (1, 2, 3), **options)
+
+
+def test_a_problem_that_was_put_off_is_decided_again_when_its_turn_comes():
+    problems, was_run = [make_problem(n) for n in range(150)], make_run()
+    schedule = make_schedule(Opened(problem, (1, 2, 3), {}) for problem in problems)
+    drawn: dict[str, int] = defaultdict(int)
+    put_off = set()
+    while (unit := schedule.take()) is not None:
+        name = unit.problem.problem_id
+        drawn[name] += 1
+        schedule.settle(unit, make_trace(unit.problem, was_run, unit.sample_index), "incorrect")
+        put_off |= {d.problem_id for d in schedule.decisions() if d.action == "continue" and d.k == 2}
+    # By the time that the problems ran out it was plain that none is inside.
+    assert put_off
+    assert {drawn[name] for name in put_off} == {2}
+    assert (schedule.facts()["stopped"], schedule.facts()["open"]) == (150, 0)
+
+
+def test_a_build_that_goes_on_decides_by_the_prior_of_all_that_is_there():
+    verdicts = ["ii", *["i" * SAMPLES] * 150]
+    problems = [make_problem(n) for n in range(len(verdicts))]
+    schedule = make_schedule(
+        Opened(problem, (1, 2, 3), existing(problem, found)) for problem, found in zip(problems, verdicts, strict=True)
+    )
+    assert schedule.take() is None
+    assert schedule.finished
+    of_first = [d.action for d in schedule.decisions() if d.problem_id == problems[0].problem_id]
+    assert of_first == ["stop"]
+
+
+def test_a_decision_is_kept_again_when_the_recipe_or_the_confidence_is_another(tiny_model: Path, info, tmp_path: Path):
+    path = tmp_path / "c.duckdb"
+
+    def decide(**aim) -> tuple[int, int]:
+        """How many decisions there are after such a build, and of how many problems with that aim."""
+        run(tiny_model, Population(info, tmp_path / "p.jsonl", 21), path, need=500, **aim)
+        recipe = aim["target"].name
+        sql = "SELECT count(*), count(DISTINCT problem_id) FILTER (WHERE recipe = ? AND confidence = ?) FROM decisions"
+        return Catalog(path).query(sql, [recipe, aim["confidence"]]).rows[0]
+
+    other = Recipe("other", correct=True, finished=True, difficulty=(0.2, 0.8))
+    before = 0
+    for aim in ({"target": INSIDE, "confidence": c} for c in (0.95, 0.8)):
+        n, of_aim = decide(**aim)
+        assert (n >= before + 21, of_aim) == (True, 21)
+        before = n
+    assert decide(target=INSIDE, confidence=0.8) == (before, 21)
+    assert decide(target=other, confidence=0.8) == (before + 21, 21)
 
 
 @pytest.mark.parametrize(

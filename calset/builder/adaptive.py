@@ -13,7 +13,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class _Open:
     """A problem that has not all its samples, and is not stopped."""
 
     problem: Problem
-    decided: tuple[str, int] | None  # see Opened
+    decided: Decision | None  # see Opened
     stratum: str
     # None while it is put off: of thousands that are, and may never be needed, the prompts would fill the memory.
     prompt_ids: tuple[int, ...] | None
@@ -161,6 +161,7 @@ class AdaptiveSchedule:
         self._ranked_at = 0.0
         self._n_unjudged = 0  # stopped because a sample has no verdict
         self._decisions: list[Decision] = []
+        self._earlier: list[_Open] = []  # of an earlier build, until all of them are read
 
     # -- the feeding thread -----------------------------------------------------------------------------------------
 
@@ -181,12 +182,12 @@ class AdaptiveSchedule:
             # Reading the next problem may look into the catalog: not while verdicts wait for the lock.
             following = next(self._source, None)
             with self._changed:
-                if following is None:
-                    self._exhausted = self._caught_up = True
-                else:
+                self._exhausted = following is None
+                # Problems are opened in the source's order: those of an earlier build come first.
+                if following is None or not following.existing:
+                    self._catch_up()
+                if following is not None:
                     self._take_in(following)
-                    # Problems are opened in the source's order: those of an earlier build come first.
-                    self._caught_up = self._caught_up or not following.existing
 
     @property
     def finished(self) -> bool:
@@ -208,17 +209,21 @@ class AdaptiveSchedule:
     def _next_batch(self) -> bool:
         """Send the samples of the open problem of the least price; False when a fresh one is cheaper, or none is open.
 
-        A problem dearer than a fresh one is put off: it comes back when there are no fresh ones left.
+        A problem dearer than a fresh one is put off: it comes back when there are no fresh ones left. Whichever's turn
+        it is, is decided again, for the prior has moved while it waited.
         """
-        first = min(self._ready, key=self._beliefs.price, default=None)
         limit = math.inf if self._exhausted else self._beliefs.limit
-        if first is None or (not self._exhausted and self._beliefs.price(first) > limit):
-            return False
-        one = self._ready[first].pop()
-        if not self._ready[first]:
-            del self._ready[first]
-        self._send(one, self._rule.patience(one.k, one.n_correct, self._beliefs.prices(one.stratum), limit))
-        return True
+        while self._ready:
+            first = min(self._ready, key=self._beliefs.price)
+            if self._beliefs.price(first) > limit:
+                return False
+            one = self._ready[first].pop()
+            if not self._ready[first]:
+                del self._ready[first]
+            if not self._stop(one):
+                self._send(one, self._rule.patience(one.k, one.n_correct, self._beliefs.prices(one.stratum), limit))
+                return True
+        return False
 
     def _send(self, one: _Open, n: int) -> None:
         """The next ``n`` samples of a problem that it has not, together: an engine may share their prompt's prefill."""
@@ -241,11 +246,22 @@ class AdaptiveSchedule:
             if index < self._samples:
                 finished, size = there.finish_reason == "stop", there.n_prompt_tokens + there.n_tokens
                 one.add(_Sample(there.trace_id, index, there.verdict, finished, there.n_tokens, size))
-        if one.samples:
-            self._decide(one)
-        else:
+        if not one.samples:
             limit = self._beliefs.limit
             self._send(one, self._rule.patience(0, 0, self._beliefs.prices(one.stratum), limit))
+        elif self._caught_up:
+            self._decide(one)
+        else:
+            self._beliefs.see(one.problem_id, one.state)
+            one.prompt_ids = None
+            self._earlier.append(one)
+
+    def _catch_up(self) -> None:
+        """Decide on the problems of an earlier build by the prior of all of them, as that build did at its end."""
+        self._caught_up = True
+        earlier, self._earlier = self._earlier, []
+        for one in earlier:
+            self._decide(one)
 
     # -- verdicts: the collecting thread ----------------------------------------------------------------------------
 
@@ -263,18 +279,23 @@ class AdaptiveSchedule:
     def _decide(self, one: _Open) -> None:
         """With no sample of it under way."""
         self._beliefs.see(one.problem_id, one.state)
-        prior = self._beliefs.prior(one.stratum)
         if len(one.samples) >= self._samples:
             self._complete(one)
-        elif self._rule.decide(one.k, one.n_correct, prior, one.unjudged) == "stop":
-            self._note(one, "stop", "a sample has no verdict" if one.unjudged else "outside the band")
-            self._n_stopped += 1
-            self._n_unjudged += one.unjudged > 0
-            del self._open[one.problem_id]
-        else:
+        elif not self._stop(one):
             self._note(one, "continue", "open")
             one.prompt_ids = None
             self._ready[one.state].append(one)
+
+    def _stop(self, one: _Open) -> bool:
+        """Stop a problem that has no sample under way, if the rule says so by the prior of now."""
+        prior = self._beliefs.prior(one.stratum)
+        if self._rule.decide(one.k, one.n_correct, prior, one.unjudged) != "stop":
+            return False
+        self._note(one, "stop", "a sample has no verdict" if one.unjudged else "outside the band")
+        self._n_stopped += 1
+        self._n_unjudged += one.unjudged > 0
+        del self._open[one.problem_id]
+        return True
 
     def _complete(self, one: _Open) -> None:
         inside = one.k >= self._samples and self._rule.in_band(one.n_correct)
@@ -300,24 +321,26 @@ class AdaptiveSchedule:
         del self._open[one.problem_id]
 
     def _note(self, one: _Open, action: str, reason: str) -> None:
-        if one.decided == (action, one.k):  # by the build that this one continues
-            return
         prior = self._beliefs.prior(one.stratum)
-        self._decisions.append(
-            Decision(
-                run_id="",
-                generation_key=self._key,
-                problem_id=one.problem_id,
-                action=action,
-                reason=reason,
-                k=one.k,
-                n_correct=one.n_correct,
-                samples=self._samples,
-                probability=self._rule.probability(one.k, one.n_correct, prior, one.unjudged),
-                confidence=self._rule.confidence,
-                recipe=self._target.recipe.name,
-            )
+        decision = Decision(
+            run_id="",
+            generation_key=self._key,
+            problem_id=one.problem_id,
+            action=action,
+            reason=reason,
+            k=one.k,
+            n_correct=one.n_correct,
+            samples=self._samples,
+            probability=self._rule.probability(one.k, one.n_correct, prior, one.unjudged),
+            confidence=self._rule.confidence,
+            recipe=self._target.recipe.name,
         )
+        last, one.decided = one.decided, decision
+        # A build that goes on decides of the same samples again; what it decides as before is there already.
+        if last is None or decision != replace(
+            last, run_id="", probability=decision.probability, decided_at=decision.decided_at
+        ):
+            self._decisions.append(decision)
 
     # -- what is known ----------------------------------------------------------------------------------------------
 

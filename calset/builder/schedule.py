@@ -20,13 +20,13 @@ class Opened:
 
     Args:
         existing: sample index -> its newest attempt in the catalog.
-        decided: the last decision that an adaptive build kept of it, and after how many judged samples.
+        decided: the last decision that an adaptive build kept of it.
     """
 
     problem: Problem
     prompt_ids: tuple[int, ...]
     existing: Mapping[int, Attempt]
-    decided: tuple[str, int] | None = None
+    decided: Decision | None = None
 
 
 @dataclass(frozen=True, slots=True)

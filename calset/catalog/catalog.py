@@ -242,16 +242,18 @@ class Catalog:
             found.setdefault(problem_id, {})[sample_index] = Attempt(*rest)
         return found
 
-    def last_decisions(self, generation_key: str, problem_ids: Sequence[str]) -> dict[str, tuple[str, int]]:
-        """Problem id -> the last decision of an adaptive build, and the judged samples it rested on."""
-        sql = """
-            SELECT problem_id, action, k FROM decisions
+    def last_decisions(self, generation_key: str, problem_ids: Sequence[str]) -> dict[str, Decision]:
+        """Problem id -> the last decision that an adaptive build took of it."""
+        columns = tuple(TABLES["decisions"])
+        sql = f"""
+            SELECT {", ".join(columns)} FROM decisions
             WHERE generation_key = ? AND problem_id IN (SELECT unnest(?::VARCHAR[]))
             QUALIFY row_number() OVER (PARTITION BY problem_id ORDER BY decided_at DESC, k DESC) = 1
         """
         with self._open("own") as con:
             rows = con.execute(sql, [generation_key, list(problem_ids)]).fetchall()
-        return {problem_id: (action, k) for problem_id, action, k in rows}
+        found = (Decision(**dict(zip(columns, row, strict=True))) for row in rows)
+        return {decision.problem_id: decision for decision in found}
 
     def count_attempts(
         self, generation_key: str, problem_ids: Sequence[str], *, samples: int, max_tokens: int

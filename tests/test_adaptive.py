@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from calset.builder.adaptive import AdaptiveSchedule, Target
 from calset.builder.engines import Completion, Request, Sampling
 from calset.builder.generate import build, dry_run
 from calset.builder.model_info import ModelInfo, inspect
-from calset.builder.schedule import Opened
+from calset.builder.schedule import Opened, Retry
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
 from calset.catalog.records import Attempt, Problem
@@ -26,6 +26,7 @@ from calset.errors import EngineError, InputError
 
 SAMPLES = 8
 INSIDE = Recipe("inside", correct=True, finished=True, difficulty=(0.2, 0.8))  # without a length band, which moves
+Fails = Callable[[Request], bool]
 
 
 class Population:
@@ -33,8 +34,16 @@ class Population:
 
     name, version, max_model_len = "population", "1", 2048
 
-    def __init__(self, info: ModelInfo, path: Path, n: int, *, fail_after: int | None = None) -> None:
-        self.info, self.loaded, self.fail_after = info, info.revision, fail_after
+    def __init__(
+        self,
+        info: ModelInfo,
+        path: Path,
+        n: int,
+        *,
+        fail_after: int | None = None,
+        fails: Fails = lambda request: False,
+    ) -> None:
+        self.info, self.loaded, self.fail_after, self.fails = info, info.revision, fail_after, fails
         self.requests: list[Request] = []
         rates = [(0.0, 0.02, 0.3, 0.55, 0.9, 1.0, 1.0)[i % 7] for i in range(n)]
         rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(n)]
@@ -55,7 +64,13 @@ class Population:
             said = answer if draw.random() < rate else "-1"
             text = "<think>\n" + "1" * draw.randint(1, 60) + f"\n</think>\n\\boxed{{{said}}}"
             tokens = self.info.tokenizer(text, add_special_tokens=False).input_ids
-            yield Completion(request.key, (*tokens, self.info.eos_token_ids[0]), "stop", 0.01)
+            whole = (*tokens, self.info.eos_token_ids[0])
+            if self.fails(request):
+                yield Completion(request.key, (), "error", 0.01)
+            elif len(whole) > request.max_tokens:
+                yield Completion(request.key, whole[: request.max_tokens], "length", 0.01)
+            else:
+                yield Completion(request.key, whole, "stop", 0.01)
 
     def cancel(self) -> None: ...
     def load_weights(self, model: Path, revision: str) -> None: ...
@@ -185,6 +200,84 @@ def test_problems_that_are_put_off_hold_no_prompt_and_come_back_with_the_same_on
     assert (facts["complete"] + facts["stopped"], facts["open"]) == (120, 0)
 
 
+def one_in_ten(request: Request) -> bool:
+    return request.seed % 10 == 0
+
+
+def ids_of(path: Path, verdict: str) -> set[str]:
+    return {t for (t,) in Catalog(path).query("SELECT trace_id FROM trace WHERE verdict = ?", [verdict]).rows}
+
+
+def assert_as_fixed_k(model: Path, info: ModelInfo, path: Path, n: int, tmp_path: Path, **options) -> None:
+    """Each sample is the one of fixed K, and what was last decided rests on these."""
+    engine, fixed = Population(info, tmp_path / "p.jsonl", n), tmp_path / "fixed.duckdb"
+    build(model, engine.problems, engine=engine, catalog=fixed, samples=SAMPLES, graders=1, **options)
+    sql = "SELECT trace_id, text, verdict FROM trace"
+    drawn = set(Catalog(path).query(sql).rows)
+    assert drawn < set(Catalog(fixed).query(sql).rows)
+    last = "SELECT * FROM decisions QUALIFY row_number() OVER (PARTITION BY problem_id ORDER BY decided_at DESC) = 1"
+    sql = (
+        f"SELECT (d.k, d.n_correct) = (p.k, p.n_correct) FROM ({last}) d JOIN problem p USING (problem_id) "
+        "WHERE d.action <> 'continue'"
+    )
+    assert set(Catalog(path).query(sql).rows) == {(True,)}
+
+
+def test_what_the_engine_failed_on_is_run_again_first_and_then_the_build_goes_on(
+    tiny_model: Path, info, tmp_path: Path
+):
+    path = tmp_path / "c.duckdb"
+    first = run(tiny_model, Population(info, tmp_path / "p.jsonl", 80, fails=one_in_ten), path, target=INSIDE, need=5)
+    assert "the same command with --retry error" in " ".join(first.warnings)
+    broken = ids_of(path, "error")
+    engine = Population(info, tmp_path / "p.jsonl", 80)
+    report = run(tiny_model, engine, path, target=INSIDE, need=12, retry=["error"])
+    asked = [request.key for request in engine.requests]
+    assert set(asked[: len(broken)]) == broken
+    assert len(set(asked)) == len(asked) > len(broken) > 2
+    assert report.target is not None
+    assert report.target["met"] >= 12
+    assert not report.warnings
+    rows = Catalog(path).query("SELECT attempt, count(*) FROM trace GROUP BY attempt ORDER BY attempt").rows
+    assert rows[1:] == [(1, len(broken))]
+    # What an adaptive build saves stays saved: no other sample of the problems that it stopped, none of those unopened.
+    sql = "SELECT count(*) FILTER (WHERE n_traces > 0), count(*) FILTER (WHERE n_traces = 8) FROM problem"
+    begun, complete = Catalog(path).query(sql).rows[0]
+    assert complete < begun < 80
+    assert_as_fixed_k(tiny_model, info, path, 80, tmp_path)
+
+
+def test_retries_do_not_ask_whether_the_need_is_met_and_go_on_where_they_died(tiny_model: Path, info, tmp_path: Path):
+    path, aim = tmp_path / "c.duckdb", {"target": INSIDE, "need": 5, "retry": ["error"]}
+    run(tiny_model, Population(info, tmp_path / "p.jsonl", 80, fails=one_in_ten), path, **aim)
+    broken = ids_of(path, "error")
+    with pytest.raises(EngineError):
+        run(tiny_model, Population(info, tmp_path / "p.jsonl", 80, fail_after=2), path, **aim)
+    left = ids_of(path, "error")
+    assert len(left) == len(broken) - 2 > 0
+    engine = Population(info, tmp_path / "p.jsonl", 80)
+    run(tiny_model, engine, path, **aim)
+    assert sorted(request.key for request in engine.requests) == sorted(left)
+    assert run(tiny_model, Population(info, tmp_path / "p.jsonl", 80), path, **aim).run_id is None
+
+
+def test_truncated_traces_run_again_count_as_a_build_with_the_larger_limit_has_them(
+    tiny_model: Path, info, tmp_path: Path
+):
+    path = tmp_path / "c.duckdb"
+    run(tiny_model, Population(info, tmp_path / "p.jsonl", 80), path, target=INSIDE, need=5, max_tokens=40)
+    cut = ids_of(path, "truncated")
+    engine = Population(info, tmp_path / "p.jsonl", 80)
+    again = {"target": INSIDE, "need": 10, "max_tokens": 200, "retry": ["truncated"]}
+    assert dry_run(tiny_model, engine.problems, catalog=path, samples=SAMPLES, tokens_per_second=1e3, **again).n_todo
+    report = run(tiny_model, engine, path, **again)
+    assert {request.key for request in engine.requests[: len(cut)]} == cut
+    assert len(cut) > 20
+    assert report.target is not None
+    assert report.target["met"] >= 10
+    assert_as_fixed_k(tiny_model, info, path, 80, tmp_path, max_tokens=200)
+
+
 def existing(problem: Problem, verdicts: str) -> dict[int, Attempt]:
     """Attempts at the first samples: "c"orrect, "i"ncorrect, "e"rror."""
     names = {"c": ("stop", "correct"), "i": ("stop", "incorrect"), "e": ("error", "error")}
@@ -196,6 +289,33 @@ def existing(problem: Problem, verdicts: str) -> dict[int, Attempt]:
 def make_schedule(opened: Iterable[Opened], **options) -> AdaptiveSchedule:
     target = Target.of(INSIDE, need=10_000)
     return AdaptiveSchedule(iter(opened), "key", SAMPLES, target, render=lambda problem: (1, 2, 3), **options)
+
+
+def test_nothing_else_is_sent_or_decided_until_what_is_run_again_is_back():
+    problems, was_run = [make_problem(n) for n in range(6)], make_run()
+    verdicts = ["cei", "ii", "iieii", "", "ee", ""]
+    opened = [
+        Opened(problem, (1, 2, 3), existing(problem, found)) for problem, found in zip(problems, verdicts, strict=True)
+    ]
+    schedule = make_schedule(opened, retry=Retry(frozenset({"error"})))
+    units = [schedule.take(), schedule.take()]
+    assert [(u.problem, u.sample_index, u.attempt) for u in units if u] == [(problems[0], 1, 1), (problems[2], 2, 1)]
+    for unit in units:
+        assert schedule.take() is None
+        assert (schedule.finished, schedule.satisfied, schedule.decisions()) == (False, False, [])
+        assert unit is not None
+        schedule.settle(unit, make_trace(unit.problem, was_run, unit.sample_index, attempt=1), "correct")
+    decided = {decision.problem_id: (decision.k, decision.n_correct) for decision in schedule.decisions()}
+    assert decided == {
+        problem.problem_id: counts for problem, counts in zip(problems[:3], [(3, 2), (2, 0), (5, 1)], strict=True)
+    }
+    again = []
+    while (unit := schedule.take()) is not None:
+        again += [unit] if unit.attempt else []
+        schedule.settle(unit, make_trace(unit.problem, was_run, unit.sample_index, attempt=unit.attempt), "correct")
+    # Of a problem behind the first fresh one as well, when its turn comes.
+    assert [(unit.problem, unit.sample_index) for unit in again] == [(problems[4], 0), (problems[4], 1)]
+    assert schedule.finished
 
 
 def test_a_problem_that_was_put_off_is_decided_again_when_its_turn_comes():
@@ -256,7 +376,6 @@ def test_a_decision_is_kept_again_when_the_recipe_or_the_confidence_is_another(t
         ({"target": "sgrr", "need": 5}, "no recipe 'sgrr'"),
         ({"target": "ssgr", "need": 0}, "need must be at least 1"),
         ({"target": "ssgr", "need": 5, "confidence": 1.5}, "confidence must be"),
-        ({"target": "ssgr", "need": 5, "retry": ["error"]}, "do not go together"),
         ({"target": "ssgr", "need": 5, "graded": False}, "cannot run ungraded"),
     ],
 )

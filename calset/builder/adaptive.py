@@ -19,7 +19,7 @@ from typing import Any
 
 from calset import ids
 from calset.builder.beliefs import Beliefs, State
-from calset.builder.schedule import Opened, Unit
+from calset.builder.schedule import NO_RETRY, Opened, Retry, Unit
 from calset.builder.stopping import StoppingRule, stratum
 from calset.catalog.recipes import Candidate, Recipe, get_recipe, rank
 from calset.catalog.records import JUDGED, Decision, Problem, Trace
@@ -109,6 +109,7 @@ class _Open:
     # None while it is put off: of thousands that are, and may never be needed, the prompts would fill the memory.
     prompt_ids: tuple[int, ...] | None
     samples: dict[int, _Sample] = field(default_factory=dict)
+    attempts: dict[int, int] = field(default_factory=dict)  # of samples that are run again
     flying: int = 0  # handed out, or about to be
     n_correct: int = 0
     k: int = 0
@@ -142,10 +143,11 @@ class AdaptiveSchedule:
         target: Target,
         *,
         render: Callable[[Problem], tuple[int, ...]],
+        retry: Retry = NO_RETRY,
         seed: int = 0,
     ) -> None:
         """``render`` gives a problem's prompt again, as ``opened`` did."""
-        self._render = render
+        self._render, self._retry = render, retry
         self._rule = target.rule(samples)
         self._beliefs = Beliefs(self._rule)
         self._recipe = target.recipe.with_options(samples=None, tokens=None, min_k=samples)
@@ -154,14 +156,17 @@ class AdaptiveSchedule:
         self._open: dict[str, _Open] = {}
         self._ready: dict[State, list[_Open]] = defaultdict(list)
         self._sending: deque[tuple[_Open, int]] = deque()
+        self._again: deque[tuple[_Open, int]] = deque()  # to be run again, before all others
+        self._n_owed = 0  # of these, and under way
         self._candidates: list[Candidate] = []
         self._sizes: dict[str, int] = {}
         self._n_flying = self._n_stopped = self._n_complete = self._n_inside = self._met = 0
-        self._dirty = self._exhausted = self._caught_up = False
+        self._dirty = self._exhausted = False
+        self._read = self._caught_up = False  # what an earlier build left; see _catch_up
         self._ranked_at = 0.0
         self._n_unjudged = 0  # stopped because a sample has no verdict
         self._decisions: list[Decision] = []
-        self._earlier: list[_Open] = []  # of an earlier build, until all of them are read
+        self._earlier: list[_Open] = []  # to be decided when caught up
 
     # -- the feeding thread -----------------------------------------------------------------------------------------
 
@@ -169,11 +174,13 @@ class AdaptiveSchedule:
         waited = timeout <= 0
         while True:
             with self._changed:
-                if self._caught_up and self._is_met():
+                if self._is_done():
                     return None
+                if self._read and self._again:
+                    return self._hand_out(self._again)
                 if self._caught_up and (self._sending or self._next_batch()):
-                    return self._hand_out()
-                if self._exhausted:
+                    return self._hand_out(self._sending)
+                if self._exhausted or (self._read and not self._caught_up):
                     if waited or not self._n_flying:
                         return None
                     waited = True
@@ -184,26 +191,28 @@ class AdaptiveSchedule:
             with self._changed:
                 self._exhausted = following is None
                 # Problems are opened in the source's order: those of an earlier build come first.
-                if following is None or not following.existing:
-                    self._catch_up()
+                self._read = self._read or following is None or not following.existing
+                self._catch_up()
                 if following is not None:
                     self._take_in(following)
 
     @property
     def finished(self) -> bool:
         with self._changed:
-            return self._is_met() or (self._exhausted and not (self._n_flying or self._sending or self._ready))
+            waiting = self._again or self._n_flying or self._sending or self._ready
+            return self._is_done() or (self._exhausted and not waiting)
 
     @property
     def satisfied(self) -> bool:
         with self._changed:
-            return self._is_met()
+            return self._is_done()
 
     def reopen(self, dropped: Iterable[Unit]) -> bool:
         with self._changed:
             for unit in dropped:
                 self._n_flying -= 1
-                self._sending.append((self._open[unit.problem.problem_id], unit.sample_index))
+                queue = self._again if unit.attempt else self._sending
+                queue.append((self._open[unit.problem.problem_id], unit.sample_index))
             return not self.finished
 
     def _next_batch(self) -> bool:
@@ -231,33 +240,48 @@ class AdaptiveSchedule:
         one.flying += len(missing)
         self._sending.extend((one, index) for index in missing)
 
-    def _hand_out(self) -> Unit:
-        one, index = self._sending.popleft()
+    def _hand_out(self, queue: deque[tuple[_Open, int]]) -> Unit:
+        one, index = queue.popleft()
         self._n_flying += 1
         if one.prompt_ids is None:
             one.prompt_ids = self._render(one.problem)
-        return Unit(one.problem, one.prompt_ids, index, ids.trace_id(one.problem_id, self._key, index))
+        trace_id = ids.trace_id(one.problem_id, self._key, index)
+        return Unit(one.problem, one.prompt_ids, index, trace_id, one.attempts.get(index, 0))
 
     def _take_in(self, opened: Opened) -> None:
         kind = stratum(opened.problem.source, len(opened.prompt_ids))
         one = _Open(opened.problem, opened.decided, kind, opened.prompt_ids)
         self._open[one.problem_id] = one
         for index, there in sorted(opened.existing.items()):
-            if index < self._samples:
+            if index >= self._samples:
+                continue
+            if self._retry.wants(there):
+                one.attempts[index] = there.attempt + 1
+            else:
                 finished, size = there.finish_reason == "stop", there.n_prompt_tokens + there.n_tokens
                 one.add(_Sample(there.trace_id, index, there.verdict, finished, there.n_tokens, size))
-        if not one.samples:
+        if one.attempts:
+            self._run_again(one)
+        elif not one.samples:
             limit = self._beliefs.limit
             self._send(one, self._rule.patience(0, 0, self._beliefs.prices(one.stratum), limit))
-        elif self._caught_up:
-            self._decide(one)
         else:
-            self._beliefs.see(one.problem_id, one.state)
-            one.prompt_ids = None
-            self._earlier.append(one)
+            self._decide(one)
+
+    def _run_again(self, one: _Open) -> None:
+        """Samples to be superseded count for nothing from now on; the problem is decided when they are back."""
+        one.prompt_ids = None
+        one.flying += len(one.attempts)
+        self._n_owed += len(one.attempts)
+        self._again.extend((one, index) for index in one.attempts)
 
     def _catch_up(self) -> None:
-        """Decide on the problems of an earlier build by the prior of all of them, as that build did at its end."""
+        """Once all problems of an earlier build are read, and all is back that is run again, decide on them.
+
+        Not sooner: the prior is that of all of them, and what is back may be all that the recipe needs.
+        """
+        if self._caught_up or not self._read or self._n_owed:
+            return
         self._caught_up = True
         earlier, self._earlier = self._earlier, []
         for one in earlier:
@@ -270,10 +294,12 @@ class AdaptiveSchedule:
             one = self._open[unit.problem.problem_id]
             one.flying -= 1
             self._n_flying -= 1
+            self._n_owed -= unit.attempt > 0
             size, finished = len(trace.prompt_ids) + trace.n_tokens, trace.finish_reason == "stop"
             one.add(_Sample(trace.trace_id, unit.sample_index, verdict, finished, trace.n_tokens, size))
             if not one.flying:
                 self._decide(one)
+            self._catch_up()
             self._changed.notify_all()
 
     def _decide(self, one: _Open) -> None:
@@ -281,9 +307,12 @@ class AdaptiveSchedule:
         self._beliefs.see(one.problem_id, one.state)
         if len(one.samples) >= self._samples:
             self._complete(one)
+            return
+        one.prompt_ids = None
+        if not self._caught_up:
+            self._earlier.append(one)
         elif not self._stop(one):
             self._note(one, "continue", "open")
-            one.prompt_ids = None
             self._ready[one.state].append(one)
 
     def _stop(self, one: _Open) -> bool:
@@ -355,6 +384,10 @@ class AdaptiveSchedule:
             self._met = len(ranked) if by_sample else sum(self._sizes[candidate.sample_id] for candidate in ranked)
         return self._met >= self._target.wanted
 
+    def _is_done(self) -> bool:
+        """Whether the recipe has what it needs, all counted that an earlier build left."""
+        return self._caught_up and self._is_met()
+
     def decisions(self) -> list[Decision]:
         with self._changed:
             found, self._decisions = self._decisions, []
@@ -380,7 +413,7 @@ class AdaptiveSchedule:
             if self._n_unjudged:
                 found.append(
                     f"{self._n_unjudged} problems were stopped because a sample of theirs has no verdict: calset "
-                    "grade, or a build with --retry error, may give it one"
+                    "grade, or the same command with --retry error (of what the engine failed on), may give it one"
                 )
             if self._exhausted and not self._is_met():
                 found.append(

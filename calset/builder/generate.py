@@ -22,7 +22,7 @@ from calset.builder.grading import grader_version
 from calset.builder.grading.pool import GradingPool
 from calset.builder.pipeline import BuildProgress, Excluded, Pipeline, Report
 from calset.builder.plan import Plan, make_plan, open_model, open_sources
-from calset.builder.schedule import FixedSchedule, Schedule
+from calset.builder.schedule import FixedSchedule, Retry, Schedule
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
 from calset.catalog.records import RunKind
@@ -140,7 +140,8 @@ def build(
         commit_every_seconds, commit_size: a batch is committed when it is this old or this large; when None after 1.5
             seconds, or later where commits are slow, so that they take at most a hundredth of the time.
         retry: run again, as a new attempt that supersedes: ``truncated``, traces that a smaller limit than
-            ``max_tokens`` cut; ``error``, traces that the engine aborted or failed on.
+            ``max_tokens`` cut; ``error``, traces that the engine aborted or failed on. With a target, those of the
+            problems that it looks at, before anything else.
         engine_options: the engine's own options.
         progress: called in this thread with a ``BuildProgress`` before the engine starts and after each commit.
 
@@ -160,11 +161,12 @@ def build(
     plan = _planned(asked, store)
     excluded = Excluded()
     opened = plan.opened(store, excluded.add)
+    again = Retry(frozenset(retry), plan.max_tokens)
     schedule: Schedule
     if aim is not None:
-        schedule = AdaptiveSchedule(opened, plan.key, samples, aim, render=plan.prompt_ids, seed=seed)
+        schedule = AdaptiveSchedule(opened, plan.key, samples, aim, render=plan.prompt_ids, retry=again, seed=seed)
     else:
-        schedule = FixedSchedule(opened, plan.key, samples, max_tokens=plan.max_tokens, retry=retry)
+        schedule = FixedSchedule(opened, plan.key, samples, again)
     if graded:
         for source in plan.sources:
             grader_version(source.source.grader)  # imports it: not only by name is it there
@@ -310,8 +312,6 @@ def _checked(asked: Mapping[str, Any], engine: str | Engine | None) -> Target | 
         raise InputError(f"retry takes {' and '.join(RETRIES)}, not {unknown[0]!r}")
     if aim is not None:
         aim.rule(samples)
-        if retry:
-            raise InputError("retry and target do not go together: run the retries first, without a target")
     if isinstance(engine, str):
         check_options(resolve_engine(engine), asked["engine_options"] or {})
     return aim

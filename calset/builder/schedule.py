@@ -6,7 +6,7 @@ grading, progress. ``take`` belongs to the thread that feeds the engine, ``settl
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +38,26 @@ class Unit:
     sample_index: int
     trace_id: str
     attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Which existing attempts are to be superseded.
+
+    Args:
+        what: ``truncated``, those that a smaller limit than ``max_tokens`` cut; ``error``, those that the engine failed
+            on.
+    """
+
+    what: frozenset[str] = frozenset()
+    max_tokens: int = 0
+
+    def wants(self, attempt: Attempt) -> bool:
+        cut = attempt.finish_reason == "length" and attempt.max_tokens < self.max_tokens
+        return ("truncated" in self.what and cut) or ("error" in self.what and attempt.broken)
+
+
+NO_RETRY = Retry()
 
 
 class Schedule(Protocol):
@@ -84,10 +104,8 @@ class FixedSchedule:
     Samples of a problem stand together: an engine with a prefix cache prefills their prompt once.
     """
 
-    def __init__(
-        self, opened: Iterator[Opened], key: str, samples: int, *, max_tokens: int, retry: Collection[str] = ()
-    ) -> None:
-        self._key, self._samples, self._max_tokens, self._retry = key, samples, max_tokens, frozenset(retry)
+    def __init__(self, opened: Iterator[Opened], key: str, samples: int, retry: Retry = NO_RETRY) -> None:
+        self._key, self._samples, self._retry = key, samples, retry
         self._units = self._all(opened)
         self._finished = False
 
@@ -95,14 +113,9 @@ class FixedSchedule:
         for one in opened:
             for index in range(self._samples):
                 there = one.existing.get(index)
-                if there is None or self.again(there):
+                if there is None or self._retry.wants(there):
                     trace_id = ids.trace_id(one.problem.problem_id, self._key, index)
                     yield Unit(one.problem, one.prompt_ids, index, trace_id, 0 if there is None else there.attempt + 1)
-
-    def again(self, attempt: Attempt) -> bool:
-        """Whether an existing attempt is to be superseded."""
-        cut = attempt.finish_reason == "length" and attempt.max_tokens < self._max_tokens
-        return ("truncated" in self._retry and cut) or ("error" in self._retry and attempt.broken)
 
     def take(self, timeout: float = 0.0) -> Unit | None:
         unit = next(self._units, None)

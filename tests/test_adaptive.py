@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from factories import make_problem, make_run, make_trace
 
+from calset import cli
 from calset.builder.adaptive import AdaptiveSchedule, Target
 from calset.builder.engines import Completion, Request, Sampling
 from calset.builder.generate import build, dry_run
@@ -22,7 +24,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
 from calset.catalog.records import Attempt, Problem
 from calset.catalog.selection import select
-from calset.errors import EngineError, InputError
+from calset.errors import BuildWarning, EngineError, InputError
 
 SAMPLES = 8
 INSIDE = Recipe("inside", correct=True, finished=True, difficulty=(0.2, 0.8))  # without a length band, which moves
@@ -364,6 +366,29 @@ def test_a_decision_is_kept_again_when_the_recipe_or_the_confidence_is_another(t
         before = n
     assert decide(target=INSIDE, confidence=0.8) == (before, 21)
     assert decide(target=other, confidence=0.8) == (before + 21, 21)
+
+
+def test_other_traces_that_a_selection_counts_are_said_before_the_engine_starts(
+    tiny_model: Path, info, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path, engine = tmp_path / "c.duckdb", Population(info, tmp_path / "p.jsonl", 7)
+    asked = {"catalog": path, "target": "ssgr", "need": 3, "tokens_per_second": 1e3}
+    build(tiny_model, engine.problems, engine=engine, catalog=path, samples=1, kind="evaluate", graders=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BuildWarning)
+        run(tiny_model, engine, path, need=500)
+        run(tiny_model, engine, path, need=500)
+    with pytest.warns(BuildWarning, match=r"\(\d+ beyond --samples 4\)"):
+        dry_run(tiny_model, engine.problems, samples=4, **asked)
+    build(tiny_model, engine.problems, engine=engine, catalog=path, samples=2, temperature=0.5, graders=1)
+    engine = Population(info, tmp_path / "p.jsonl", 7, fail_after=0)
+    with pytest.warns(BuildWarning) as warned, pytest.raises(EngineError):
+        run(tiny_model, engine, path, temperature=1.0)
+    text = str(warned[0].message)
+    assert "14 with temperature 0.5" in text
+    assert "with temperature 0.8" in text
+    cli._warn(warned[0].message, BuildWarning, "generate.py", 1)
+    assert capsys.readouterr().err == f"Warning: {text}\n"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from calset.builder.engines import Engine, Sampling, check_length, check_options
 from calset.builder.grading import grader_version
 from calset.builder.grading.pool import GradingPool
 from calset.builder.pipeline import BuildProgress, Excluded, Pipeline, Report
-from calset.builder.plan import Plan, make_plan, open_model, open_sources
+from calset.builder.plan import Plan, make_plan, open_model, open_sources, uncounted
 from calset.builder.schedule import FixedSchedule, Retry, Schedule
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
@@ -152,7 +152,8 @@ def build(
 
     Warns:
         BuildWarning: before the engine starts, of stored problems that keep another grader than the one asked for (the
-            report says it again), and of a Hub model whose branch is at another commit than the catalog's runs of it.
+            report says it again), of a Hub model whose branch is at another commit than the catalog's runs of it, and of
+            other traces in the catalog, which a selection counts and the target does not.
         EngineWarning: before an error, what the engine had noted, such as servers that it dropped.
     """
     asked = dict(locals())
@@ -288,6 +289,9 @@ def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
         **{name: asked[name] for name in ("samples", "system_prompt", "max_tokens", "kind", "seed", "retry", "graded")},
     )
     check_length((asked["engine_options"] or {}).get("max_model_len", plan.longest), plan.longest)
+    # In a report it would come after the hours that it may save.
+    if asked["target"] is not None and plan.kind == "build" and (text := uncounted(plan, store)):
+        python_warnings.warn(text, BuildWarning, stacklevel=3)
     return plan
 
 

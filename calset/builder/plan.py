@@ -22,7 +22,7 @@ from calset.builder.model_info import ModelInfo, default_commit, hub_name, inspe
 from calset.builder.problems import ProblemSource, open_problems
 from calset.builder.schedule import Opened
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import Contamination, Problem, RunKind
+from calset.catalog.records import Contamination, Problem, Run, RunKind
 from calset.errors import BuildWarning, CatalogLocked, InputError
 
 if TYPE_CHECKING:
@@ -326,6 +326,34 @@ def _other_graders(store: Catalog, sources: Sequence[ProblemSource], problem_ids
                 f"{stored}, which plain `calset grade` takes; this build grades by {grader}. So that no pass rate "
                 f"mixes both: calset grade --grader {grader} --source {shlex.quote(name)}, or a fresh --catalog"
             )
+
+
+def uncounted(plan: Plan, store: Catalog) -> str | None:
+    """A warning, where ``select`` counts more traces of the plan's problems than an adaptive build of them does."""
+    if not store.exists():
+        return None
+    found: Counter[str] = Counter()
+    who = {"model": plan.info.model, "revision": plan.info.revision}
+    for start in range(0, len(plan.problem_ids), IDS_A_LOOK):
+        part = plan.problem_ids[start : start + IDS_A_LOOK]
+        found.update(store.count_others(plan.key, part, samples=plan.samples, **who))
+    if not found:
+        return None
+    runs = {run.generation_key: run for run in store.runs("build")}
+    listed = [f"{n} {_apart(plan, runs[key])}" for key, n in sorted(found.items())]
+    return (
+        f"select counts more traces of these problems and this model than this build does ({'; '.join(listed)}), so "
+        "it may take other samples or fewer than the target has: build into a --catalog of its own"
+    )
+
+
+def _apart(plan: Plan, run: Run) -> str:
+    """Why an adaptive build of the plan does not count a run's traces."""
+    if run.generation_key == plan.key:
+        return f"beyond --samples {plan.samples}"
+    ours = plan.sampling.as_dict()
+    said = [f"{name} {value}" for name, value in run.sampling.items() if value != ours.get(name)]
+    return f"with {', '.join(said)}" if said else "made otherwise"
 
 
 def patiently(work: Callable[[], T]) -> T:

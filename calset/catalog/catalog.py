@@ -277,6 +277,20 @@ class Catalog:
         """
         return {(row["source"], row["grader"]): row["n"] for row in self.rows(sql, [list(problem_ids)])}
 
+    def count_others(
+        self, generation_key: str, problem_ids: Sequence[str], *, samples: int, model: str, revision: str
+    ) -> dict[str, int]:
+        """Generation key -> traces that share a pass rate with the first ``samples`` of this key, and are not those."""
+        sql = """
+            SELECT t.generation_key, count(*) AS n FROM latest_traces t JOIN runs r ON r.run_id = t.run_id
+            WHERE r.model = ? AND r.model_revision = ? AND r.kind = 'build'
+                AND (t.generation_key <> ? OR t.sample_index >= ?)
+                AND t.problem_id IN (SELECT unnest(?::VARCHAR[]))
+            GROUP BY t.generation_key
+        """
+        params = [model, revision, generation_key, samples, list(problem_ids)]
+        return {row["generation_key"]: row["n"] for row in self.rows(sql, params)}
+
     def runs(self, kind: str | None = None) -> list[Run]:
         """All runs, oldest first, or those of one kind ("build", "evaluate")."""
         where, params = ("WHERE kind = ?", [kind]) if kind else ("", [])

@@ -35,7 +35,7 @@ class CatalogUpgraded(UserWarning):
 
 
 class BuildWarning(UserWarning):
-    """A warning before a build's engine starts: stored problems keep another grader, a model's branch has moved on."""
+    """A warning before a build's engine starts: of what the catalog holds or the Hub has, and the build will not use."""
 
 
 class EngineWarning(UserWarning):

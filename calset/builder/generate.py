@@ -152,8 +152,8 @@ def build(
 
     Warns:
         BuildWarning: before the engine starts, of stored problems that keep another grader than the one asked for (the
-            report says it again), of a Hub model whose branch is at another commit than the catalog's runs of it, and of
-            other traces in the catalog, which a selection counts and the target does not.
+            report says it again), of a Hub model whose branch is at another commit than the catalog's runs of it, and
+            of other traces in the catalog, which a selection counts and the target does not.
         EngineWarning: before an error, what the engine had noted, such as servers that it dropped.
     """
     asked = dict(locals())

@@ -35,7 +35,7 @@ class CatalogUpgraded(UserWarning):
 
 
 class BuildWarning(UserWarning):
-    """A warning before a build's engine starts: of what the catalog holds or the Hub has, and the build will not use."""
+    """A warning before a build's engine starts: what the catalog holds, or the Hub, is not what the build goes by."""
 
 
 class EngineWarning(UserWarning):

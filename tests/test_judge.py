@@ -169,8 +169,8 @@ class SlowJudge(ScriptedJudge):
 
     def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         feed = RequestFeed(requests)
-        taken = feed.take(1, timeout=30)
-        assert self.go_on.wait(30), "nothing was saved while the engine was at work"
+        taken = feed.take(1, timeout=240)
+        assert self.go_on.wait(240), "nothing was saved while the engine was at work"
         while not feed.exhausted:
             taken += feed.take(16, timeout=0.1)
         yield from super().stream(taken, sampling)

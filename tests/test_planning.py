@@ -150,6 +150,8 @@ def test_experts_that_a_token_does_not_visit_are_not_active(info: ModelInfo, tmp
         ),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "quanto", "weights": "int4", "activations": None}, 4),
+        ({"quant_method": "quanto", "weights": "int8"}, 8),
         ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, 4),
         (
             {

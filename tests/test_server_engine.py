@@ -421,11 +421,17 @@ def test_the_only_server_may_be_restarted(doubles, opened):
     engine = opened(double, concurrency=4, failures=2, restart_timeout=60)
     requests = requests_for(60)
     found: dict[str, Completion] = {}
+
+    def restart() -> None:
+        while not any("was dropped" in warning for warning in engine.warnings):
+            time.sleep(0.05)
+        double.start()
+
     for completion in engine.stream(requests, SAMPLING):
         found[completion.key] = completion
         if len(found) == 20:
             double.die()
-            threading.Timer(1.5, double.start).start()
+            threading.Thread(target=restart).start()
     assert len(found) == 60
     check_served(found, requests)
     assert f"the server {double.url} is back" in engine.warnings

@@ -316,8 +316,8 @@ def _checked(asked: Mapping[str, Any], engine: str | Engine | None) -> Target | 
         raise InputError(f"retry takes {' and '.join(RETRIES)}, not {unknown[0]!r}")
     if aim is not None:
         aim.rule(samples)
-    if isinstance(engine, str):
-        check_options(resolve_engine(engine), asked["engine_options"] or {})
+    if engine is None or isinstance(engine, str):
+        check_options(resolve_engine(engine) if engine else "vllm", asked["engine_options"] or {})
     return aim
 
 

@@ -388,7 +388,7 @@ class _Import:
         run = self._run_of(found, place.source, source if matched else None, manifest)
         trace = self._trace(found, problem, run, draft)
         self._problems.add(int(problem.problem_id, 16))
-        return _Unit(trace, problem, run, source, bool(problem.answer), matched)
+        return _Unit(trace, problem, run, source, bool(problem.answer) or problem.grader == "gym", matched)
 
     def _new_problem(self, draft: Draft, found: Recovered, source: Source, where: str) -> Problem:
         answer = draft.answer or ""

@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from calset import ids
-from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, resolve_engine
+from calset.builder.engines import (
+    Completion,
+    Engine,
+    Request,
+    Sampling,
+    check_length,
+    check_options,
+    open_engine,
+    resolve_engine,
+)
 from calset.builder.grading import Outcome, verdict_without_grading
 from calset.builder.model_info import ModelInfo, inspect
 from calset.builder.reasoning import split
@@ -157,6 +166,9 @@ def judge(
     if isinstance(running, str):
         length = min(info.max_model_len, CONTEXT)
         options = {"max_model_len": length, "device": device, "concurrency": concurrency} | options
+        check_length(
+            options["max_model_len"], min(length, MAX_TOKENS), "a judge's answer and its question take at least"
+        )
         running = open_engine(running, info, **options)
     elif running.loaded != info.revision:
         running.load_weights(info.folder, info.revision)
@@ -251,10 +263,20 @@ class _Judging:
         finally:
             self._over.set()
             engine.cancel()
-            # Also when the engine died: what came back is saved.
-            self._commit(ready)
-            pump.join(timeout=60)
-            self._seconds = time.monotonic() - began
+            try:
+                # Also when the engine died, or somebody stopped it: what came back is saved.
+                ready += [self._judged(item) if isinstance(item, Completion) else item for item in self._came_back()]
+                self._commit(ready)
+            finally:
+                pump.join(timeout=60)
+                self._seconds = time.monotonic() - began
+
+    def _came_back(self) -> Iterator[Completion | Judgement]:
+        """What is left in the inbox."""
+        with suppress(queue.Empty):
+            while True:
+                if not isinstance(item := self._inbox.get_nowait(), _End):
+                    yield item
 
     def _pump(self, engine: Engine) -> None:
         """Hand on what comes out of the engine, then the end or the error."""

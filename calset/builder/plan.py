@@ -142,14 +142,21 @@ def open_model(model: str | Path, store: Catalog, **options: Any) -> ModelInfo:
     """
     name, asked = hub_name(model)
     commits = store.model_commits(name)
-    info = inspect(model, revision=commits[0] if commits else None, **options)
+    try:
+        info = inspect(model, revision=commits[0] if commits else None, **options)
+    except InputError as error:
+        if asked is not None or not commits or commits[0] not in str(error):
+            raise
+        raise InputError(
+            f"{error}; {store.path} has {name} at that commit, {name}@main is what the Hub has now"
+        ) from error
     if info.is_local or not commits:
         return info
     first, text = commits[0], None
     if asked is None and (newest := default_commit(name)) not in (None, first):
         text = f"{name} stays at {first}, where {store.path} has it; --model {name}@{newest} takes the Hub's newest"
     elif asked not in (None, info.revision) and info.revision not in commits:
-        text = f"{model} is {info.revision} by now; --model {name}@{first} goes on where {store.path} has it"
+        text = f"{model} is {info.revision}; --model {name}@{first} goes on where {store.path} has it"
     if text:
         python_warnings.warn(text, BuildWarning, stacklevel=2)
     return info

@@ -10,6 +10,7 @@ Must not know: engines, problems, how a catalog is opened.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ EMPTY_BYTES = 3_000_000
 BYTES_PER_TOKEN = 10.0
 CPU_BILLIONS = 1.0  # without a GPU here and none named, larger models are planned for an H100
 WEIGHT_BITS = {"bits", "num_bits", "nbits", "w_bit"}  # of GPTQ, compressed-tensors, HQQ, AWQ
+WEIGHT_TYPES = {"quant_method", "quant_algo", "weights"}  # of MXFP4, ModelOpt, Quanto
 FAR = 4.0  # a rate scaled by more than this is a coarse guess
 
 
@@ -356,8 +358,8 @@ def _bits(config: Any) -> int:
     widths = [int(value) for name, value in _leaves(settings) if name in WEIGHT_BITS and type(value) is int]
     if widths:
         return min(widths)
-    method = str(settings.get("quant_method", "")).lower()
-    return 4 if settings.get("load_in_4bit") or "fp4" in method else 8
+    said = {str(value).lower() for name, value in _leaves(settings) if name in WEIGHT_TYPES}
+    return 4 if settings.get("load_in_4bit") or any(re.search(r"(fp|int)4", text) for text in said) else 8
 
 
 def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from calset.builder.engines import wire
@@ -56,7 +56,7 @@ def resolve_engine(name: str) -> str:
     return name
 
 
-def check_options(name: str, options: Iterable[str]) -> None:
+def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuse what no engine takes, and what the transformers and server engines do not; vLLM checks its own options.
 
     Raises:
@@ -64,6 +64,9 @@ def check_options(name: str, options: Iterable[str]) -> None:
     """
     if fixed := sorted(set(options) & FIXED_OPTIONS):
         raise InputError(f"{fixed[0]} is no engine option: traces are recorded as those of the model that is named")
+    wanted = options.get("concurrency")
+    if wanted is not None and (type(wanted) is not int or wanted < 1):
+        raise InputError(f"concurrency must be a whole number of at least 1, not {wanted!r}")
     if name == "transformers" and (unknown := sorted(set(options) - COMMON_OPTIONS)):
         raise InputError(f"the transformers engine has no option {unknown[0]!r}; that is for --engine vllm")
     if wire.is_url(name):
@@ -76,8 +79,11 @@ def check_options(name: str, options: Iterable[str]) -> None:
             )
 
 
-def check_length(given: Any, needed: int) -> None:
+def check_length(given: Any, needed: int, what: str = "the longest prompt and max_tokens take") -> None:
     """Refuse a ``max_model_len`` that is no number of tokens, or in which the longest request does not fit.
+
+    Args:
+        needed: tokens, and ``what`` needs them.
 
     Raises:
         InputError: saying what is needed.
@@ -85,7 +91,7 @@ def check_length(given: Any, needed: int) -> None:
     if type(given) is not int:
         raise InputError(f"max_model_len must be a whole number of tokens, not {given!r}")
     if given < needed:
-        raise InputError(f"max_model_len {given:,} is too short: the longest prompt and max_tokens take {needed:,}")
+        raise InputError(f"max_model_len {given:,} is too short: {what} {needed:,}")
 
 
 def open_engine(

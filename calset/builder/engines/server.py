@@ -610,7 +610,7 @@ class _Stream:
         """Wait for one to come back before the stream ends for want of a server."""
         deadline = time.monotonic() + self._patience.restart_timeout
         while not any(server.alive for server in self._servers):
-            await asyncio.gather(*(self._readmit(server) for server in self._servers if not server.alive))
+            await self._look_at_all(max(deadline, time.monotonic() + 3 * self._patience.connect_timeout))
             if any(server.alive for server in self._servers):
                 self._wake.set()
                 return
@@ -619,3 +619,18 @@ class _Stream:
                 reasons = "; ".join(f"{server.url}: {server.why}" for server in self._servers)
                 raise EngineError(f"no server is left ({reasons}); start one, then {RESUME_HINT}")
             await asyncio.sleep(min(left, self._patience.probe_every))
+
+    async def _look_at_all(self, deadline: float) -> None:
+        """Until one is back, all were looked at, or it is too late: one that hangs keeps nobody waiting."""
+        looks = {asyncio.create_task(self._readmit(server)) for server in self._servers}
+        try:
+            waiting = set(looks)
+            while waiting and (left := deadline - time.monotonic()) > 0:
+                seconds = min(left, self._patience.probe_every)
+                _, waiting = await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                if any(server.alive for server in self._servers):
+                    return
+        finally:
+            for look in looks:
+                look.cancel()
+            await asyncio.gather(*looks, return_exceptions=True)

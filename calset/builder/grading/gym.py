@@ -22,6 +22,7 @@ RULES = "2"  # raise when a change here can change a verdict
 _BOARDS = {"arc_agi": ("output",), "rearc": ("output",)}
 _LEAD = re.compile(r"(?i)^(?:so,?\s+|therefore,?\s+|thus,?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*")
 _FENCE = re.compile(r"(?m)^[ \t]*```.*$")
+_BLANK = re.compile(r"\n\s*\n")
 _INTRODUCTION = re.compile(r"^[^\n]*:[ \t]*\n")  # "Here is the board:"
 
 
@@ -34,7 +35,7 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     task = metadata.get("task")
     if not task:
         return Outcome("gold_unparsable", detail="the problem names no reasoning-gym task")
-    extracted = extract(response, lines=answer.count("\n") + 1)
+    extracted = extract(response, like=answer)
     if not extracted:
         return Outcome("no_answer", detail="an empty answer")
     known = dict(metadata.get("entry", {}))
@@ -45,11 +46,12 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     return Outcome("correct" if score >= 1 - 1e-9 else "incorrect", extracted, f"score {score:.4g}")
 
 
-def extract(response: str, *, lines: int = 1) -> str:
+def extract(response: str, *, like: str = "") -> str:
     """The last box, else the last ``<answer>``, else the last line without "The answer is".
 
     Args:
-        lines: of the reference answer. With several, as of a board, the last paragraph takes the last line's place.
+        like: the reference answer. When it has several lines, as a board, as many paragraphs as it has take the last
+            line's place.
     """
     boxed = last_boxed(response)
     if boxed is not None:
@@ -57,9 +59,9 @@ def extract(response: str, *, lines: int = 1) -> str:
     tagged = last_tagged(response)
     if tagged is not None:
         return tagged.text
-    if lines > 1:
-        paragraphs = re.split(r"\n\s*\n", _FENCE.sub("", response).strip())
-        return _INTRODUCTION.sub("", paragraphs[-1]).strip()
+    if "\n" in like.strip():
+        paragraphs = _BLANK.split(_FENCE.sub("", response).strip())[-len(_BLANK.split(like.strip())) :]
+        return _INTRODUCTION.sub("", "\n\n".join(paragraphs)).strip()
     found = [line.strip() for line in response.splitlines() if line.strip()]
     return _LEAD.sub("", found[-1]).rstrip(".").strip() if found else ""
 

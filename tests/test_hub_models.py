@@ -125,7 +125,7 @@ def test_a_branch_that_is_named_is_looked_up_and_what_was_built_is_pointed_to(
     assert (report.model, report.model_revision, report.n_new, said) == (NAME, old, 2, [])
     report, (_, run), (line,) = client(built, f"{NAME}@main", path)
     assert (report.n_new, run.model, run.model_revision) == (2, NAME, new)
-    assert line == f"{NAME}@main is {new} by now; --model {NAME}@{old} goes on where {path} has it"
+    assert line == f"{NAME}@main is {new}; --model {NAME}@{old} goes on where {path} has it"
     assert client(built, f"{NAME}@main", path)[2] == []  # the catalog has it now
 
 

@@ -231,8 +231,7 @@ def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], dry_run:
         except EngineError as error:
             raise type(error)(f"{error}: {_command_line()}") from error
         except CatalogError as error:
-            hint = "" if "same command" in str(error) else f"; {RESUME_HINT}"
-            raise type(error)(f"{error}{hint}: {_command_line()}") from error
+            raise type(error)(f"{error}; to continue: {_command_line()}") from error
         except KeyboardInterrupt as error:
             raise Stopped(f"stopped; {RESUME_HINT}: {_command_line()}") from error
     if as_json:

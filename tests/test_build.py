@@ -489,7 +489,7 @@ VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
         ({"samples": 0}, "samples must be at least 1"),
         ({"samples": 10**24}, "samples must be at least 1 and at most 1,000,000"),
         ({"seed": 10**26}, "seed must be a whole number of at most 63 bits"),
-        ({"concurrency": 0}, "concurrency must be at least 1"),
+        ({"concurrency": 0}, "concurrency must be a whole number of at least 1"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"max_tokens": 2048}, "does not fit the model's context of 2048"),
         ({"temperature": 9.0}, "temperature must lie"),

@@ -305,19 +305,18 @@ def _checked(asked: Mapping[str, Any], engine: str | Engine | None) -> Target | 
         InputError: naming the argument.
     """
     aim = _target(*(asked[name] for name in ("target", "need", "need_tokens", "confidence", "graded")))
-    samples, seed, concurrency, retry = (asked[name] for name in ("samples", "seed", "concurrency", "retry"))
+    samples, seed, retry = (asked[name] for name in ("samples", "seed", "retry"))
     if not 1 <= samples <= MAX_SAMPLES:
         raise InputError(f"samples must be at least 1 and at most {MAX_SAMPLES:,}, not {samples}")
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"seed must be a whole number of at most 63 bits, not {seed}")
-    if concurrency is not None and concurrency < 1:
-        raise InputError(f"concurrency must be at least 1, not {concurrency}")
     if unknown := sorted(set(retry) - set(RETRIES)):
         raise InputError(f"retry takes {' and '.join(RETRIES)}, not {unknown[0]!r}")
     if aim is not None:
         aim.rule(samples)
     if engine is None or isinstance(engine, str):
-        check_options(resolve_engine(engine) if engine else "vllm", asked["engine_options"] or {})
+        options = {"concurrency": asked["concurrency"]} | dict(asked["engine_options"] or {})
+        check_options(resolve_engine(engine) if engine else "vllm", options)
     return aim
 
 

@@ -154,7 +154,7 @@ def judge(
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     options = dict(engine_options or {})
     if isinstance(engine, str):
-        check_options(resolve_engine(engine), options)
+        check_options(resolve_engine(engine), {"concurrency": concurrency} | options)
     if run is not None:
         store.run(run)
     wanted = worklist.Wanted(verdicts=tuple(verdicts), run_id=run, model=traces_of, source=source)

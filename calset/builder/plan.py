@@ -23,6 +23,7 @@ from calset.builder.problems import ProblemSource, open_problems
 from calset.builder.schedule import Opened
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Contamination, Problem, Run, RunKind
+from calset.catalog.values import chunks
 from calset.errors import BuildWarning, CatalogLocked, InputError
 
 if TYPE_CHECKING:
@@ -298,8 +299,7 @@ def _existing(
     limits: dict[bool, int] = {}
     if not store.exists():
         return Existing()
-    for start in range(0, len(problem_ids), IDS_A_LOOK):
-        part = problem_ids[start : start + IDS_A_LOOK]
+    for part in chunks(problem_ids, IDS_A_LOOK):
         for row in store.count_attempts(key, part, samples=samples, max_tokens=max_tokens):
             there += row.n
             failed += row.n if row.broken else 0
@@ -322,8 +322,8 @@ def _other_graders(store: Catalog, sources: Sequence[ProblemSource], problem_ids
     if not store.exists():
         return
     found: Counter[tuple[str, str]] = Counter()
-    for start in range(0, len(problem_ids), IDS_A_LOOK):
-        found.update(store.count_graders(problem_ids[start : start + IDS_A_LOOK]))
+    for part in chunks(problem_ids, IDS_A_LOOK):
+        found.update(store.count_graders(part))
     asked = {source.source.name: source.source.grader for source in sources}
     for (name, stored), n in sorted(found.items()):
         grader = asked.get(name, stored)
@@ -341,8 +341,7 @@ def uncounted(plan: Plan, store: Catalog) -> str | None:
         return None
     found: Counter[str] = Counter()
     who = {"model": plan.info.model, "revision": plan.info.revision}
-    for start in range(0, len(plan.problem_ids), IDS_A_LOOK):
-        part = plan.problem_ids[start : start + IDS_A_LOOK]
+    for part in chunks(plan.problem_ids, IDS_A_LOOK):
         found.update(store.count_others(plan.key, part, samples=plan.samples, **who))
     if not found:
         return None

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -259,7 +260,8 @@ def show(result: dict[str, Any], calset: dict[str, Any] | None) -> None:
         print(result["profile"], flush=True)
     if calset is None or result is calset:
         return
-    speed, memory = result["seconds"] / calset["seconds"], calset["peak_bytes"] / result["peak_bytes"]
+    speed = result["seconds"] / calset["seconds"]
+    memory = calset["peak_bytes"] / result["peak_bytes"] if result["peak_bytes"] else math.inf
     print(
         f"  calset is {speed:.2f} times as fast (wanted {WANTED_SPEED[result['method']]:g}), takes {memory:.2f} of the "
         f"memory (wanted {WANTED_MEMORY}), and errs {calset['error'] / result['error']:.4f} times as much (wanted 1)",

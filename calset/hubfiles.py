@@ -131,15 +131,19 @@ def _card_and_files(repo: str, commit: str) -> tuple[dict[str, Any], list[str]]:
     return card or {}, sorted(names)
 
 
-def progress_bar(*, shown: bool) -> Any:
-    """The library's progress bar, or a silent one: it draws bars into files and pipes too."""
+def progress_bar(*, shown: bool | None = None) -> Any:
+    """The library's progress bar, or a silent one: it draws bars into files and pipes too.
+
+    Args:
+        shown: default: where the standard error is a terminal.
+    """
     from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})
 
-    return None if shown else Silent
+    return None if (sys.stderr.isatty() if shown is None else shown) else Silent
 
 
 def tags_of(repo: str) -> dict[str, str]:
@@ -154,10 +158,10 @@ def fetch(repo: str, commit: str, path: str, *, again: bool = False) -> Path:
     """A dataset's file at a commit, from the cache if it is there; ``again`` downloads it anew."""
     from huggingface_hub import hf_hub_download
 
-    bar = progress_bar(shown=sys.stderr.isatty())
-
     def download() -> str:
-        return hf_hub_download(repo, path, repo_type="dataset", revision=commit, force_download=again, tqdm_class=bar)
+        return hf_hub_download(
+            repo, path, repo_type="dataset", revision=commit, force_download=again, tqdm_class=progress_bar()
+        )
 
     return Path(patiently(download))
 

@@ -16,6 +16,7 @@ from calset.builder.engines.base import Sampling, import_problem
 from calset.builder.families import Family, Traits, recognise
 from calset.builder.reasoning import ReasoningFormat, detect, shared_prefix
 from calset.errors import InputError, first_line
+from calset.hubfiles import progress_bar
 
 # All but the weights, which the engine fetches itself.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
@@ -225,7 +226,9 @@ def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
 
     revision = asked or revision
     try:
-        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES))
+        snapshot = Path(
+            snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, tqdm_class=progress_bar())
+        )
     except RevisionNotFoundError as error:
         raise InputError(f"{name} has no revision {revision!r}; name a branch, a tag or a commit") from error
     except Exception as error:

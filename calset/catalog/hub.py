@@ -8,7 +8,6 @@ Must not know: what the files hold (``release``), what the card says (``card``),
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -139,7 +138,8 @@ def _model_licence(subset: Subset, catalog: Catalog, *, ask: bool) -> str | None
     try:
         if not any(map(os.path.isfile, cards)) and "/" in subset.model and not os.path.exists(subset.model):
             name, revision = subset.model, subset.model_revision
-            cards = [Path(hf_hub_download(name, "README.md", revision=revision, local_files_only=not ask))]
+            options = {"local_files_only": not ask, "tqdm_class": hubfiles.progress_bar()}
+            cards = [Path(hf_hub_download(name, "README.md", revision=revision, **options))]
         found = [metadata_load(path) for path in cards if os.path.isfile(path)]
     except Exception:  # no such model there, no access, no YAML: unknown, which the warnings say
         return None
@@ -268,7 +268,7 @@ def _download(repo: str, commit: str, paths: list[str]) -> Path:
     """Some files of a repository at a commit, from the cache where they are there."""
     from huggingface_hub import snapshot_download
 
-    bar = hubfiles.progress_bar(shown=sys.stderr.isatty())
+    bar = hubfiles.progress_bar()
     return Path(
         hubfiles.patiently(
             lambda: snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=paths, tqdm_class=bar),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset import ids
 from calset.errors import InputError, first_line
+from calset.hubfiles import progress_bar
 from calset.pruning.layout import parameters_on_meta, quiet
 
 if TYPE_CHECKING:
@@ -114,8 +115,9 @@ def open_folder(folder: Path, *, name: str | None = None, recorded: str | None =
 def _download(model: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    files = [*COPIED, "*.safetensors", "README.md"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=[*COPIED, "*.safetensors", "README.md"]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files, tqdm_class=progress_bar()))
     except Exception as error:
         raise InputError(f"the Hub did not give {model}: {first_line(error)}") from error
 

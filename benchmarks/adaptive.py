@@ -1,9 +1,10 @@
 """What an adaptive build saves: tokens for N samples of ``ssgr``, adaptive against K samples of every problem.
 
 Builds real traces of the bundled model once (about five minutes with vLLM on two CPU cores), then replays them: the
-problems in several shuffled orders, each sample costing the tokens that it had. Both builds end as soon as the recipe,
-applied by ``calset.catalog.recipes.rank`` with its moving length quantiles, has its N samples. The figure to read is
-the ratio of completion tokens, adaptive to fixed.
+problems in several shuffled orders, each sample costing the tokens that it had. What is sampled next is decided by the
+schedule of a real build, ``AdaptiveSchedule``. Both builds end as soon as the recipe, applied by
+``calset.catalog.recipes.rank`` with its moving length quantiles, has its N samples. The figure to read is the ratio of
+completion tokens, adaptive to fixed.
 
     python benchmarks/adaptive.py --catalog adaptive.duckdb
     python benchmarks/adaptive.py --traces adaptive.duckdb --confidence 0.95 --first 2
@@ -31,17 +32,21 @@ import statistics
 import tempfile
 from collections import Counter, defaultdict
 from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass
+from itertools import count, product
 from pathlib import Path
 
 import calset
+from calset.builder.adaptive import AdaptiveSchedule, Target
+from calset.builder.beliefs import Beliefs, State
 from calset.builder.engines import Engine, open_engine
 from calset.builder.model_info import inspect
-from calset.builder.stopping import Prior, StoppingRule, fit_prior, fit_strata, stratum
+from calset.builder.schedule import Opened, Unit
+from calset.builder.stopping import Floats, Prior, StoppingRule, fit_prior
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import RECIPES, Candidate, Recipe, rank
-from calset.catalog.records import JUDGED
+from calset.catalog.records import JUDGED, Trace
+from calset.catalog.records import Problem as Record
 from calset.demo import MODEL
 
 # The demo's mix of tasks with other seeds, hence other problems.
@@ -113,7 +118,7 @@ def table(problems: list[Problem], recipe: Recipe, k: int, args: argparse.Namesp
 
 
 def line(orders, fixed, recipe, rule, slots, name, policy, args) -> None:
-    runs = [Replay(order, recipe, rule, args.need, slots, policy).run() for order in orders]
+    runs = [replay(order, recipe, rule, args.need, slots, policy) for order in orders]
     whole = [(run, f) for run, f in zip(runs, fixed, strict=True) if run.reached and f.reached]
     ratios = [run.tokens / f.tokens for run, f in whole] or [float("nan")]
     stopped, false = sum(r.stopped for r in runs), sum(r.false_stops for r in runs)
@@ -194,6 +199,32 @@ class Problem:
     finished: tuple[bool, ...]
     tokens: tuple[int, ...]
     trace_ids: tuple[str, ...]
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Of the length that the prompt had."""
+        return (0,) * self.n_prompt_tokens
+
+    def record(self) -> Record:
+        return Record(self.problem_id, self.source, self.source, "", self.question, "", "")
+
+    def outcome(self, i: int) -> tuple[Trace, str]:
+        """A sample's trace, as long as it was, and its verdict."""
+        trace = Trace(
+            self.trace_ids[i],
+            self.problem_id,
+            "",
+            "replay",
+            i,
+            0,
+            self.prompt_ids,
+            range(self.tokens[i]),
+            "",
+            "",
+            "stop" if self.finished[i] else "length",
+            MAX_TOKENS,
+        )
+        return trace, "correct" if self.correct[i] else "incorrect"
 
     def candidates(self, k: int) -> list[Candidate]:
         difficulty = (k - sum(self.correct[:k])) / k
@@ -306,138 +337,81 @@ class Policy:
     batches: bool = True  # several samples of a problem at once where none can turn out wasted; else one
 
 
-State = tuple[str, int, int]  # stratum, judged, correct
+class OneByOne(StoppingRule):
+    """Decides after every sample."""
+
+    def patience(self, k: int, n_correct: int, prices: Floats, limit: float) -> int:
+        return max(1, min(self.first, self.samples) - k)
 
 
-@dataclass(eq=False)
-class Open:
-    """A problem that is being sampled."""
-
-    problem: Problem
-    stratum: str
-    drawn: int = 0
-    back: int = 0
-    wanted: int = 0  # samples to draw before the next decision
-
-    @property
-    def state(self) -> tuple[int, int]:
-        return self.drawn, sum(self.problem.correct[: self.drawn])
-
-
-@dataclass
-class Replay:
-    """An adaptive build with a number of samples in flight, a sample taking as long as it has tokens."""
-
-    problems: list[Problem]
-    recipe: Recipe
-    rule: StoppingRule
-    need: int
-    slots: int
-    policy: Policy = field(default_factory=Policy)
-
-    def run(self) -> Spent:
-        self.spent = Spent()
-        self.selected = Selected(self.recipe, self.rule.samples, self.need)
-        self.beliefs = Beliefs(self.rule, self.policy)
-        self.ready: dict[State, list[Open]] = defaultdict(list)
-        self.sending: list[Open] = []
-        self.fresh = list(reversed(self.problems))
-        flying: list[tuple[float, int, Open]] = []
-        number, now = 0, 0.0
-        while True:
-            while len(flying) < self.slots and (unit := self.next_unit()):
-                cost = unit.problem.tokens[unit.drawn]
-                unit.drawn, number = unit.drawn + 1, number + 1
-                self.spent.tokens += cost
-                heapq.heappush(flying, (now + cost, number, unit))
-            if not flying:
-                return self.spent
-            now, _, unit = heapq.heappop(flying)
-            unit.back += 1
-            if unit.back == unit.wanted and self.decide(unit):
-                # What the samples in flight have not cost when they are cancelled.
-                self.spent.tokens -= sum(end - now for end, _, _ in flying)
-                self.spent.reach(self.selected)
-                return self.spent
-
-    def next_unit(self) -> Open | None:
-        """The problem of the next sample: of the batch under way, else of a new one."""
-        if not self.sending:
-            first = min(self.ready, key=self.beliefs.rank, default=None)
-            limit = self.beliefs.limit if self.fresh else math.inf
-            if self.fresh and (first is None or self.beliefs.rank(first) > limit):
-                self.spent.problems += 1
-                problem = self.fresh.pop()
-                self.spent.begun_inside += in_band(problem, self.recipe, self.rule.samples)
-                unit = Open(problem, stratum(problem.source, problem.n_prompt_tokens) if self.policy.strata else "")
-            elif first is not None:
-                unit = self.ready[first].pop()
-                if not self.ready[first]:
-                    del self.ready[first]
-            else:
-                return None
-            k, n_correct = unit.state
-            more = self.rule.patience(k, n_correct, self.beliefs.prices(unit.stratum), limit)
-            unit.wanted = k + (more if self.policy.batches else max(1, min(self.rule.first, self.rule.samples) - k))
-            self.sending = [unit] * (unit.wanted - k)
-        return self.sending.pop()
-
-    def decide(self, unit: Open) -> bool:
-        """All of a problem's samples are back; True when the recipe has its N."""
-        k, n_correct = self.beliefs.see(unit)
-        action = self.rule.decide(k, n_correct, self.beliefs.prior(unit.stratum))
-        if action == "continue":
-            self.ready[unit.stratum, k, n_correct].append(unit)
-            return False
-        inside = in_band(unit.problem, self.recipe, self.rule.samples)
-        if action == "stop":
-            self.spent.stopped += 1
-            self.spent.false_stops += inside
-            return False
-        self.spent.completed_inside += inside
-        return self.selected.complete(unit.problem)
-
-
-class Beliefs:
-    """The priors as they are learned on the way: from every problem so far, stopped, completed or open."""
+class Ablated(Beliefs):
+    """A build's beliefs, less what the policy leaves out."""
 
     def __init__(self, rule: StoppingRule, policy: Policy) -> None:
-        self.rule, self.policy = rule, policy
-        self.states: dict[str, State] = {}
-        self.refit()
+        self.policy = policy
+        super().__init__(rule)
 
-    def see(self, unit: Open) -> tuple[int, int]:
-        self.states[unit.problem.problem_id] = (unit.stratum, *unit.state)
-        if len(self.states) >= self.fitted * 1.1:
-            self.refit()
-        return unit.state
+    def _fit(self) -> None:
+        super()._fit()
+        self._improbable: dict[State, float] = {}
+        if not self.policy.by_price:
+            self.limit = math.inf
 
-    def refit(self) -> None:
-        counts: dict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
-        for name, k, n_correct in self.states.values():
-            counts[name][k, n_correct] += 1
-        self.pooled, self.priors = fit_strata(counts)
-        self.tables = {}
-        self.probabilities: dict[State, float] = {}
-        self.fitted = len(self.states)
-        self.limit = self.rule.prices(self.pooled)[0, 0] if self.policy.by_price else math.inf
+    def prior(self, stratum: str) -> Prior:
+        return super().prior(stratum) if self.policy.strata else self.pooled
 
-    def prior(self, name: str) -> Prior:
-        return self.priors.get(name, self.pooled)
-
-    def prices(self, name: str):
-        if name not in self.tables:
-            self.tables[name] = self.rule.prices(self.prior(name))
-        return self.tables[name]
-
-    def rank(self, state: State) -> float:
-        """What goes on first: the least price, else the greatest probability."""
-        name, k, n_correct = state
+    def price(self, state: State) -> float:
         if self.policy.by_price:
-            return self.prices(name)[k, n_correct]
-        if state not in self.probabilities:
-            self.probabilities[state] = -self.rule.probability(k, n_correct, self.prior(name))
-        return self.probabilities[state]
+            return super().price(state)
+        if state not in self._improbable:
+            name, k, n_correct = state
+            self._improbable[state] = -self.rule.probability(k, n_correct, self.prior(name))
+        return self._improbable[state]
+
+
+def replay(problems: list[Problem], recipe: Recipe, rule: StoppingRule, need: int, slots: int, policy: Policy) -> Spent:
+    """A build's own schedule with ``slots`` samples in flight, a sample taking as long as it has tokens."""
+    if not policy.batches:
+        rule = OneByOne(rule.band, rule.samples, rule.confidence, rule.first)
+    by_id = {problem.problem_id: problem for problem in problems}
+    schedule = AdaptiveSchedule(
+        (Opened(problem.record(), problem.prompt_ids, {}) for problem in problems),
+        "replay",
+        rule.samples,
+        Target(recipe, need, confidence=rule.confidence),
+        render=lambda record: by_id[record.problem_id].prompt_ids,
+        beliefs=Ablated(rule, policy),
+    )
+    spent, now, begun = Spent(), 0.0, set()
+    flying: list[tuple[float, int, Unit]] = []
+    for number in count():
+        if len(flying) < slots and (unit := schedule.take()) is not None:
+            problem = by_id[unit.problem.problem_id]
+            begun.add(problem.problem_id)
+            cost = problem.tokens[unit.sample_index]
+            spent.tokens += cost
+            heapq.heappush(flying, (now + cost, number, unit))
+        elif flying and not schedule.satisfied:
+            now, _, unit = heapq.heappop(flying)
+            schedule.settle(unit, *by_id[unit.problem.problem_id].outcome(unit.sample_index))
+        else:
+            break
+    # What the samples in flight have not cost when they are cancelled.
+    spent.tokens -= sum(end - now for end, _, _ in flying)
+    selected = Selected(recipe, rule.samples, need)
+    for decision in schedule.decisions():
+        problem = by_id[decision.problem_id]
+        inside = in_band(problem, recipe, rule.samples)
+        if decision.action == "stop":
+            spent.stopped += 1
+            spent.false_stops += inside
+        elif decision.action == "complete":
+            spent.completed_inside += inside
+            if selected.complete(problem):
+                spent.reach(selected)
+    spent.problems = len(begun)
+    spent.begun_inside = sum(in_band(by_id[name], recipe, rule.samples) for name in begun)
+    return spent
 
 
 if __name__ == "__main__":

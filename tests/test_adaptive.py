@@ -10,6 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from factories import make_problem, make_run, make_trace
@@ -19,7 +20,7 @@ from calset.builder.adaptive import AdaptiveSchedule, Target
 from calset.builder.engines import Completion, Request, Sampling
 from calset.builder.generate import build, dry_run
 from calset.builder.model_info import ModelInfo, inspect
-from calset.builder.schedule import Opened, Retry
+from calset.builder.schedule import FixedSchedule, Opened, Retry
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
 from calset.catalog.records import Attempt, Problem
@@ -27,6 +28,7 @@ from calset.catalog.selection import select
 from calset.errors import BuildWarning, EngineError, InputError
 
 SAMPLES = 8
+SETTLED = [0]  # how many samples schedules have been told the verdict of
 INSIDE = Recipe("inside", correct=True, finished=True, difficulty=(0.2, 0.8))  # without a length band, which moves
 Fails = Callable[[Request], bool]
 
@@ -47,6 +49,7 @@ class Population:
     ) -> None:
         self.info, self.loaded, self.fail_after, self.fails = info, info.revision, fail_after, fails
         self.requests: list[Request] = []
+        self.cancelled = False
         rates = [(0.0, 0.02, 0.3, 0.55, 0.9, 1.0, 1.0)[i % 7] for i in range(n)]
         rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(n)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -56,11 +59,15 @@ class Population:
         }
 
     def stream(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        settled = SETTLED[0]
         for n, request in enumerate(requests):
             if n == self.fail_after:
                 raise EngineError("the engine died; run the same command again to continue")
             self.requests.append(request)
-            time.sleep(0.005)  # one at a time, and no faster than its verdicts
+            # One at a time, and not far ahead of its verdicts, however long a grader takes to start.
+            while len(self.requests) - (SETTLED[0] - settled) > 20 and not self.cancelled:
+                time.sleep(0.001)
+            time.sleep(0.005)
             draw = random.Random(request.seed)
             rate, answer = self.rate[request.prompt_ids]
             said = answer if draw.random() < rate else "-1"
@@ -74,9 +81,22 @@ class Population:
             else:
                 yield Completion(request.key, whole, "stop", 0.01)
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        self.cancelled = True
+
     def load_weights(self, model: Path, revision: str) -> None: ...
     def close(self) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def _count_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (AdaptiveSchedule, FixedSchedule):
+
+        def settle(self: Any, *args: Any, own: Callable[..., None] = kind.settle) -> None:
+            own(self, *args)
+            SETTLED[0] += 1
+
+        monkeypatch.setattr(kind, "settle", settle)
 
 
 @pytest.fixture

@@ -145,11 +145,12 @@ class AdaptiveSchedule:
         render: Callable[[Problem], tuple[int, ...]],
         retry: Retry = NO_RETRY,
         seed: int = 0,
+        beliefs: Beliefs | None = None,
     ) -> None:
-        """``render`` gives a problem's prompt again, as ``opened`` did."""
+        """``render`` gives a problem's prompt again, as ``opened`` did; ``beliefs`` stand in for the target's own."""
         self._render, self._retry = render, retry
-        self._rule = target.rule(samples)
-        self._beliefs = Beliefs(self._rule)
+        self._beliefs = beliefs or Beliefs(target.rule(samples))
+        self._rule = self._beliefs.rule
         self._recipe = target.recipe.with_options(samples=None, tokens=None, min_k=samples)
         self._source, self._key, self._samples, self._target, self._seed = opened, key, samples, target, seed
         self._changed = threading.Condition()

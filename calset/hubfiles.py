@@ -3,6 +3,7 @@
 Why not ``datasets.load_dataset``: offline it silently returns another cached revision than the one asked for
 (huggingface/datasets #7928), and it converts whole datasets where a preview needs one file. Here everything is
 addressed by commit, comes from the cache where it is there, and each file is downloaded when reading reaches it.
+The progress bar is that of models' downloads too.
 
 Must not know: what the files' columns mean.
 """

@@ -132,6 +132,7 @@ def test_a_branch_that_is_named_is_looked_up_and_what_was_built_is_pointed_to(
 def test_a_download_draws_no_bar_into_a_pipe(
     hub: LocalHub, moved: tuple[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    hub.log.clear()
     with hub.client(tmp_path / "home") as client:
         assert client(source_to_prune, NAME)[:2] == (NAME, moved[1])
     assert len(hub.asked(f"/resolve/{moved[1]}/")) > 1

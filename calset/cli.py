@@ -1193,10 +1193,14 @@ def _print_trace(row: dict[str, Any], *, full: bool) -> None:
 
 # --- entry ------------------------------------------------------------------------------------------------------
 
+WARNINGS = (BuildWarning, CatalogUpgraded, EngineWarning)  # calset's own
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors are one line on standard error, exit code 2 for bad input, 1 for a failure."""
     warnings.showwarning = _warn
+    for kind in WARNINGS:  # messages to the user, whatever PYTHONWARNINGS says of Python's
+        warnings.simplefilter("default", kind)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that is not UTF-8
     try:
@@ -1224,7 +1228,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-    text = f"Warning: {message}" if issubclass(category, (BuildWarning, CatalogUpgraded, EngineWarning)) else None
+    text = f"Warning: {message}" if issubclass(category, WARNINGS) else None
     terminal.note(text or warnings.formatwarning(message, category, filename, lineno).rstrip())
 
 

@@ -15,7 +15,7 @@ from calset import demo, ids
 from calset.builder.engines.base import Sampling, import_problem
 from calset.builder.families import Family, Traits, recognise
 from calset.builder.reasoning import ReasoningFormat, detect, shared_prefix
-from calset.errors import InputError, first_line
+from calset.errors import EngineError, InputError, first_line
 from calset.hubfiles import progress_bar
 
 # All but the weights, which the engine fetches itself.
@@ -37,6 +37,7 @@ class ModelInfo:
     tokenizer: Any
     tokenizer_hash: str
     chat_template_hash: str
+    n_vocabulary: int  # token ids from there on mean nothing: the tokenizer's, and the rows that pad the embedding
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     sampling: Sampling  # the defaults: see sampling_from
@@ -95,6 +96,21 @@ class ModelInfo:
             lines.append("the chat template writes today's date into every prompt: another day, other prompts")
         return tuple(lines)
 
+    def check_ids(self, token_ids: Any, whose: str) -> None:
+        """Refuse token ids that no engine of this model can have sampled.
+
+        Args:
+            whose: the engine that returned them, for the message.
+
+        Raises:
+            EngineError: naming the id.
+        """
+        if (stray := ids.outside(token_ids, self.n_vocabulary)) is not None:
+            raise EngineError(
+                f"the engine {whose} returned the token id {stray}, outside the vocabulary of {self.model} "
+                f"({self.n_vocabulary} tokens): it holds another model, or is broken"
+            )
+
     def decode(self, token_ids: Any) -> str:
         """Text without special tokens (end of turn, padding)."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -145,6 +161,7 @@ def inspect(
     except Exception as error:  # Jinja's, or whatever the template raises
         raise InputError(f"the chat template of {model} refuses a plain question: {first_line(error)}") from error
     defaults = _generation_config(folder)
+    vocabulary = tokenizer.get_vocab()
     family = recognise(Traits(config.get_text_config().model_type, template, reasoning))
     sampling, sampling_from = _sampling(defaults, folder / "generation_config.json", family)
     name = recorded_name(model, folder, is_local)
@@ -155,8 +172,9 @@ def inspect(
         revision=sha,
         is_local=is_local,
         tokenizer=tokenizer,
-        tokenizer_hash=ids.vocabulary_hash(tokenizer.get_vocab()),
+        tokenizer_hash=ids.vocabulary_hash(vocabulary),
         chat_template_hash=ids.text_hash(template),
+        n_vocabulary=_n_vocabulary(vocabulary, config),
         max_model_len=_max_model_len(model, config),
         eos_token_ids=_eos_token_ids(defaults, config, tokenizer),
         sampling=sampling,
@@ -341,6 +359,13 @@ def _eos_token_ids(defaults: dict[str, Any], config: Any, tokenizer: Any) -> tup
     for value in (defaults.get("eos_token_id"), getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return tuple(sorted(found))
+
+
+def _n_vocabulary(vocabulary: Mapping[str, int], config: Any) -> int:
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    known = max(vocabulary.values(), default=-1) + 1
+    # The catalog keeps token ids in 32 bits.
+    return min(max(known, rows if type(rows) is int else 0), 2**31)
 
 
 def _max_model_len(model: str | Path, config: Any) -> int:

@@ -256,7 +256,7 @@ class Pipeline:
                 if isinstance(item, Completion):
                     # An engine that was interrupted with us aborts what it runs; that is no trace.
                     if not (self._stop.is_set() and item.finish_reason in BROKEN):
-                        self._enter(item, pool)
+                        self._enter(item, engine, pool)
                 elif isinstance(item, _Entry):
                     self._waiting -= 1
                     self._settle(item)
@@ -278,8 +278,9 @@ class Pipeline:
         if end.error is not None and not self.stopped:
             raise _engine_error(end.error) from end.error
 
-    def _enter(self, completion: Completion, pool: GradingPool) -> None:
+    def _enter(self, completion: Completion, engine: Engine, pool: GradingPool) -> None:
         unit = self._flying.pop(completion.key)
+        self.plan.info.check_ids(completion.token_ids, engine.name)
         trace = self._trace(unit, completion)
         future = submit(pool, trace, unit.problem, unit.problem.grader) if self.graded else None
         entry = _Entry(unit, trace, future)

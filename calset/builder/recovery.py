@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from calset import ids
 from calset.builder.model_info import ModelInfo
 from calset.builder.reasoning import Parts, split
 from calset.builder.tracefiles import Draft, RowError
@@ -47,7 +48,6 @@ class Recovery:
 
     def __init__(self, info: ModelInfo, system_prompt: str | None = None) -> None:
         self._info, self._system_prompt = info, system_prompt
-        self._n_tokens = len(info.tokenizer)
         self._special = sorted(
             (str(t) for t in info.tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True
         )
@@ -136,9 +136,10 @@ class Recovery:
 
     def _check_ids(self, draft: Draft) -> None:
         both = (*draft.prompt_ids, *draft.completion_ids)
-        if (largest := max(both)) >= self._n_tokens:
+        if (stray := ids.outside(both, self._info.n_vocabulary)) is not None:
             raise RowError(
-                f"has the token id {largest}, and the tokenizer of {self._info.model} knows {self._n_tokens}"
+                f"has the token id {stray}, outside the vocabulary of {self._info.model} "
+                f"({self._info.n_vocabulary} tokens)"
             )
         if draft.whole_text is None:
             return

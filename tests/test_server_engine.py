@@ -659,7 +659,7 @@ def test_what_a_server_says_of_itself_is_bounded_too(doubles, opened, name):
     sent = Sent()
     watched = doubles(on_get={"/health": endless_body(name, sent)}, seconds=0.5)
     run(opened(watched, failures=100), requests_for(1))
-    assert 0 < sent.n_answers
+    assert sent.n_answers > 0
     assert sent.n_bytes < sent.n_answers * BUFFERED
 
 

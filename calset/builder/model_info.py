@@ -17,6 +17,7 @@ from calset.builder.families import Family, Traits, recognise
 from calset.builder.reasoning import ReasoningFormat, detect, shared_prefix
 from calset.errors import EngineError, InputError, first_line
 from calset.hubfiles import progress_bar
+from calset.weights import check_weights
 
 # All but the weights, which the engine fetches itself.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
@@ -227,11 +228,16 @@ def default_commit(name: str) -> str | None:
 
 
 def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
-    """(folder with the small files, revision, whether it is a local folder); ``revision`` as ``inspect`` takes it."""
+    """(folder with the small files, revision, whether it is a local folder); ``revision`` as ``inspect`` takes it.
+
+    Raises:
+        InputError: no such folder, Hub model or revision, no safetensors, or see ``check_weights``.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{model} holds no *.safetensors weights; calset reads no other format")
+        check_weights(folder)
         return folder, folder_revision(folder), True
     name, asked = hub_name(model)
     no_id = name.startswith((".", "~")) or name.count("/") != 1 or str(model).endswith("@")
@@ -252,6 +258,7 @@ def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
     except Exception as error:
         what = f"{name} at revision {revision}" if revision else "a model of that name"
         raise InputError(f"there is no folder {model}, and the Hub did not give {what}: {first_line(error)}") from error
+    check_weights(snapshot)
     return snapshot, snapshot.name, False
 
 

@@ -214,6 +214,7 @@ class Pipeline:
         """Hand on what comes out of the engine, then the end or the error."""
         try:
             for completion in engine.stream(self._requests(over), self.plan.sampling):
+                self.plan.info.check_ids(completion.token_ids, engine.name)
                 self._inbox.put(completion)
             self._inbox.put(_End())
         except BaseException as error:
@@ -256,7 +257,7 @@ class Pipeline:
                 if isinstance(item, Completion):
                     # An engine that was interrupted with us aborts what it runs; that is no trace.
                     if not (self._stop.is_set() and item.finish_reason in BROKEN):
-                        self._enter(item, engine, pool)
+                        self._enter(item, pool)
                 elif isinstance(item, _Entry):
                     self._waiting -= 1
                     self._settle(item)
@@ -278,9 +279,8 @@ class Pipeline:
         if end.error is not None and not self.stopped:
             raise _engine_error(end.error) from end.error
 
-    def _enter(self, completion: Completion, engine: Engine, pool: GradingPool) -> None:
+    def _enter(self, completion: Completion, pool: GradingPool) -> None:
         unit = self._flying.pop(completion.key)
-        self.plan.info.check_ids(completion.token_ids, engine.name)
         trace = self._trace(unit, completion)
         future = submit(pool, trace, unit.problem, unit.problem.grader) if self.graded else None
         entry = _Entry(unit, trace, future)

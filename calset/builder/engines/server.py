@@ -481,9 +481,8 @@ class ServerEngine:
                 "where the command has it"
             )
         if not wire.looks_like(served, self._model):
-            self.warn(
-                f"{server.url} serves {wire.one_line(served.root or served.name)}; its traces are recorded as {self._model.model}'s"
-            )
+            theirs = wire.one_line(served.root or served.name)
+            self.warn(f"{server.url} serves {theirs}; its traces are recorded as {self._model.model}'s")
         server.served = served.name
         server.version = await self._version(server, served.software)
         await self.complete(server, self._probe, Sampling(temperature=0.0), PROBE_SECONDS)

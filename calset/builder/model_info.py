@@ -6,16 +6,17 @@ import inspect as signatures
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from calset import demo, ids
+from calset.builder import templates
 from calset.builder.engines.base import Sampling, import_problem
 from calset.builder.families import Family, Traits, recognise
 from calset.builder.reasoning import ReasoningFormat, detect, shared_prefix
-from calset.errors import EngineError, InputError, first_line
+from calset.errors import CalsetError, EngineError, InputError, first_line
 from calset.hubfiles import progress_bar
 from calset.weights import check_weights
 
@@ -51,21 +52,30 @@ class ModelInfo:
     template_reads_clock: bool = False  # it writes today's date into the prompt: another day, other token ids
 
     def prompt_ids(self, question: str, system_prompt: str | None = None) -> tuple[int, ...]:
-        """The chat template's ids for one question, ending where the model's turn begins.
+        """The chat template's ids for one question; see ``prompts``."""
+        return self.prompts([question], system_prompt)[0]
+
+    def prompts(self, questions: Sequence[str], system_prompt: str | None = None) -> list[tuple[int, ...]]:
+        """The chat template's ids for each question, ending where the model's turn begins.
 
         Raises:
-            InputError: the template refuses the messages (some know no system role).
+            TemplateRefusal: the template refuses the messages (some know no system role).
+            InputError: the template does not end in time, or takes too much memory or text.
         """
-        messages = [{"role": "user", "content": question}]
-        if system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": system_prompt})
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        asked = [[*system, {"role": "user", "content": question}] for question in questions]
         try:
-            found = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self.template_options
+            texts = templates.render(
+                self.tokenizer, asked, options=self.template_options, add_generation_prompt=True, model=self.model
             )
+            # One by one: tokenizers would start threads for several, and then complain of every fork.
+            return [tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        except CalsetError:
+            raise
         except Exception as error:
-            raise InputError(f"the chat template of {self.model} refuses the prompt: {first_line(error)}") from error
-        return tuple(int(i) for i in found)
+            raise templates.TemplateRefusal(
+                f"the chat template of {self.model} refuses the prompt: {first_line(error)}"
+            ) from error
 
     def remarks(self, system_prompt: str | None = None, given: Collection[str] = ()) -> tuple[str, ...]:
         """What somebody who samples this model should know, a line each.
@@ -142,6 +152,7 @@ def inspect(
             template or generation_config.json, an option that the template does not read, or a transformers that cannot
             be imported.
     """
+    templates.prepare()
     try:
         from transformers import AutoTokenizer
     except Exception as error:  # RuntimeError too: "operator torchvision::nms does not exist"
@@ -158,8 +169,10 @@ def inspect(
     options = dict(template_options or {})
     _check_options(model, tokenizer, template, options)
     try:
-        reasoning = detect(tokenizer, template, options)
-    except Exception as error:  # Jinja's, or whatever the template raises
+        reasoning = detect(tokenizer, template, options, model)
+    except CalsetError:
+        raise
+    except Exception as error:  # a template of the tokenizer's own
         raise InputError(f"the chat template of {model} refuses a plain question: {first_line(error)}") from error
     defaults = _generation_config(folder)
     vocabulary = tokenizer.get_vocab()
@@ -183,7 +196,7 @@ def inspect(
         sampling_from=sampling_from,
         family=family,
         template_options=options,
-        template_system=template_system(tokenizer, options),
+        template_system=template_system(tokenizer, options, model),
         # Llama 3.2's leaves the clock alone when told its date_string.
         template_reads_clock="strftime_now" in template and "date_string" not in options,
     )
@@ -331,7 +344,9 @@ def _check_options(model: str | Path, tokenizer: Any, template: str, options: Ma
             )
 
 
-def template_system(tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> str | None:
+def template_system(
+    tokenizer: Any, template_options: Mapping[str, Any] | None = None, model: str | Path = ""
+) -> str | None:
     """The system prompt that a chat template adds by itself, as text without special tokens; None when it adds none.
 
     A conversation's second question follows its user turn's header alone, so what stands before the first one and is
@@ -341,13 +356,13 @@ def template_system(tokenizer: Any, template_options: Mapping[str, Any] | None =
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **(template_options or {}))
+        (text,) = templates.render(tokenizer, [messages], options=template_options, model=model)
         # First, or the end of one special token could be taken for that of another.
         for token in sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)[::-1]:
             text = text.replace(token, "\0")
         head, rest = text.split(words[0])
         between = rest.split(words[1])[1].split(words[2])[0]
-    except Exception:
+    except (templates.TemplateRefusal, ValueError, IndexError):
         return None
     own = head[: len(head) - shared_prefix(head[::-1], between[::-1])]
     own = re.sub(r"^\W*(system|developer)\b", "", own).replace("\0", "\n").strip()

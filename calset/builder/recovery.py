@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from calset import ids
 from calset.builder.model_info import ModelInfo
 from calset.builder.reasoning import Parts, split
+from calset.builder.templates import TemplateRefusal
 from calset.builder.tracefiles import Draft, RowError
-from calset.errors import InputError
 
 _PLACE = "calset question placeholder"
 
@@ -65,7 +65,7 @@ class Recovery:
             prompt_ids = self._encode(draft.prompt_text)
         try:
             prompt_ids = prompt_ids or self._info.prompt_ids(question, system_prompt)
-        except InputError as error:
+        except TemplateRefusal as error:
             raise RowError(str(error)) from error
         completion_ids = draft.completion_ids or self._encode(self._completion(draft, prompt_ids))
         if not completion_ids:
@@ -115,7 +115,7 @@ class Recovery:
         if system_prompt not in self._frames:
             try:
                 rendered = self._info.prompt_ids(_PLACE, system_prompt)
-            except InputError as error:
+            except TemplateRefusal as error:
                 raise RowError(str(error)) from error
             text = self._info.spell(rendered)
             before, _, after = text.rpartition(_PLACE)

@@ -1,7 +1,7 @@
 """Chat templates at work in a process that can be killed.
 
 A chat template is a program of whoever made the model. transformers runs it in Jinja's sandbox, which keeps it from
-files and from Python, not from a loop or a text without end; and during a long C call no thread or signal handler of this
+files and from Python, not from a loop or a text without end. During a long C call no thread or signal handler of this
 process runs that could stop it. So one child process, shared by all templates, renders them by transformers' own code:
 with a deadline of processor time, a limit of memory, no file to write and hardly an environment.
 Must not know: tokenizers beyond their template and special tokens, problems, engines.

@@ -92,6 +92,12 @@ def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
     return hashlib.sha256(canonical_json(rows).encode("ascii")).hexdigest()
 
 
+def outside(token_ids: Iterable[Any], n_vocabulary: int) -> str | None:
+    """Return the first of the ids that is no token of a vocabulary of that size, as text; None when all are tokens."""
+    strays = (i for i in token_ids if isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < n_vocabulary)
+    return next((f"{stray!r:.40}" for stray in strays), None)
+
+
 def text_hash(text: str) -> str:
     """sha256 of a text's UTF-8 bytes (lone surrogates pass through)."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -33,6 +33,7 @@ class Double:
         asked: prompts served or failed, by seed.
         most: requests that were in flight at once at most.
         change: of a completion's JSON, before it goes out.
+        on_get: faults by the path of a GET request.
     """
 
     faults: list[Fault] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Double:
     key: str | None = None
     seconds: float = 0.0
     change: Callable[[dict[str, Any], dict[str, Any]], Any] | None = None
+    on_get: dict[str, Fault] = field(default_factory=dict)
     health: int = 200
     probes_ok: bool = True
     asked: Counter[int] = field(default_factory=Counter)
@@ -118,6 +120,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         double = self.server_double
+        if (fault := double.on_get.get(self.path)) is not None and fault(self, {}):
+            return
         if self.path == "/health":
             self.reply(double.health, b"")
         elif double.key and self.headers["Authorization"] != f"Bearer {double.key}":
@@ -217,6 +221,57 @@ def drop_connection(times: int) -> Fault:
             handler.connection.shutdown(2)
             handler.close_connection = True
         return mine
+
+    return fault
+
+
+@dataclass
+class Sent:
+    """What an ``endless`` fault got rid of before the client hung up."""
+
+    n_bytes: int = 0
+    n_answers: int = 0
+    hung_up: int = 0
+
+
+def endless(
+    sent: Sent,
+    *,
+    most: int,
+    seconds: float = 0.0,
+    code: int = 200,
+    headers: dict[str, str] | None = None,
+    piece: bytes = b" " * 65536,
+    compress: Callable[[bytes], bytes] | None = None,
+) -> Fault:
+    """A body in chunks that goes on until the client hangs up, or ``most`` bytes (before compression) are out.
+
+    Args:
+        seconds: between two pieces.
+        compress: of each piece, by a compressor that is the body's own.
+    """
+
+    def fault(handler: Handler, body: dict[str, Any]) -> bool:
+        sent.n_answers += 1
+        handler.send_response(code)
+        handler.send_header("Transfer-Encoding", "chunked")
+        for name, value in (headers or {}).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        out = 0
+        try:
+            while out < most:
+                data = compress(piece) if compress else piece
+                if data:
+                    handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+                out += len(piece)
+                sent.n_bytes += len(data)
+                time.sleep(seconds)
+            handler.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            sent.hung_up += 1
+        handler.close_connection = True
+        return True
 
     return fault
 

@@ -151,6 +151,24 @@ def test_the_rate_is_of_the_time_in_which_the_tokens_were_made():
     assert often.per_second(100) == 40  # the first minute is forgotten
 
 
+@pytest.mark.parametrize("stray", [-1, 512, 2**31, True, 31.0, None])
+def test_a_token_id_that_no_model_can_have_sampled_ends_the_build_in_a_line(
+    tiny_model: Path, tmp_path, scripted_engine, stray
+):
+    """Whatever engine it comes from: what was whole before is kept, and the same build goes on."""
+    path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
+    engine = scripted_engine(loaded)
+    ids = iter([(31, 2)] * 10)
+    engine.stream = lambda requests, sampling: (
+        Completion(request.key, next(ids, (31, stray, 2)), "stop", 0.0) for request in requests
+    )
+    said = rf"the engine scripted returned the token id {stray}, outside the vocabulary of tiny-lrm \(512 tokens\)"
+    with pytest.raises(EngineError, match=said):
+        build(tiny_model, SUMS, samples=2, catalog=path, engine=engine)
+    assert Catalog(path).query("SELECT count(*) FROM traces").rows == [(10,)]
+    assert build(tiny_model, SUMS, samples=2, catalog=path, engine=scripted_engine(loaded)).n_existing == 10
+
+
 def test_traces_that_a_smaller_limit_cut_are_kept_with_a_warning(tiny_model: Path, tmp_path, scripted_engine):
     path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
     cut = scripted_engine(loaded, token_ids=(31,) * 4, finish_reason="length")

@@ -181,6 +181,14 @@ def test_the_marks_of_the_template_go_before_those_that_only_the_tokenizer_knows
     assert detect(make_tokenizer(made), made.template).name == "mistral"
 
 
+def test_every_familys_prompt_is_the_one_that_transformers_makes(infos: dict[str, ModelInfo]) -> None:
+    """Special tokens and all, also where a template adds a system prompt."""
+    for info in infos.values():
+        messages = [{"role": "user", "content": " <think>1 + 1?</think>\n"}]
+        wanted = info.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert info.prompt_ids(messages[0]["content"]) == tuple(wanted)
+
+
 def test_a_template_option_decides_whether_the_prompt_opens_the_thinking(tmp_path: Path) -> None:
     tail = "{%- if thinking %}{{ '<think>\n' }}{%- endif %}"
     folder = make_folder(tmp_path / "m", replace(MADE["qwen3"], template=chatml(tail=tail)))

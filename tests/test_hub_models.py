@@ -208,3 +208,22 @@ def test_the_command_line_says_where_a_model_stays_before_it_starts(
     said = f"{NAME} stays at {old}, where {path} has it; --model {NAME}@{new} takes the Hub's newest"
     assert done.stderr == f"Warning: {said}\n"  # and no bar of the library's in a pipe
     assert json.loads(done.stdout)["model_revision"] == old
+
+
+def refusal(model: str) -> str:
+    from calset.builder.model_info import inspect
+
+    try:
+        return str(inspect(model))
+    except InputError as error:
+        return str(error)
+
+
+def test_an_index_that_leads_out_of_the_repository_is_found_before_a_weight_is_fetched(
+    hub: LocalHub, client: Client, tiny_model: Path
+):
+    files = files_of(tiny_model)
+    files["model-1.safetensors"] = files.pop("model.safetensors")
+    files["model.safetensors.index.json"] = b'{"weight_map": {"x": "../../part.safetensors"}}'
+    hub.commit("org/led", files, kind="model")
+    assert "does not name safetensors files beside it" in client(refusal, "org/led")

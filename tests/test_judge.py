@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,24 @@ def test_what_needs_no_engine_is_saved_while_the_engine_is_at_work_and_never_gat
     assert catalog.query("SELECT count(*) FROM judgements").rows == [(301,)]
 
 
+@pytest.mark.parametrize("stray", [-1, 512, 2**31, True])
+def test_a_token_id_that_no_judge_can_have_sampled_ends_the_judging_in_a_line(
+    info: ModelInfo, tiny_model: Path, tmp_path: Path, stray: int
+):
+    catalog = fill(tmp_path / "c.duckdb", [("correct", "0", {}), ("correct", "2", {}), ("correct", "4", {})])
+    engine = ScriptedJudge(info, lambda _: says("correct"))
+    given = engine.stream
+
+    def stream(requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        for n, completion in enumerate(given(requests, sampling)):
+            yield completion if n < 2 else replace(completion, token_ids=(stray,))
+
+    engine.stream = stream
+    with pytest.raises(EngineError, match=rf"returned the token id {stray}, outside the vocabulary of tiny-lrm"):
+        judge(catalog, tiny_model, engine=engine)
+    assert catalog.query("SELECT count(*) FROM judgements").rows == [(2,)]  # what was whole is kept
+
+
 def test_another_revision_or_prompt_is_another_judge(
     info: ModelInfo, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -227,8 +245,6 @@ def test_another_revision_or_prompt_is_another_judge(
 
 
 def _with_revision(info: ModelInfo, revision: str) -> ModelInfo:
-    from dataclasses import replace
-
     return replace(info, revision=revision)
 
 

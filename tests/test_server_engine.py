@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from email.utils import format_datetime
 from pathlib import Path
@@ -23,7 +25,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server_double import EOS, Double, at_most, at_random, drop_connection, for_seed, served_ids, status
+from server_double import (
+    EOS,
+    Double,
+    Fault,
+    Sent,
+    at_most,
+    at_random,
+    drop_connection,
+    endless,
+    for_seed,
+    served_ids,
+    status,
+)
 
 from calset import cli
 from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, wire
@@ -156,6 +170,15 @@ def longer(payload: dict[str, Any], body: dict[str, Any]) -> Any:
     return payload
 
 
+def with_ids(*token_ids: Any) -> Callable[..., Any]:
+    def change(payload: dict[str, Any], body: dict[str, Any]) -> Any:
+        payload["choices"][0] |= {"token_ids": list(token_ids), "finish_reason": "stop"}
+        payload["usage"]["completion_tokens"] = len(token_ids)
+        return payload
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -167,6 +190,14 @@ def longer(payload: dict[str, Any], body: dict[str, Any]) -> Any:
         (shorter, "ended a completion at 2 tokens for its length, where 40 were asked for"),
         (longer, "ended a completion at 41 tokens for its length, where 40 were asked for"),
         (lambda payload, body: b"<html>hello", r"not JSON \(<html>hello\); is it an OpenAI-compatible server"),
+        (lambda payload, body: b"[" * 100_000, "not JSON"),
+        (lambda payload, body: b'{"choices": ' + b"9" * 5000 + b"}", "not JSON"),
+        (with_ids(-1, EOS), "returned the token id -1, outside the model's vocabulary of 512"),
+        (with_ids(512, EOS), "returned the token id 512, outside the model's vocabulary of 512"),
+        (with_ids(2**31, EOS), "returned the token id 2147483648, outside"),
+        (with_ids(10**4000, EOS), r"returned the token id 10+, outside"),
+        (with_ids(True, EOS), "returns no token ids"),
+        (with_ids(3.0, EOS), "returns no token ids"),
         (lambda payload, body: {"text": "x"}, "is no completion; is it an OpenAI-compatible server"),
         (lambda payload, body: [1], "is no completion"),
     ],
@@ -179,6 +210,7 @@ def test_an_answer_that_is_not_what_was_served_ends_the_stream_at_once(doubles, 
         run(engine, requests_for(1, first=8))
     assert double.url in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
     assert sum(double.asked.values()) == 1  # asking again would not help
 
 
@@ -206,6 +238,9 @@ def test_the_engines_own_finish_reason_is_kept(doubles, opened):
     engine = opened(double)
     double.change = with_choice(finish_reason="repetition")
     assert run(engine, requests_for(1))["r1"].finish_reason == "repetition"
+    double.change = with_choice(finish_reason="\ud800".join("no text of a server\n" for _ in range(1000)))
+    reason = run(engine, requests_for(1))["r1"].finish_reason
+    assert len(reason.encode("utf-8")) < 400  # what a catalog and a terminal can hold
 
 
 # --- which model, how long --------------------------------------------------------------------------------------
@@ -238,6 +273,11 @@ def test_the_served_model_is_the_only_one_the_namesake_or_the_one_asked_for(doub
         opened(several)
     with pytest.raises(InputError, match="does not serve 'z' under one name; it serves: a, c"):
         opened(several, served_model="z")
+
+
+def test_a_name_that_cannot_be_sent_back_is_no_models_name(doubles, opened):
+    with pytest.raises(EngineError, match="lists no models"):
+        opened(doubles(models=[card("\ud800")]))
 
 
 def test_too_short_a_context_is_refused_before_anything_is_generated(doubles, opened):
@@ -540,6 +580,118 @@ def test_whatever_fails_each_request_comes_back_once_with_its_own_ids(doubles, o
     time.sleep(max(0.0, 1.1 - 0.3))  # the timers are done before the servers are
 
 
+# --- answers without end ----------------------------------------------------------------------------------------
+
+PLENTY = 48 << 20  # bytes of a double's endless answer: then it stops, so that a client without a bound ends, too
+BUFFERED = 12 << 20  # bytes that a bounded client may leave unread in the sockets' buffers
+
+
+def only(seed: int, fault: Fault) -> Fault:
+    return lambda handler, body: body["seed"] == seed and fault(handler, body)
+
+
+def inflating() -> Callable[[bytes], bytes]:
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress
+
+
+BODIES: dict[str, tuple[dict[str, Any], str]] = {
+    "plain": ({}, "longer than 1,0[0-9]{2},[0-9]{3} bytes"),
+    "gzip": ({"headers": {"Content-Encoding": "gzip"}, "compress": inflating}, r"compressed \(gzip\)"),
+    "deflate": ({"headers": {"Content-Encoding": "deflate"}}, r"compressed \(deflate\)"),
+    "br": ({"headers": {"Content-Encoding": "br"}}, r"compressed \(br\)"),
+    "zstd": ({"headers": {"Content-Encoding": "zstd"}}, r"compressed \(zstd\)"),
+    "error": ({"code": 503}, "HTTP 503"),
+    "compressed error": ({"code": 503, "headers": {"Content-Encoding": "gzip"}, "compress": inflating}, "HTTP 503"),
+}
+
+
+def endless_body(name: str, sent: Sent, most: int = PLENTY) -> Fault:
+    options = dict(BODIES[name][0])
+    if "compress" in options:
+        options["compress"] = options["compress"]()
+    return endless(sent, most=most, **options)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_without_end_ends_its_request_and_the_others_are_served(doubles, opened, name):
+    """A compressed one is not unpacked, and of an error as much is read as a line needs."""
+    sent = Sent()
+    double = doubles(faults=[only(3, endless_body(name, sent))])
+    engine = opened(double)
+    requests = requests_for(8)
+    found = run(engine, requests)
+    assert (found["r3"].token_ids, found["r3"].finish_reason) == ((), "error")
+    check_served(found, [request for request in requests if request.seed != 3])
+    assert re.search(BODIES[name][1], engine.warnings[0])
+    assert sent.n_answers == double.asked[3] == 4  # as any other failure
+    assert sent.n_bytes < 4 * BUFFERED
+    if "compress" in BODIES[name][0]:
+        return  # so little goes over the wire that the double does not notice who hangs up
+    deadline = time.monotonic() + 5
+    while sent.hung_up < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert sent.hung_up == 4
+
+
+def test_an_answer_that_drips_is_given_up_though_it_never_pauses(doubles, opened):
+    sent = Sent()
+    double = doubles(faults=[only(3, endless(sent, most=300, seconds=0.03, piece=b" "))])
+    engine = opened(double, read_timeout=0.6, connect_timeout=0.4)
+    requests = requests_for(6)
+    found = run(engine, requests)
+    assert found["r3"].finish_reason == "error"
+    check_served(found, [request for request in requests if request.seed != 3])
+    assert "no answer within 1 seconds" in engine.warnings[0]
+    assert sent.n_answers == 1
+    assert sent.n_bytes < 300
+
+
+@pytest.mark.parametrize("name", ["plain", "gzip"])
+def test_what_a_server_says_of_itself_is_bounded_too(doubles, opened, name):
+    sent = Sent()
+    with pytest.raises(EngineError, match=rf"does not answer \(its answer is .*{BODIES[name][1][:6]}"):
+        opened(doubles(on_get={"/v1/models": endless_body(name, sent)}))
+    engine = opened(doubles(on_get={"/version": endless_body(name, sent), "/server_info": endless_body(name, sent)}))
+    assert engine.version == "vllm"
+    assert sent.n_answers == 3
+    assert sent.n_bytes < 3 * BUFFERED
+    sent = Sent()
+    watched = doubles(on_get={"/health": endless_body(name, sent)}, seconds=0.5)
+    run(opened(watched, failures=100), requests_for(1))
+    assert sent.n_answers > 0
+    assert sent.n_bytes < sent.n_answers * BUFFERED
+
+
+def test_the_bound_leaves_room_for_the_longest_answer_of_a_real_server(doubles, opened):
+    """Every token 128 blanks, every id of ten digits, the prompt and its ids given back."""
+
+    def long(payload: dict[str, Any], body: dict[str, Any]) -> Any:
+        payload["choices"][0] |= {"text": " " * 128 * body["max_tokens"], "logprobs": None}
+        return payload | {"padding": [2**31] * (body["max_tokens"] + len(body["prompt"]))}
+
+    double = doubles(change=long)
+    request = Request("long", tuple([5] * 20_000), 1, 32_768)
+    found = run(opened(double), [request])
+    check_served(found, [request])
+
+
+def test_nested_json_in_an_error_is_the_servers_words(doubles, opened):
+    def fault(handler: Any, body: dict[str, Any]) -> bool:
+        handler.reply(400, b"[" * 50_000)
+        return True
+
+    with pytest.raises(EngineError, match=r"refused a request: HTTP 400 \(\[+…\)"):
+        run(opened(doubles(faults=[fault])), requests_for(1))
+
+
+def test_a_servers_cookies_are_not_kept(doubles, opened):
+    double = doubles(faults=[status(503, 1, {"Set-Cookie": "seen=1; Path=/"})])
+    run(opened(double), requests_for(3))
+    assert not any("Cookie" in headers for headers in double.headers)
+    assert {headers["Accept-Encoding"] for headers in double.headers} == {"identity"}
+
+
 # --- ending -----------------------------------------------------------------------------------------------------
 
 
@@ -670,6 +822,10 @@ def test_the_time_for_an_answer_fits_its_tokens(max_tokens, slowest):
 def test_no_retry_after_header_breaks_anything(text):
     seconds = wire.retry_after_seconds(text, time.time())
     assert seconds is None or seconds >= 0
+
+
+def test_a_retry_after_of_no_clock_is_none():
+    assert wire.retry_after_seconds("Mon, 01 Jan 2001 00:00:00 +" + "9" * 30, 0.0) is None
 
 
 def test_a_retry_after_may_be_a_date():

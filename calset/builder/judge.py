@@ -282,6 +282,7 @@ class _Judging:
         """Hand on what comes out of the engine, then the end or the error."""
         try:
             for completion in engine.stream(self._requests(engine), GREEDY):
+                self._info.check_ids(completion.token_ids, engine.name)
                 self._put(completion)
             self._put(_End())
         except BaseException as error:

@@ -6,17 +6,19 @@ import inspect as signatures
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from calset import demo, ids
+from calset.builder import templates
 from calset.builder.engines.base import Sampling, import_problem
 from calset.builder.families import Family, Traits, recognise
 from calset.builder.reasoning import ReasoningFormat, detect, shared_prefix
-from calset.errors import InputError, first_line
+from calset.errors import CalsetError, EngineError, InputError, first_line
 from calset.hubfiles import progress_bar
+from calset.weights import check_weights
 
 # All but the weights, which the engine fetches itself.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
@@ -37,6 +39,7 @@ class ModelInfo:
     tokenizer: Any
     tokenizer_hash: str
     chat_template_hash: str
+    n_vocabulary: int  # token ids from there on mean nothing: the tokenizer's, and the rows that pad the embedding
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     sampling: Sampling  # the defaults: see sampling_from
@@ -49,21 +52,30 @@ class ModelInfo:
     template_reads_clock: bool = False  # it writes today's date into the prompt: another day, other token ids
 
     def prompt_ids(self, question: str, system_prompt: str | None = None) -> tuple[int, ...]:
-        """The chat template's ids for one question, ending where the model's turn begins.
+        """The chat template's ids for one question; see ``prompts``."""
+        return self.prompts([question], system_prompt)[0]
+
+    def prompts(self, questions: Sequence[str], system_prompt: str | None = None) -> list[tuple[int, ...]]:
+        """The chat template's ids for each question, ending where the model's turn begins.
 
         Raises:
-            InputError: the template refuses the messages (some know no system role).
+            TemplateRefusal: the template refuses the messages (some know no system role).
+            InputError: the template does not end in time, or takes too much memory or text.
         """
-        messages = [{"role": "user", "content": question}]
-        if system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": system_prompt})
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        asked = [[*system, {"role": "user", "content": question}] for question in questions]
         try:
-            found = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self.template_options
+            texts = templates.render(
+                self.tokenizer, asked, options=self.template_options, add_generation_prompt=True, model=self.model
             )
+            # One by one: tokenizers would start threads for several, and then complain of every fork.
+            return [tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        except CalsetError:
+            raise
         except Exception as error:
-            raise InputError(f"the chat template of {self.model} refuses the prompt: {first_line(error)}") from error
-        return tuple(int(i) for i in found)
+            raise templates.TemplateRefusal(
+                f"the chat template of {self.model} refuses the prompt: {first_line(error)}"
+            ) from error
 
     def remarks(self, system_prompt: str | None = None, given: Collection[str] = ()) -> tuple[str, ...]:
         """What somebody who samples this model should know, a line each.
@@ -95,6 +107,21 @@ class ModelInfo:
             lines.append("the chat template writes today's date into every prompt: another day, other prompts")
         return tuple(lines)
 
+    def check_ids(self, token_ids: Any, whose: str) -> None:
+        """Refuse token ids that no engine of this model can have sampled.
+
+        Args:
+            whose: the engine that returned them, for the message.
+
+        Raises:
+            EngineError: naming the id.
+        """
+        if (stray := ids.outside(token_ids, self.n_vocabulary)) is not None:
+            raise EngineError(
+                f"the engine {whose} returned the token id {stray}, outside the vocabulary of {self.model} "
+                f"({self.n_vocabulary} tokens): it holds another model, or is broken"
+            )
+
     def decode(self, token_ids: Any) -> str:
         """Text without special tokens (end of turn, padding)."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -125,6 +152,7 @@ def inspect(
             template or generation_config.json, an option that the template does not read, or a transformers that cannot
             be imported.
     """
+    templates.prepare()
     try:
         from transformers import AutoTokenizer
     except Exception as error:  # RuntimeError too: "operator torchvision::nms does not exist"
@@ -141,10 +169,13 @@ def inspect(
     options = dict(template_options or {})
     _check_options(model, tokenizer, template, options)
     try:
-        reasoning = detect(tokenizer, template, options)
-    except Exception as error:  # Jinja's, or whatever the template raises
+        reasoning = detect(tokenizer, template, options, model)
+    except CalsetError:
+        raise
+    except Exception as error:  # a template of the tokenizer's own
         raise InputError(f"the chat template of {model} refuses a plain question: {first_line(error)}") from error
     defaults = _generation_config(folder)
+    vocabulary = tokenizer.get_vocab()
     family = recognise(Traits(config.get_text_config().model_type, template, reasoning))
     sampling, sampling_from = _sampling(defaults, folder / "generation_config.json", family)
     name = recorded_name(model, folder, is_local)
@@ -155,8 +186,9 @@ def inspect(
         revision=sha,
         is_local=is_local,
         tokenizer=tokenizer,
-        tokenizer_hash=ids.vocabulary_hash(tokenizer.get_vocab()),
+        tokenizer_hash=ids.vocabulary_hash(vocabulary),
         chat_template_hash=ids.text_hash(template),
+        n_vocabulary=_n_vocabulary(vocabulary, config),
         max_model_len=_max_model_len(model, config),
         eos_token_ids=_eos_token_ids(defaults, config, tokenizer),
         sampling=sampling,
@@ -164,7 +196,7 @@ def inspect(
         sampling_from=sampling_from,
         family=family,
         template_options=options,
-        template_system=template_system(tokenizer, options),
+        template_system=template_system(tokenizer, options, model),
         # Llama 3.2's leaves the clock alone when told its date_string.
         template_reads_clock="strftime_now" in template and "date_string" not in options,
     )
@@ -209,11 +241,16 @@ def default_commit(name: str) -> str | None:
 
 
 def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
-    """(folder with the small files, revision, whether it is a local folder); ``revision`` as ``inspect`` takes it."""
+    """(folder with the small files, revision, whether it is a local folder); ``revision`` as ``inspect`` takes it.
+
+    Raises:
+        InputError: no such folder, Hub model or revision, no safetensors, or see ``check_weights``.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{model} holds no *.safetensors weights; calset reads no other format")
+        check_weights(folder)
         return folder, folder_revision(folder), True
     name, asked = hub_name(model)
     no_id = name.startswith((".", "~")) or name.count("/") != 1 or str(model).endswith("@")
@@ -234,6 +271,7 @@ def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
     except Exception as error:
         what = f"{name} at revision {revision}" if revision else "a model of that name"
         raise InputError(f"there is no folder {model}, and the Hub did not give {what}: {first_line(error)}") from error
+    check_weights(snapshot)
     return snapshot, snapshot.name, False
 
 
@@ -306,7 +344,9 @@ def _check_options(model: str | Path, tokenizer: Any, template: str, options: Ma
             )
 
 
-def template_system(tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> str | None:
+def template_system(
+    tokenizer: Any, template_options: Mapping[str, Any] | None = None, model: str | Path = ""
+) -> str | None:
     """The system prompt that a chat template adds by itself, as text without special tokens; None when it adds none.
 
     A conversation's second question follows its user turn's header alone, so what stands before the first one and is
@@ -316,13 +356,13 @@ def template_system(tokenizer: Any, template_options: Mapping[str, Any] | None =
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **(template_options or {}))
+        (text,) = templates.render(tokenizer, [messages], options=template_options, model=model)
         # First, or the end of one special token could be taken for that of another.
         for token in sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)[::-1]:
             text = text.replace(token, "\0")
         head, rest = text.split(words[0])
         between = rest.split(words[1])[1].split(words[2])[0]
-    except Exception:
+    except (templates.TemplateRefusal, ValueError, IndexError):
         return None
     own = head[: len(head) - shared_prefix(head[::-1], between[::-1])]
     own = re.sub(r"^\W*(system|developer)\b", "", own).replace("\0", "\n").strip()
@@ -341,6 +381,13 @@ def _eos_token_ids(defaults: dict[str, Any], config: Any, tokenizer: Any) -> tup
     for value in (defaults.get("eos_token_id"), getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return tuple(sorted(found))
+
+
+def _n_vocabulary(vocabulary: Mapping[str, int], config: Any) -> int:
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    known = max(vocabulary.values(), default=-1) + 1
+    # The catalog keeps token ids in 32 bits.
+    return min(max(known, rows if type(rows) is int else 0), 2**31)
 
 
 def _max_model_len(model: str | Path, config: Any) -> int:

@@ -214,6 +214,7 @@ class Pipeline:
         """Hand on what comes out of the engine, then the end or the error."""
         try:
             for completion in engine.stream(self._requests(over), self.plan.sampling):
+                self.plan.info.check_ids(completion.token_ids, engine.name)
                 self._inbox.put(completion)
             self._inbox.put(_End())
         except BaseException as error:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 32_768  # when the user gives none and the context holds more
 MIN_TOKENS = 8
-BLOCK = 256  # problems opened at a time: one look into the catalog each
+BLOCK = 256  # problems read at a time: one look into the catalog each, and one call of the chat template's process
 IDS_A_LOOK = 10_000
 LOCK_PATIENCE_SECONDS = 600.0
 
@@ -99,9 +99,10 @@ class Plan:
             names = [problem.problem_id for problem in block]
             found = {} if fresh else patiently(lambda names=names: store.attempts(self.key, names))
             decided = {} if fresh else patiently(lambda names=names: store.last_decisions(self.key, names))
-            for problem in block:
+            prompts = self.info.prompts([problem.question for problem in block], self.system_prompt)
+            for problem, prompt in zip(block, prompts, strict=True):
                 name = problem.problem_id
-                yield Opened(problem, self.prompt_ids(problem), found.get(name, {}), decided.get(name))
+                yield Opened(problem, prompt, found.get(name, {}), decided.get(name))
 
 
 def unique(sources: Sequence[ProblemSource]) -> Iterator[Problem]:
@@ -253,16 +254,21 @@ def _measure(
     progress: Callable[[int], None] | None,
 ) -> _Measured:
     found, said = _Measured(), time.monotonic()
-    for problem in unique(sources):
-        if decontaminator is not None and decontaminator.check(problem):
-            found.excluded_ids.append(problem.problem_id)
-            continue
-        prompt = info.prompt_ids(problem.question, system_prompt)
-        found.problem_ids.append(problem.problem_id)
-        found.n_tokens += len(prompt)
-        found.first = found.first or prompt
-        if len(prompt) > found.n_longest:
-            found.n_longest, found.longest = len(prompt), problem
+    problems = unique(sources)
+    while read := list(islice(problems, BLOCK)):
+        block = []
+        for problem in read:
+            if decontaminator is not None and decontaminator.check(problem):
+                found.excluded_ids.append(problem.problem_id)
+            else:
+                block.append(problem)
+        prompts = info.prompts([problem.question for problem in block], system_prompt)
+        for problem, prompt in zip(block, prompts, strict=True):
+            found.problem_ids.append(problem.problem_id)
+            found.n_tokens += len(prompt)
+            found.first = found.first or prompt
+            if len(prompt) > found.n_longest:
+                found.n_longest, found.longest = len(prompt), problem
         if progress is not None and time.monotonic() - said > 1:
             said = time.monotonic()
             progress(len(found.problem_ids))

@@ -10,7 +10,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from calset.builder.templates import render
 
 # Each pair as the model's vendor or vLLM's parser of that model spells it (docs/models.md names the sources).
 MARKS: dict[str, tuple[str, str]] = {
@@ -93,7 +96,9 @@ class Parts:
 # --- which format a model has ------------------------------------------------------------------------------------
 
 
-def detect(tokenizer: Any, chat_template: str, template_options: Mapping[str, Any] | None = None) -> ReasoningFormat:
+def detect(
+    tokenizer: Any, chat_template: str, template_options: Mapping[str, Any] | None = None, model: str | Path = ""
+) -> ReasoningFormat:
     """The reasoning format of a model, from its tokenizer's vocabulary and its chat template.
 
     A pair that is both in the template and in the vocabulary goes before one that only the template spells, and that
@@ -102,11 +107,15 @@ def detect(tokenizer: Any, chat_template: str, template_options: Mapping[str, An
     Args:
         template_options: what the template is rendered with (``enable_thinking``, ...); they decide whether the prompt
             ends inside the thinking.
+        model: whose template it is, for messages.
+
+    Raises:
+        InputError: see ``render``.
     """
     vocabulary = tokenizer.get_vocab()
     channels = _channels(vocabulary)
     if channels is not None and "<|channel|>" in chat_template:
-        opened = _open_channel(generation_prompt(tokenizer, template_options))
+        opened = _open_channel(generation_prompt(tokenizer, template_options, model))
         return ReasoningFormat(
             name="harmony",
             opened_by_template=opened not in (None, FINAL),
@@ -121,7 +130,7 @@ def detect(tokenizer: Any, chat_template: str, template_options: Mapping[str, An
         return ReasoningFormat()
     open_mark, close_mark = MARKS[name]
     single = open_mark in vocabulary and close_mark in vocabulary
-    opening = generation_prompt(tokenizer, template_options)
+    opening = generation_prompt(tokenizer, template_options, model)
     return ReasoningFormat(
         name=name,
         open_mark=open_mark,
@@ -140,12 +149,12 @@ def _channels(vocabulary: Mapping[str, int]) -> Channels | None:
     return Channels(*ids, **{name: vocabulary.get(token) for name, token in others.items()})  # type: ignore[arg-type]
 
 
-def generation_prompt(tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> str:
+def generation_prompt(tokenizer: Any, template_options: Mapping[str, Any] | None = None, model: str | Path = "") -> str:
     """What the template adds for the model's turn. A question that itself says ``<think>`` must not count, so this
     renders a neutral one and keeps only the difference."""
     messages = [{"role": "user", "content": "Hello"}]
     without, with_it = (
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=added, **(template_options or {}))
+        render(tokenizer, [messages], options=template_options, add_generation_prompt=added, model=model)[0]
         for added in (False, True)
     )
     # Some templates end a conversation with a token that they leave out before the model's turn.

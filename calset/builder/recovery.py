@@ -10,10 +10,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from calset import ids
 from calset.builder.model_info import ModelInfo
 from calset.builder.reasoning import Parts, split
+from calset.builder.templates import TemplateRefusal
 from calset.builder.tracefiles import Draft, RowError
-from calset.errors import InputError
 
 _PLACE = "calset question placeholder"
 
@@ -47,7 +48,6 @@ class Recovery:
 
     def __init__(self, info: ModelInfo, system_prompt: str | None = None) -> None:
         self._info, self._system_prompt = info, system_prompt
-        self._n_tokens = len(info.tokenizer)
         self._special = sorted(
             (str(t) for t in info.tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True
         )
@@ -65,7 +65,7 @@ class Recovery:
             prompt_ids = self._encode(draft.prompt_text)
         try:
             prompt_ids = prompt_ids or self._info.prompt_ids(question, system_prompt)
-        except InputError as error:
+        except TemplateRefusal as error:
             raise RowError(str(error)) from error
         completion_ids = draft.completion_ids or self._encode(self._completion(draft, prompt_ids))
         if not completion_ids:
@@ -115,7 +115,7 @@ class Recovery:
         if system_prompt not in self._frames:
             try:
                 rendered = self._info.prompt_ids(_PLACE, system_prompt)
-            except InputError as error:
+            except TemplateRefusal as error:
                 raise RowError(str(error)) from error
             text = self._info.spell(rendered)
             before, _, after = text.rpartition(_PLACE)
@@ -136,9 +136,10 @@ class Recovery:
 
     def _check_ids(self, draft: Draft) -> None:
         both = (*draft.prompt_ids, *draft.completion_ids)
-        if (largest := max(both)) >= self._n_tokens:
+        if (stray := ids.outside(both, self._info.n_vocabulary)) is not None:
             raise RowError(
-                f"has the token id {largest}, and the tokenizer of {self._info.model} knows {self._n_tokens}"
+                f"has the token id {stray}, outside the vocabulary of {self._info.model} "
+                f"({self._info.n_vocabulary} tokens)"
             )
         if draft.whole_text is None:
             return

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from calset import ids
 from calset.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -194,13 +195,11 @@ def _span(sample: Sample, tokens: Tokens, limit: int | None) -> tuple[int, int]:
 
 
 def _check_ids(sample: Sample, vocabulary_size: int | None) -> None:
-    if not len(sample.input_ids):
-        return
-    low, high = min(sample.input_ids), max(sample.input_ids)
-    if low < 0 or (vocabulary_size is not None and high >= vocabulary_size):
+    size = 2**31 if vocabulary_size is None else vocabulary_size
+    if (stray := ids.outside(sample.input_ids, size)) is not None:
         raise InputError(
-            f"sample {sample.sample_id} holds the token id {low if low < 0 else high}, outside the model's "
-            f"vocabulary of {vocabulary_size}: the subset is of another tokenizer"
+            f"sample {sample.sample_id} holds the token id {stray}, outside the model's vocabulary of {size}: the "
+            "subset is of another tokenizer"
         )
 
 

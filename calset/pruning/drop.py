@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calset.pruning.tensorfiles import INDEX, Stored, TensorFiles
+from calset.pruning.tensorfiles import Stored, TensorFiles
+from calset.weights import INDEX, SINGLE
 
-SINGLE = "model.safetensors"
 CHUNK = 16 << 20  # bytes copied at a time
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, first_line
+from calset.weights import INDEX, SINGLE, weight_files
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name -> torch's
 MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
 HELD = 32 << 20  # bytes read of open files before they are closed
@@ -52,26 +52,6 @@ def exact_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
     found = set(dtypes)
     return reduce(torch.promote_types, found) if found else torch.float32
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads; other ones beside them hold the same weights in other layouts.
-
-    Raises:
-        InputError: there are none, or the index is corrupt.
-    """
-    single, index = folder / "model.safetensors", folder / INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise InputError(f"{folder} holds neither model.safetensors nor {INDEX}")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is corrupt: {first_line(error)}") from error
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise InputError(f"{index} is corrupt: it does not name files beside it")
-    return [folder / name for name in names]
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -132,7 +112,7 @@ def copy_files(source: Path, target: Path, added: Mapping[str, Added] | None = N
             _copy_with(path, target / path.name, {n: (stored[a.beside].dtype, a) for n, a in by_file[path].items()})
         else:
             shutil.copyfile(path, target / path.name)
-    if files[0].name == "model.safetensors":
+    if files[0].name == SINGLE:
         return
     shutil.copyfile(source / INDEX, target / INDEX)
     if by_file:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import CalsetError, InputError, PruningError, Stopped, first_line
 from calset.files import existing_parent, size, sync
 from calset.pruning import checkpoint
-from calset.pruning.tensorfiles import INDEX, Added, copy_files, read_headers, weight_files, write_tensor
+from calset.pruning.tensorfiles import Added, copy_files, read_headers, write_tensor
+from calset.weights import INDEX, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor

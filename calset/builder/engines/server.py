@@ -2,13 +2,15 @@
 
 One request a sample, answered whole: a stream of events would tell a slow server from a dead one, at the price of a
 message a token; instead each server's health is asked for beside the requests, and the connections are kept alive.
-What is sent and believed is in ``wire``; here is who is asked, how often and how long. Requests go straight to the
-servers: proxies of the environment are not used. Tested with vLLM 0.32.
+What is sent and believed is in ``wire``; here is who is asked, how often, how long, and how many bytes of an answer are
+read. Requests go straight to the servers: proxies of the environment are not used. Tested with vLLM 0.32.
 """
 
 from __future__ import annotations
 
 import asyncio
+import http.cookiejar
+import json
 import os
 import queue
 import random
@@ -38,6 +40,7 @@ PAUSE_SECONDS = 60.0  # between two tries of a failing server at most
 ASKED_PAUSE_SECONDS = 600.0  # what a server may ask for by Retry-After at most
 ATTEMPTS = 4  # of a request, when servers that answer others fail on it
 IDLE_SECONDS = 2.0  # that a free connection is kept: vLLM closes one after 5, and a race would look like a failure
+PLAIN = ("", "identity")  # content encodings
 _DONE = object()
 
 
@@ -74,7 +77,8 @@ OPTIONS = frozenset({"concurrency", "verbose", "served_model", *(entry.name for 
 
 
 class _Unavailable(Exception):
-    """No answer: no connection, one that broke, a timeout, HTTP 5xx, or a request that the server aborted."""
+    """No answer: no connection, one that broke, a timeout, an answer too long or compressed, HTTP 5xx, or a request
+    that the server aborted."""
 
     def __init__(self, why: str, *, pause: float | None = None, timed_out: bool = False) -> None:
         super().__init__(why)
@@ -152,6 +156,27 @@ def _pause(patience: Patience, times: int, asked: float | None) -> float:
     if asked is not None:
         return min(asked, ASKED_PAUSE_SECONDS)
     return random.uniform(0, min(PAUSE_SECONDS, patience.backoff * 2 ** (times - 1)))
+
+
+async def _read(answer: Any, most: int) -> bytes:
+    """The body of an answer that is being streamed; of an error's the first bytes alone.
+
+    Raises:
+        _Unavailable: it is longer than ``most`` bytes, or compressed.
+    """
+    encoding = wire.one_line(answer.headers.get("Content-Encoding", "")).lower()
+    if not answer.is_success:
+        most = wire.ERROR_BYTES if encoding in PLAIN else 0
+    elif encoding not in PLAIN:
+        raise _Unavailable(f"its answer is compressed ({encoding}), which was not asked for: switch that off there")
+    body = bytearray()
+    async for chunk in answer.aiter_raw():
+        body += chunk
+        if len(body) > most:
+            if answer.is_success:
+                raise _Unavailable(f"its answer is longer than {most:,} bytes, which no such answer needs")
+            break
+    return bytes(body[:most])
 
 
 class ServerEngine:
@@ -314,10 +339,15 @@ class ServerEngine:
             if hasattr(socket, name):
                 options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        # Of a compressed answer nobody can tell from what has come how much it will be.
+        headers = {"Accept-Encoding": "identity"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         return httpx2.AsyncClient(
             transport=httpx2.AsyncHTTPTransport(limits=limits, socket_options=options),
             headers=headers,
+            # A cookie would tie all requests to one machine behind an address, and a server could send ever more.
+            cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=())),
             timeout=httpx2.Timeout(self._patience.connect_timeout, pool=None),
         )
 
@@ -333,43 +363,68 @@ class ServerEngine:
         body = wire.completion_body(request, sampling, server.served, self._stops)
         began = time.monotonic()
         seconds = read_seconds or self._patience.read_seconds(request.max_tokens)
-        answer = await self._send(server.url, "POST", "/v1/completions", read_seconds=seconds, json=body)
-        token_ids, reason = wire.read_completion(self._json(server.url, answer), request, self._stops, server.url)
+        most = wire.answer_bytes(request)
+        answer = await self._send(server.url, "POST", "/v1/completions", read_seconds=seconds, most=most, json=body)
+        token_ids, reason = wire.read_completion(
+            self._json(server.url, answer), request, self._stops, server.url, self._model.n_vocabulary
+        )
         if reason == "abort":  # as vLLM does to all of them when it is told to end
             raise _Unavailable("it gave up on a request")
         return Completion(request.key, token_ids, reason, time.monotonic() - began)
 
-    async def _send(self, url: str, method: str, path: str, *, read_seconds: float, json: Any = None) -> Any:
+    async def _send(
+        self,
+        url: str,
+        method: str,
+        path: str,
+        *,
+        read_seconds: float,
+        most: int = wire.OTHER_BYTES,
+        json: Any = None,
+    ) -> bytes:
+        """Send one request and read the whole answer; a connection whose answer is not read to its end is closed.
+
+        Args:
+            read_seconds: that the answer may take from the request on, to its last byte.
+            most: bytes that the answer may have.
+
+        Raises:
+            _Unavailable, _Busy: to be tried again.
+            EngineError: not to be tried again.
+        """
         import httpx2
 
         connect = self._patience.connect_timeout
         timeout = httpx2.Timeout(connect, read=read_seconds, write=max(connect, 60.0), pool=None)
         try:
-            answer = await self._client.request(method, url + path, json=json, timeout=timeout)
-        except httpx2.ReadTimeout as error:
+            # httpx2's read timeout is between two bytes: a server that drips would hold a request for ever.
+            async with asyncio.timeout(connect + read_seconds):
+                async with self._client.stream(method, url + path, json=json, timeout=timeout) as answer:
+                    body = await _read(answer, most)
+        except (httpx2.ReadTimeout, TimeoutError) as error:
             raise _Unavailable(f"no answer within {read_seconds:,.0f} seconds", timed_out=True) from error
         except httpx2.RequestError as error:
             said = wire.one_line(self._hide(str(error)))
             raise _Unavailable(f"{type(error).__name__}{': ' if said else ''}{said}") from error
         if answer.is_success:
-            return answer
+            return body
         pause = wire.retry_after_seconds(answer.headers.get("Retry-After"), time.time())
         if answer.status_code == 429:
             raise _Busy(pause)
-        said = wire.error_text(answer.status_code, self._hide(answer.text))
+        said = wire.error_text(answer.status_code, self._hide(body.decode(errors="replace")))
         if answer.status_code >= 500:
             raise _Unavailable(said, pause=pause)
         if answer.status_code in (401, 403):
             raise EngineError(f"{url} wants a key: {said}; put it into the environment variable {KEY_VARIABLE}")
         raise EngineError(f"{url} refused a request: {said}")
 
-    def _json(self, url: str, answer: Any) -> Any:
+    def _json(self, url: str, answer: bytes) -> Any:
         try:
-            return answer.json()
-        except ValueError as error:
+            return json.loads(answer)
+        except (ValueError, RecursionError) as error:
+            said = wire.one_line(self._hide(answer[: wire.LINE].decode(errors="replace")))[:80]
             raise EngineError(
-                f"{url} answered with something that is not JSON ({wire.one_line(self._hide(answer.text))[:80]}); is "
-                "it an OpenAI-compatible server?"
+                f"{url} answered with something that is not JSON ({said}); is it an OpenAI-compatible server?"
             ) from error
 
     def _hide(self, text: str) -> str:
@@ -426,9 +481,8 @@ class ServerEngine:
                 "where the command has it"
             )
         if not wire.looks_like(served, self._model):
-            self.warn(
-                f"{server.url} serves {served.root or served.name}; its traces are recorded as {self._model.model}'s"
-            )
+            theirs = wire.one_line(served.root or served.name)
+            self.warn(f"{server.url} serves {theirs}; its traces are recorded as {self._model.model}'s")
         server.served = served.name
         server.version = await self._version(server, served.software)
         await self.complete(server, self._probe, Sampling(temperature=0.0), PROBE_SECONDS)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset.builder.engines.base import RESUME_HINT, Completion, Request, RequestFeed, Sampling, check_same_shapes
 from calset.errors import EngineError, InputError, first_line
+from calset.weights import check_weights
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ class TransformersEngine:
         concurrency: sequences decoded at once; 64 when None.
 
     Raises:
-        InputError: no such device.
+        InputError: no such device, or see ``check_weights``.
         EngineError: the model could not be loaded.
     """
 
@@ -82,6 +83,8 @@ class TransformersEngine:
     def _load(self, location: str, revision: str | None = None) -> Any:
         from transformers import AutoModelForCausalLM
 
+        if Path(location).is_dir():  # a Hub model's small files were checked as they came
+            check_weights(Path(location))
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 location, revision=revision, dtype=self._dtype, trust_remote_code=False, use_safetensors=True

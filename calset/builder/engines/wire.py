@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.parse import urlsplit
 
+from calset import ids
 from calset.builder.engines.base import Request, Sampling
 from calset.errors import EngineError, InputError
 
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 NEEDS = "vLLM has it from 0.10.2, SGLang from 0.5.17"
 LINE = 300  # characters of a server's own words that an error repeats
+# Bytes of an answer at most. A token is its id (10 digits, a comma and a space) and its text: the longest tokens of
+# today's vocabularies are 128 bytes (runs of blanks), or some 200 where a server writes other letters as \uXXXX. What
+# stands around them is a few hundred bytes, and no list of models or version of a server is near a megabyte.
+TOKEN_BYTES = 256
+PROMPT_TOKEN_BYTES = 16  # prompt_token_ids repeat the prompt
+OTHER_BYTES = 1 << 20
+ERROR_BYTES = 1 << 16  # of an error's body; the rest is not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +105,24 @@ def completion_body(
     return body
 
 
+def answer_bytes(request: Request) -> int:
+    """How many bytes the answer to a request may have."""
+    return OTHER_BYTES + TOKEN_BYTES * request.max_tokens + PROMPT_TOKEN_BYTES * len(request.prompt_ids)
+
+
 def read_completion(
-    payload: Any, request: Request, stop_token_ids: tuple[int, ...], url: str
+    payload: Any, request: Request, stop_token_ids: tuple[int, ...], url: str, n_vocabulary: int
 ) -> tuple[tuple[int, ...], str]:
     """(token ids, finish reason) of a ``/v1/completions`` answer, once they are proven to be what was served.
 
     A finish reason that is none, ``abort``, means that the server gave up on the request.
 
+    Args:
+        n_vocabulary: token ids from there on are no tokens.
+
     Raises:
-        EngineError: no token ids; ids that are not those of the prompt, of the count or of the limit; a stop without
-            the token that it stopped on.
+        EngineError: no token ids, or such as are no tokens; ids that are not those of the prompt, of the count or of
+            the limit; a stop without the token that it stopped on.
     """
     choices = payload.get("choices") if isinstance(payload, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
@@ -118,15 +134,20 @@ def read_completion(
             f"{url} returns no token ids (it ignores return_token_ids), and calset stores none but the served ones; "
             f"start a newer server there: {NEEDS}"
         )
+    if (stray := ids.outside(token_ids, n_vocabulary)) is not None:
+        raise EngineError(
+            f"{url} returned the token id {stray}, outside the model's vocabulary of {n_vocabulary}: it serves another "
+            "model, or is broken"
+        )
     echoed = choice.get("prompt_token_ids")
     if echoed is not None and echoed != list(request.prompt_ids):
         raise EngineError(f"{url} answered another prompt than the one sent to it: its prompt_token_ids differ")
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
     if counted != len(token_ids):
         raise EngineError(f"{url} returned {len(token_ids)} token ids and counts {counted} completion tokens")
-    reason = choice.get("finish_reason") or "abort"
+    reason = one_line(str(choice.get("finish_reason") or "")) or "abort"
     _check_end(token_ids, reason, choice, request, stop_token_ids, url)
-    return tuple(token_ids), str(reason)
+    return tuple(token_ids), reason
 
 
 def _are_ids(value: Any) -> TypeGuard[list[int]]:
@@ -159,7 +180,7 @@ def choose_model(payload: Any, model: ModelInfo, wanted: str | None, url: str) -
         EngineError: not the answer of a ``/v1/models``.
     """
     data = payload.get("data") if isinstance(payload, dict) else None
-    if not isinstance(data, list) or not all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in data):
+    if not isinstance(data, list) or not all(isinstance(row, dict) and _is_name(row.get("id")) for row in data):
         raise EngineError(f"{url}/v1/models lists no models; is it an OpenAI-compatible server?")
     served = [_served(row) for row in data]
     names = {wanted} if wanted else {model.model, model.location}
@@ -175,6 +196,11 @@ def choose_model(payload: Any, model: ModelInfo, wanted: str | None, url: str) -
             "--engine-option served_model=NAME"
         )
     return fitting[0]
+
+
+def _is_name(value: Any) -> bool:
+    """Return True if the value is text that can be sent back: JSON can hold half a surrogate pair, UTF-8 cannot."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _served(row: dict[str, Any]) -> ServedModel:
@@ -198,7 +224,7 @@ def error_text(status: int, body: str) -> str:
     """What a server said of a request that it refused, in one line: ``HTTP 400 (its message)``."""
     try:
         found = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = body
     for name in ("error", "message", "detail"):  # vLLM nests message in error; SGLang has it on top
         if isinstance(found, dict) and found.get(name):
@@ -222,5 +248,5 @@ def retry_after_seconds(header: str | None, now: float) -> float | None:
         return float(text)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

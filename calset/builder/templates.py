@@ -1,0 +1,251 @@
+"""Chat templates at work in a process that can be killed.
+
+A chat template is a program of whoever made the model. transformers runs it in Jinja's sandbox, which keeps it from
+files and from Python, not from a loop or a text without end. During a long C call no thread or signal handler of this
+process runs that could stop it. So one child process, shared by all templates, renders them by transformers' own code:
+with a deadline of processor time, a limit of memory, no file to write and hardly an environment.
+Must not know: tokenizers beyond their template and special tokens, problems, engines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from calset.errors import CalsetError, InputError, first_line
+
+CPU_SECONDS = 5.0  # of one rendering; a template takes a millisecond, its first rendering 50
+WALL_SECONDS = 120.0  # for a reply, the child's start included, on a machine that is busy
+MEMORY_BYTES = 1 << 30  # on top of what the child has when it is ready
+# Characters of a rendered conversation at most: what a template adds, and how often it may repeat what it is given.
+OWN_CHARS, REPEATS = 1 << 20, 4
+# HOME, because transformers looks for its cache there; TZ, because templates write the date.
+KEPT = ("PATH", "HOME", "TZ", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
+
+MAX_REASON = 1000  # characters of a template's own error
+
+Message = Mapping[str, str]
+
+
+class TemplateRefusal(InputError):
+    """A chat template raised an error on a conversation; another conversation may be fine."""
+
+
+def render(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    options: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = False,
+    model: str | Path = "",
+) -> list[str]:
+    """Render conversations by the tokenizer's chat template, as ``apply_chat_template(tokenize=False)`` does each.
+
+    Args:
+        conversations: each a list of messages. The way to the child and back costs as much as ten short renderings, so
+            many conversations at once are cheaper than one after another.
+        options: what the template is rendered with beside the conversation.
+        model: whose template it is, for messages.
+
+    Raises:
+        TemplateRefusal: the template raised an error on one of them.
+        InputError: the template did not end in time, or takes too much memory or text.
+        CalsetError: no child process can be started.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        # mistral-common's tokenizers build the prompt in Python of their own and run no template of the model.
+        return [
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
+            )
+            for messages in conversations
+        ]
+    whose = f"the chat template of {model}" if model else "the chat template"
+    program = (tokenizer.get_chat_template(), json.dumps({**_special_tokens(tokenizer), **(options or {})}))
+    message = {"conversations": list(conversations), "add_generation_prompt": add_generation_prompt}
+    reply = _ask(program, message, whose)
+    if "texts" in reply:
+        return reply["texts"]
+    if "refused" in reply:
+        raise TemplateRefusal(f"{whose} refuses the prompt: {reply['refused']}")
+    raise InputError(f"{whose} {reply['error']}; take another revision of the model, or correct its template")
+
+
+def prepare() -> None:
+    """Start the child process, so that it imports what it needs while this process imports, too."""
+    with _lock:
+        _running()
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, Any]:
+    found = tokenizer.special_tokens_map.items()
+    return {name: [str(v) for v in value] if isinstance(value, list) else str(value) for name, value in found}
+
+
+def _ask(program: tuple[str, str], message: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    global _child
+    with _lock:
+        why = ""
+        for _ in range(2):  # a child may have been killed from outside, which is not the template's fault at once
+            child = _running()
+            try:
+                return child.ask(program, message)
+            except _Ended as error:
+                _child, why = None, str(error)
+                child.end()
+                if error.too_long:
+                    return {"error": f"does not end: no prompt after {CPU_SECONDS:g} seconds of computing"}
+    raise CalsetError(f"the process that renders {whose} ended twice ({why}); free some memory, then try again")
+
+
+def _running() -> _Child:
+    global _child
+    _child = _child or _Child()
+    return _child
+
+
+class _Ended(Exception):
+    """The child process ended without an answer; ``too_long``: because of a deadline."""
+
+    def __init__(self, why: str, *, too_long: bool = False) -> None:
+        super().__init__(why)
+        self.too_long = too_long
+
+
+class _TooMuch(Exception):
+    """A template's text is out of all proportion."""
+
+
+class _Child:
+    """One process that renders; used by one thread at a time."""
+
+    def __init__(self) -> None:
+        path = [str(Path(__file__).parents[2]), *map(str, sys.path)]
+        code = f"import sys; sys.path[:] = {path!r}; from calset.builder.templates import work; work()"
+        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+        # A group of its own, or Ctrl-C at a terminal would end it, too.
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            process_group=0,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
+        self._known: dict[tuple[str, str], int] = {}
+        self.end = weakref.finalize(self, _end, process, os.getpid())
+
+    def ask(self, program: tuple[str, str], message: Mapping[str, Any]) -> dict[str, Any]:
+        """Have conversations rendered.
+
+        Args:
+            program: template, and its variables as JSON; sent once, then named by a number.
+
+        Raises:
+            _Ended: the process ended, or took too long.
+        """
+        number = self._known.get(program)
+        new = {} if number is not None else {"template": program[0], "variables": program[1]}
+        number = self._known.setdefault(program, len(self._known))
+        try:
+            line = json.dumps({**message, **new, "program": number, "seconds": CPU_SECONDS})
+            self._stdin.write(line.encode() + b"\n")
+            self._stdin.flush()
+            if not select.select([self._stdout], [], [], WALL_SECONDS)[0]:
+                raise _Ended("no answer", too_long=True)
+            if reply := self._stdout.readline():
+                return json.loads(reply)
+            code = self._process.wait()
+        except (OSError, ValueError) as error:
+            raise _Ended(first_line(error)) from error
+        raise _Ended(f"exit code {code}", too_long=code == -signal.SIGPROF)
+
+
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the process whose child it is
+        return
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+_lock = threading.Lock()
+_child: _Child | None = None
+
+
+def _forget() -> None:
+    """In a fork: the child and its pipes are the parent's, and a thread that is not here may hold the lock."""
+    global _child, _lock
+    _child, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+# --- in the child ------------------------------------------------------------------------------------------------
+
+
+def work() -> None:
+    """The child's main loop: JSON lines from stdin until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _limit()
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    programs: dict[int, tuple[str, dict[str, Any]]] = {}
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        if "template" in job:
+            programs[job["program"]] = job["template"], json.loads(job["variables"])
+        template, variables = programs[job["program"]]
+        variables["add_generation_prompt"] = job["add_generation_prompt"]
+        try:
+            texts = []
+            for messages in job["conversations"]:
+                # The kernel's default for SIGPROF ends the process: also inside a C call, where no Python would run.
+                signal.setitimer(signal.ITIMER_PROF, job["seconds"])
+                (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                if len(text) > OWN_CHARS + REPEATS * sum(len(message["content"]) for message in messages):
+                    raise _TooMuch(f"makes a prompt of {len(text):,} characters")
+                texts.append(text)
+            reply: dict[str, Any] = {"texts": texts}
+        except MemoryError:
+            reply = {"error": f"takes more than {MEMORY_BYTES >> 30} GiB of memory"}
+        except _TooMuch as error:
+            reply = {"error": str(error)}
+        except Exception as error:  # Jinja's, or whatever the template raises
+            reply = {"refused": first_line(error)[:MAX_REASON]}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(json.dumps(reply).encode() + b"\n")
+        replies.flush()
+
+
+def _limit() -> None:
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc/self/statm") else None
+    if pages is not None:
+        limit = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for name in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # pipes are no files
+        resource.setrlimit(name, (0, 0))

@@ -1,0 +1,74 @@
+"""The weight files of a model folder: which ones a library would load, and that they lie in the folder.
+
+Why apart: transformers joins the names of an index to the folder as they are, so an index can name any file that the
+user may read. What lies in the folder may be a link to elsewhere, as in the Hub's cache, whose snapshots are links, and
+in folders that users put together: only names are refused. Must not know: tensors, models, engines.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from calset.errors import InputError, first_line
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads; other ones beside them hold the same weights in other layouts.
+
+    Raises:
+        InputError: there are none, or the index is corrupt.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    return [folder / name for name in _shards(folder / INDEX)]
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose small files lead a library to weights that are not the folder's own.
+
+    The weights need not be there: of a Hub model only the small files may have been fetched.
+
+    Raises:
+        InputError: an index that names something else than files beside it, an adapter (transformers would load the
+            model that it names), or a config that names other weight files.
+    """
+    if (folder / INDEX).is_file():
+        _shards(folder / INDEX)
+    if (adapter := folder / "adapter_config.json").is_file():
+        raise InputError(f"{adapter} makes this an adapter of another model: merge it into that model's weights first")
+    config = folder / "config.json"
+    named = _read(config).get("transformers_weights") if config.is_file() else None
+    if named not in (None, SINGLE, INDEX):
+        raise InputError(f"{config} names weights of its own (transformers_weights): rename them to {SINGLE}")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(_read(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is corrupt: {first_line(error)}") from error
+    if not names or not all(map(_is_shard, names)):
+        raise InputError(f"{index} is corrupt: it does not name safetensors files beside it")
+    return names
+
+
+def _is_shard(name: Any) -> bool:
+    plain = isinstance(name, str) and PurePosixPath(name).name == name == PureWindowsPath(name).name
+    return plain and name.endswith(".safetensors") and "\0" not in name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is corrupt: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is corrupt: it is no JSON object")
+    return found

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -80,6 +80,7 @@ class GradingPool:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._loading, self._loaded_at = 0, 0.0  # workers that import, and when the last one had
+        self._graders: dict[str, None] = {}  # that could be imported: a new worker imports them all
         self._all: set[_Worker] = set()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self.gaps: list[str] = []
@@ -196,6 +197,8 @@ class GradingPool:
         """The verdict, and the worker that is still good for another. One that dies is not the answer's fault at once:
         it may have been killed from outside. The answer is graded again in a new one, and that is all."""
         grader, failure, began = message["grader"], None, False
+        if worker is not None and not worker.has(grader):
+            worker = self._end(worker)  # behind its walls an import that caches something fails
         for _ in range(2):
             worker = worker or self._start()
             try:
@@ -222,8 +225,11 @@ class GradingPool:
             return
         with self._changed:
             self._loading += 1
+            others = [name for name in self._graders if name != grader]
         try:
-            self.gaps = worker.load(grader)
+            self.gaps = worker.load(grader, others)
+            with self._changed:
+                self._graders[grader] = None
         finally:
             with self._changed:
                 self._loading -= 1
@@ -288,34 +294,38 @@ class _Worker:
         """Whether it has imported a grader."""
         return grader in self._loaded
 
-    def load(self, grader: str) -> list[str]:
-        """Import a grader before the clock runs; returns the gaps in the worker's walls.
+    def load(self, grader: str, others: Sequence[str]) -> list[str]:
+        """Import a grader, and others that may be asked for, before the clock runs and before the walls are raised.
+
+        Returns:
+            What the worker can do in spite of its walls.
 
         Raises:
-            CalsetError: it cannot be imported, or does not start: every grade would fail.
+            CalsetError: the grader cannot be imported, or does not start: every grade would fail.
             _WorkerFailed: the process ended.
         """
         try:
-            reply = self._ask({"load": grader}, START_SECONDS)
+            reply = self._ask({"load": [grader, *others]}, START_SECONDS)
         except TimeoutError as failure:
             raise CalsetError(f"the {grader} grader's worker does not start: no answer") from failure
-        if "error" in reply:
-            raise CalsetError(f"the {grader} grader cannot be imported: {reply['error']}")
-        self._loaded.add(grader)
-        gaps = reply.get("gaps")
-        return list(map(str, gaps)) if isinstance(gaps, list) else []
+        if grader in reply["errors"]:
+            raise CalsetError(f"the {grader} grader cannot be imported: {reply['errors'][grader]}")
+        self._loaded.update(name for name in (grader, *others) if name not in reply["errors"])
+        return reply["gaps"]
 
-    def grade(
-        self, message: dict[str, Any], seconds: float, meanwhile: Callable[[], None]
-    ) -> tuple[Outcome, bool]:
+    def grade(self, message: dict[str, Any], seconds: float, meanwhile: Callable[[], None]) -> tuple[Outcome, bool]:
         """Grade an answer: see ``_ask``. The reply is checked, since the worker has read what a model wrote.
 
         Returns:
             The outcome, and True if the grader ran out of memory.
         """
         reply = self._ask(message, seconds, meanwhile)
-        verdict, texts = reply.get("verdict"), (reply.get("extracted"), reply.get("detail"))
-        if verdict not in VERDICTS or not all(text is None or isinstance(text, str) for text in texts):
+        verdict, *texts = (reply.get(field) for field in Outcome._fields)
+        if (
+            verdict not in VERDICTS
+            or verdict == "ungraded"
+            or not all(text is None or isinstance(text, str) for text in texts)
+        ):
             raise _WorkerFailed("it answered nonsense")
         return Outcome(verdict, *texts), bool(reply.get("full"))
 
@@ -355,10 +365,10 @@ class _Worker:
                     for key, _ in ready:
                         if key.fileobj is stdout:
                             self._receive(stdout.fileno())
-                        elif unsent := unsent[os.write(stdin.fileno(), unsent) :]:
-                            continue
                         else:
-                            selector.unregister(stdin)
+                            unsent = unsent[os.write(stdin.fileno(), unsent) :]
+                            if not unsent:
+                                selector.unregister(stdin)
             line, _, self._buffer = self._buffer.partition(b"\n")
             reply = json.loads(line)
             if unsent:
@@ -410,31 +420,33 @@ def work(nice: int) -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # stopping is the parent's, which closes the pipes
-    gaps, walled = walls.before_imports(), False
+    gaps = walls.before_imports()
     for line in sys.stdin.buffer:
         job = json.loads(line)
         # If the parent is killed while this hangs in C, nobody is left to kill it: CPU time will, by SIGVTALRM.
         signal.setitimer(signal.ITIMER_VIRTUAL, 2 * job["seconds"] + 5)
-        reply = _import(job["load"]) if "load" in job else _verdict(job)
-        if not walled:  # the first job is an import
-            gaps, walled = [*gaps, *walls.before_answers()], True
-        if "load" in job:
-            reply["gaps"] = gaps
+        if "load" in job:  # the first job, and no other
+            reply = {"errors": _import(job["load"]), "gaps": [*gaps, *walls.before_answers()]}
+        else:
+            reply = _verdict(job)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         replies.write(json.dumps(reply).encode() + b"\n")
 
 
-def _import(grader: str) -> dict[str, Any]:
+def _import(graders: Sequence[str]) -> dict[str, str]:
+    """Import graders; returns why those failed that did."""
     from calset.builder.grading import grader_version
 
-    try:
-        grader_version(grader)
-        _warm_up(grader)
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        return {"error": _words(error)}
-    return {}
+    errors = {}
+    for grader in graders:
+        try:
+            grader_version(grader)
+            _warm_up(grader)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            errors[grader] = _words(error)
+    return errors
 
 
 def _verdict(job: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Walls around a grading worker: no keys, no network, no changed files, no other processes, a bounded memory.
 
-Why it exists: a grader reads what a model wrote, and what reads formulas, boards or code may come to run it. The deadline
-bounds the time of a worker; the walls bound everything else. They are the kernel's, so they hold whatever runs inside.
-Imports are trusted and need more than answers do (compiled modules are cached in files, libraries ask other programs
-about the machine), so the walls are raised in two steps: ``before_imports`` and ``before_answers``. What a kernel does
-not offer is left out and named. Must not know: graders, pools, messages.
+Why it exists: a grader reads text that a model wrote, and a library that reads formulas, boards or code may run it. The
+deadline bounds a worker's time; the walls bound everything else. The kernel keeps them up, whatever runs inside.
+
+There are two steps, because imports are trusted and need more than answers do: they cache compiled modules in files and
+ask other programs about the machine. ``before_imports`` closes the network, ``before_answers`` the rest. A wall that
+the kernel does not offer is left out and named. Must not know: graders, pools, messages.
 
 Linux: rlimits; unshare(2), capabilities(7), seccomp(2) and landlock(7) through ctypes. Elsewhere: rlimits alone.
 """
@@ -17,7 +18,6 @@ import os
 import platform
 import struct
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -145,12 +145,12 @@ _CLONE3 = 435  # on every architecture
 _ARCHITECTURES = {
     "x86_64": _Architecture(
         0xC000003E, 317, 56,
-        # socket, io_uring_setup (whose rings open sockets too); fork, vfork, truncate, chmod, fchmod, fchmodat, fchmodat2
+        # socket, io_uring_setup (a ring opens sockets too); fork, vfork, truncate, chmod, fchmod, fchmodat, fchmodat2
         {"network": (41, 425), "processes": (57, 58, 76, 90, 91, 268, 452)},
     ),
     "aarch64": _Architecture(
         0xC00000B7, 277, 220,
-        # there is no fork, vfork or chmod
+        # the same; this architecture has no fork, vfork and chmod
         {"network": (198, 425), "processes": (45, 52, 53, 452)},
     ),
 }  # fmt: skip
@@ -221,7 +221,7 @@ def _protect_files(libc: Any) -> bool:
         os.close(rules)
 
 
-def _call(libc: Any, number: int, *arguments: Sequence[int] | int | bytes | None) -> int:
+def _call(libc: Any, number: int, *arguments: Any) -> int:
     """A system call by its number; integers are passed as wide as the kernel reads them."""
     wide = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
     return libc.syscall(ctypes.c_long(number), *wide)

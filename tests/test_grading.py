@@ -299,7 +299,7 @@ def bring(folder: Path, distribution: str, entry_points: dict[str, str]) -> None
 
 @pytest.fixture
 def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A named pipe, and on sys.path a package whose grader ``strange`` waits there, sleeps, burns or crashes when told."""
+    """A named pipe, and on sys.path a package whose grader ``strange`` waits there, sleeps or crashes if it is told."""
     site = tmp_path / "site"
     bring(site, "strange-grader", {"strange": "strange_grader", "absent": "no_such_module", "empty": "this"})
     (site / "strange_grader.py").write_text(STRANGE)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import selectors
 import signal
 import subprocess
@@ -341,13 +342,13 @@ class _Worker:
             TimeoutError: no answer in time.
             _WorkerFailed: the process ended.
         """
-        if self._buffer:
-            raise _WorkerFailed("it answered before it was asked")
         began, in_line = time.monotonic(), self._seconds_in_line()
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:  # never, with PIPE
             raise _WorkerFailed("no pipes")
-        unsent = memoryview(json.dumps(message | {"seconds": seconds}).encode() + b"\n")
+        # A line that the text of an earlier answer brought the worker to write is no reply to this one.
+        token = secrets.token_hex(8)
+        unsent = memoryview(json.dumps(message | {"seconds": seconds, "token": token}).encode() + b"\n")
         try:
             with selectors.PollSelector() as selector:  # of two pipes; it has no file of its own to make and close
                 selector.register(stdout, selectors.EVENT_READ)
@@ -371,13 +372,11 @@ class _Worker:
                                 selector.unregister(stdin)
             line, _, self._buffer = self._buffer.partition(b"\n")
             reply = json.loads(line)
-            if unsent:
-                raise _WorkerFailed("it answered before it was asked")
         except TimeoutError:
             raise
         except (OSError, ValueError, RecursionError, subprocess.TimeoutExpired) as error:
             raise _WorkerFailed(str(error) or type(error).__name__) from error
-        if not isinstance(reply, dict):
+        if not isinstance(reply, dict) or reply.get("token") != token:
             raise _WorkerFailed("it answered nonsense")
         return reply
 
@@ -430,7 +429,7 @@ def work(nice: int) -> None:
         else:
             reply = _verdict(job)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        replies.write(json.dumps(reply).encode() + b"\n")
+        replies.write(json.dumps(reply | {"token": job["token"]}).encode() + b"\n")
 
 
 def _import(graders: Sequence[str]) -> dict[str, str]:

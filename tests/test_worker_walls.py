@@ -9,6 +9,7 @@ import platform
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,7 +101,8 @@ REFUSED = {
     "connect to local services": {"unix"},
     "write files": {"new", "here", "append"},
     "empty and delete files": {"empty", "overwrite", "delete", "rename", "link", "folder"},
-    "start processes": {"program", "process", "truncate", "mode"},
+    "change the permissions of files": {"truncate", "mode"},
+    "start processes": {"program", "process"},
     "read the environment of calset's process": {"parent"},
 }
 PASSED_ON = {"PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT"}
@@ -134,26 +136,22 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     kept.write_text("kept")
     opened = os.open(kept, os.O_RDWR)
     os.dup2(opened, MARKER, inheritable=True)
-    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
-        os.chdir(folder)  # a socket's name is short
-        unix.bind("s")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as unix,
+        tempfile.TemporaryDirectory() as short,  # a socket's name has a hundred characters at most
+    ):
+        unix.bind(f"{short}/s")
         unix.listen()
         yield {
             "folder": str(folder),
             "kept": str(kept),
             "descriptor": MARKER,
             "port": tcp.getsockname()[1],
-            "socket": str(folder / "s"),
+            "socket": f"{short}/s",
         }
     os.close(MARKER)
     os.close(opened)
-
-
-@pytest.fixture(autouse=True)
-def _stay() -> Iterator[None]:
-    before = Path.cwd()
-    yield
-    os.chdir(before)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -193,7 +191,7 @@ def check(told: dict[str, Any], gaps: list[str], target: dict[str, Any]) -> None
         succeeded = {name: told[name] for name in attempts if told[name] not in ("PermissionError", "OSError")}
         assert succeeded == {}, gap
     if LINUX and os.uname().machine in ("x86_64", "aarch64") and not gaps:
-        assert sorted(os.listdir(target["folder"])) == ["kept", "s"]
+        assert sorted(os.listdir(target["folder"])) == ["kept"]
         assert Path(target["kept"]).read_text() == "kept"
         version = tuple(int("".join(filter(str.isdigit, part))) for part in platform.release().split(".")[:2])
         assert version < (6, 12) or told["signal"] == "PermissionError"
@@ -262,7 +260,7 @@ def test_where_the_kernel_has_no_walls_graders_work_and_doctor_says_what_they_ca
     told, grading, walls = json.loads(out)
     assert grading["state"] == "ok"
     assert (walls["name"], walls["state"]) == ("walls", "warning")
-    for gap in ("use the network", "empty and delete files"):
+    for gap in ("use the network", "empty and delete files", "change the permissions of files"):
         assert gap in walls["message"]
     assert walls["remedy"]
     assert told["tcp"] == "connected"
@@ -313,21 +311,38 @@ def test_root_grades_with_an_environment_in_the_home_of_somebody_else(site: Path
         assert pool.submit("nosy", "1", "memory", {}).result(timeout=60) == Outcome("correct", "1")
 
 
+STARTING = """
+import os, subprocess, sys
+
+from calset.builder.grading import Outcome
+
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+def version():
+    return "1"
+
+def grade(answer, response, metadata):
+    if response == "crash":
+        os._exit(3)
+    return Outcome("correct", str(child.pid))
+"""
+
+
 def test_a_process_that_an_import_started_ends_with_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts = (
-        "import subprocess, sys\nCHILD = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-    )
-    bring(
-        tmp_path / "site",
-        "parent",
-        starts + GRADER.replace('"pid": lambda to: os', '"pid": lambda to: CHILD.pid or os'),
-    )
+    bring(tmp_path / "site", "starting", STARTING)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     with GradingPool(1) as pool:
-        outcome = pool.submit("parent", "1", "all", {}).result(timeout=60)
-        child = json.loads(str(outcome.extracted))["pid"]
-        assert alive(child)
-    wait_for(lambda: not alive(child), 20)
+
+        def graded(response: str) -> Outcome:
+            return pool.submit("starting", "1", response, {}).result(timeout=60)
+
+        first = int(str(graded("1").extracted))
+        assert alive(first)
+        assert graded("crash").verdict == "error"
+        wait_for(lambda: not alive(first), 20)
+        second = int(str(graded("1").extracted))
+        assert alive(second)
+    wait_for(lambda: not alive(second), 20)
 
 
 def test_what_a_killed_parent_leaves_is_one_empty_folder(site: Path, tmp_path: Path) -> None:

@@ -289,6 +289,7 @@ class _Worker:
         if self._process.stdin is not None:
             os.set_blocking(self._process.stdin.fileno(), False)
         self._buffer = b""
+        self._killed = False
         self._loaded: set[str] = set()
 
     def has(self, grader: str) -> bool:
@@ -397,10 +398,11 @@ class _Worker:
             return 0.0
 
     def kill(self) -> None:
-        """End the process, with what its grader's import may have started, and reap it; may be called twice and from
-        another thread."""
-        if self._process.poll() is None:
-            with suppress(ProcessLookupError):
+        """End the process and reap it, with those that its grader's import may have started; may be called twice and
+        from another thread."""
+        if not self._killed:  # a process that has just crashed may have left some
+            self._killed = True
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

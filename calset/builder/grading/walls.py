@@ -72,7 +72,7 @@ def before_imports() -> list[str]:
 
 
 def before_answers() -> list[str]:
-    """Raise the other walls, for good: files, processes, open descriptors.
+    """Raise the other walls: files, processes, open descriptors. None of them can be taken down again.
 
     Returns:
         What this machine still lets a worker do, as verb phrases.
@@ -82,9 +82,11 @@ def before_answers() -> list[str]:
         gaps.append("write files")
     _limit("NOFILE", OPEN_FILES)
     libc = _libc()
-    # RLIMIT_NPROC does not hold root, and on Linux it counts threads, which a grader may have.
-    if not (libc is not None and _refuse(libc, "processes")) and not (_limit("NPROC", 0) and os.geteuid() != 0):
-        gaps.append("start processes")
+    if libc is None or not _refuse(libc, "changes"):
+        gaps.append("change the permissions of files")
+        # Only here: on Linux this limit counts threads, which a grader may have. Root is not bound by it.
+        if not _limit("NPROC", 0) or os.geteuid() == 0:
+            gaps.append("start processes")
     if libc is None or not _protect_files(libc):
         gaps.append("empty and delete files")
     if libc is None or _readable(f"/proc/{os.getppid()}/environ"):
@@ -146,12 +148,12 @@ _ARCHITECTURES = {
     "x86_64": _Architecture(
         0xC000003E, 317, 56,
         # socket, io_uring_setup (a ring opens sockets too); fork, vfork, truncate, chmod, fchmod, fchmodat, fchmodat2
-        {"network": (41, 425), "processes": (57, 58, 76, 90, 91, 268, 452)},
+        {"network": (41, 425), "changes": (57, 58, 76, 90, 91, 268, 452)},
     ),
     "aarch64": _Architecture(
         0xC00000B7, 277, 220,
         # the same; this architecture has no fork, vfork and chmod
-        {"network": (198, 425), "processes": (45, 52, 53, 452)},
+        {"network": (198, 425), "changes": (45, 52, 53, 452)},
     ),
 }  # fmt: skip
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # the instructions of a filter (bpf)
@@ -179,7 +181,7 @@ def _program(machine: _Architecture, wall: str) -> list[tuple[int, int, int, int
     program += [(_LOAD, 0, 0, 0), (_AT_LEAST, 0, 1, 0x40000000), refusal]  # so have those of x32
     for number in machine.refused[wall]:
         program += [(_EQUAL, 0, 1, number), refusal]
-    if wall == "processes":
+    if wall == "changes":
         # A filter cannot see the flags of clone3; without it the C library takes clone, whose flags are an argument.
         program += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
         program += [(_EQUAL, 0, 3, machine.clone), (_LOAD, 0, 0, 16), (_ANY_BIT, 1, 0, _CLONE_THREAD), refusal]

@@ -187,19 +187,26 @@ def _import(code: str) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _grading() -> Iterator[Check]:
-    """One answer through a real worker: it must start, import its libraries and judge."""
+    """One answer through a real worker: it must start, import its libraries and judge, and have its walls."""
     from calset.builder.grading import grader_version, graders
     from calset.builder.grading.pool import GradingPool
 
     try:
         with GradingPool(1, background=False) as pool:
             outcome = pool.submit("math", "1/2", r"\boxed{0.5}", {}).result(IMPORT_SECONDS)
+            gaps = pool.gaps
         if outcome.verdict != "correct":
             raise RuntimeError(f"1/2 against 0.5 is {outcome.verdict}: {outcome.detail}")
         said = f"{', '.join(graders())}; math is {grader_version('math')}"
         yield Check("grading", "ok", said)
     except Exception as error:
         yield Check("grading", "problem", f"the math grader does not work: {first_line(error)}", "reinstall calset")
+        return
+    if gaps:
+        message = f"on this machine a grader, or an answer that gets one to run it, can {', '.join(gaps)}"
+        yield Check("walls", "warning", message, "grade in a container or a virtual machine that holds no keys")
+    else:
+        yield Check("walls", "ok", "graders have no network, no keys and no processes, and change no files")
 
 
 def _hub() -> Iterator[Check]:

@@ -275,9 +275,8 @@ def version():
 
 def grade(answer, response, metadata):
     word, _, number = response.partition(" ")
-    if "folder" in metadata:
-        with open(Path(metadata["folder"]) / word, "a") as file:
-            file.write("x")
+    if "gate" in metadata:  # a named pipe: waits here until the test has opened and closed it
+        Path(metadata["gate"]).read_bytes()
     if word == "crash":
         os._exit(3)
     if word in ("slow", "sleep"):
@@ -300,14 +299,14 @@ def bring(folder: Path, distribution: str, entry_points: dict[str, str]) -> None
 
 @pytest.fixture
 def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for notes, with a package on sys.path whose grader ``strange`` sleeps, burns or crashes when told."""
+    """A named pipe, and on sys.path a package whose grader ``strange`` waits there, sleeps or crashes if it is told."""
     site = tmp_path / "site"
     bring(site, "strange-grader", {"strange": "strange_grader", "absent": "no_such_module", "empty": "this"})
     (site / "strange_grader.py").write_text(STRANGE)
     monkeypatch.syspath_prepend(str(site))
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    return notes
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    return gate
 
 
 def wait_for(condition, seconds: float = 60) -> bool:
@@ -346,22 +345,27 @@ def test_a_hanging_answer_times_out_and_the_others_are_graded(children):
 
 def test_a_worker_killed_from_outside_costs_no_verdict(children, brought: Path):
     """The answer is graded once more, in a new worker."""
-    with GradingPool(1, deadline_seconds=30) as pool:
-        slow = pool.submit("strange", "1", "slow", {"folder": str(brought)})
-        wait_for(lambda: (brought / "slow").exists())
-        (worker,) = children()
-        os.kill(worker, signal.SIGKILL)
-        assert slow.result(timeout=120).verdict == "correct"
-        assert (brought / "slow").read_text() == "xx"
+    with GradingPool(1, deadline_seconds=60) as pool:
+        graded = pool.submit("strange", "1", "1", {"gate": str(brought)})
+        with open(brought, "wb"):  # opens when the grader waits there
+            (worker,) = children()
+            os.kill(worker, signal.SIGKILL)
+            wait_for(lambda: worker not in children())
+        open(brought, "wb").close()  # a second attempt waits there
+        assert graded.result(timeout=120).verdict == "correct"
         assert worker not in children()
     assert not children()
 
 
 def test_an_answer_that_crashes_its_worker_twice_is_an_error_and_the_next_is_graded(children, brought: Path):
-    with GradingPool(1, deadline_seconds=30) as pool:
-        crashed = pool.submit("strange", "1", "crash", {"folder": str(brought)}).result(timeout=120)
+    with GradingPool(1, deadline_seconds=60) as pool:
+        crashing = pool.submit("strange", "1", "crash", {"gate": str(brought)})
+        for _ in range(2):  # a third attempt would wait for ever
+            with open(brought, "wb"):  # opens when an attempt waits there
+                attempts = children()
+            wait_for(lambda: not attempts & children())  # noqa: B023
+        crashed = crashing.result(timeout=40)
         assert (crashed.verdict, crashed.detail) == ("error", "the grader crashed twice (exit code 3)")
-        assert (brought / "crash").read_text() == "xx"
         assert pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120).verdict == "correct"
 
 

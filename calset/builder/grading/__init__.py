@@ -149,4 +149,4 @@ def grade_response(grader: str, answer: str, response: str, metadata: Mapping[st
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+    return None if value is None else str(value)[:MAX_RESPONSE_CHARS]

@@ -2,7 +2,8 @@
 
 Why it exists: sympy can loop for ever inside one C call (a power tower), where neither an alarm nor a
 ProcessPoolExecutor can reach it. Each worker is a bare interpreter that imports nothing but the grader it is asked
-for, talks JSON lines over pipes, and is killed and replaced when it passes the deadline or dies.
+for, talks JSON lines over pipes, and is killed and replaced when it passes the deadline or dies. It works within walls
+(walls.py): what a model wrote is all that it has to lose.
 
 Beside a generation, workers run at a low priority, so a deadline counts the time that a worker ran or slept, not the
 time it stood in line for a CPU: a busy machine must not turn into ``timeout`` verdicts. A second worker costs up to a
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -28,11 +31,12 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from calset.builder.background import do_not_interrupt
-from calset.builder.grading import MAX_RESPONSE_CHARS, Outcome, check_grader
+from calset.builder.grading import MAX_RESPONSE_CHARS, Outcome, check_grader, walls
+from calset.catalog.records import VERDICTS
 from calset.errors import CalsetError
 
 START_SECONDS = 120.0  # importing sympy; not counted against a grade's deadline
-MEMORY_BYTES = 8 * 2**30
+MAX_REPLY_BYTES = 2**22  # of a verdict, its extracted answer and its detail
 BACKLOG = 32  # jobs waiting for each worker that make it worth starting another
 PATIENCE_SECONDS = 1.0  # or one job waiting that long
 MAX_WAITING = 4096  # then submit() waits: jobs hold their responses
@@ -57,6 +61,10 @@ class GradingPool:
             verdict is ``timeout``.
         background: workers give way to other processes; False where nothing generates meanwhile.
         max_waiting: jobs that wait at most; then ``submit`` does.
+
+    Attributes:
+        gaps: what this machine's kernel lets graders do that they should not be able to, as verb phrases; empty before
+            a worker has imported its grader.
     """
 
     def __init__(
@@ -73,7 +81,10 @@ class GradingPool:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._loading, self._loaded_at = 0, 0.0  # workers that import, and when the last one had
+        self._graders: dict[str, None] = {}  # that could be imported: a new worker imports them all
         self._all: set[_Worker] = set()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self.gaps: list[str] = []
         self._closed = False
 
     def submit(self, grader: str, answer: str, response: str, metadata: Mapping[str, Any]) -> Future[Outcome]:
@@ -123,6 +134,8 @@ class GradingPool:
             worker.kill()
         for thread in self._threads:
             thread.join()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def __enter__(self) -> GradingPool:
         return self
@@ -185,12 +198,14 @@ class GradingPool:
         """The verdict, and the worker that is still good for another. One that dies is not the answer's fault at once:
         it may have been killed from outside. The answer is graded again in a new one, and that is all."""
         grader, failure, began = message["grader"], None, False
+        if worker is not None and not worker.has(grader):
+            worker = self._end(worker)  # behind its walls an import that caches something fails
         for _ in range(2):
             worker = worker or self._start()
             try:
                 self._load(worker, grader)
                 began = True
-                reply = worker.ask(message, self._deadline, self._grow)
+                outcome, full = worker.grade(message, self._deadline, self._grow)
             except TimeoutError:
                 self._end(worker)
                 return None, Outcome("timeout", detail=f"no verdict within {self._deadline:g} s")
@@ -200,9 +215,8 @@ class GradingPool:
                 self._end(worker)
                 raise
             else:
-                if "error" in reply:
-                    return worker, Outcome("error", detail=reply["error"])
-                return worker, Outcome(reply["verdict"], reply["extracted"], reply["detail"])
+                # Where memory ran out, the rest of it may not do for the next answer.
+                return self._end(worker) if full else worker, outcome
         if not began:
             raise CalsetError(f"the {grader} grader's worker does not start: {failure}")
         return None, Outcome("error", detail=f"the grader crashed twice ({failure})")
@@ -212,8 +226,11 @@ class GradingPool:
             return
         with self._changed:
             self._loading += 1
+            others = [name for name in self._graders if name != grader]
         try:
-            worker.load(grader)
+            self.gaps = worker.load(grader, others)
+            with self._changed:
+                self._graders[grader] = None
         finally:
             with self._changed:
                 self._loading -= 1
@@ -228,9 +245,20 @@ class GradingPool:
         with self._changed:
             if self._closed:
                 raise CalsetError("the grading pool is closed")
-            worker = _Worker(NICE if self._background else 0)
+            worker = _Worker(NICE if self._background else 0, self._folder())
             self._all.add(worker)
             return worker
+
+    def _folder(self) -> str:
+        """The folder that the workers have for themselves; made anew where a weeks-old one was tidied away."""
+        if self._scratch is None or not os.path.isdir(self._scratch.name):
+            try:
+                self._scratch = tempfile.TemporaryDirectory(prefix="calset-grading-", ignore_cleanup_errors=True)
+            except OSError as error:
+                raise CalsetError(
+                    f"graders have no folder to work in ({error}); set TMPDIR to a folder that can be written"
+                ) from error
+        return self._scratch.name
 
 
 class _WorkerFailed(Exception):
@@ -240,43 +268,70 @@ class _WorkerFailed(Exception):
 class _Worker:
     """One process; used by one thread at a time."""
 
-    def __init__(self, nice: int) -> None:
+    def __init__(self, nice: int, folder: str) -> None:
         # The parent's own path: a third-party grader is where the parent found it.
-        path = [str(Path(__file__).parents[3]), *map(str, sys.path)]
+        path = [str(Path(__file__).parents[3]), *(os.path.abspath(entry) for entry in sys.path)]
+        # What the parent's variables said of compiled modules holds, although the worker does not see them.
+        flags = ["-B"] if sys.dont_write_bytecode else []
+        flags += ["-X", f"pycache_prefix={os.path.abspath(sys.pycache_prefix)}"] if sys.pycache_prefix else []
         code = f"import sys; sys.path[:] = {path!r}; from calset.builder.grading.pool import work; work({nice})"
         # Not multiprocessing: its children import the caller's main module again. A group of its own, since Ctrl-C goes
         # to the terminal's whole group and would end a worker that has not come to ignore it yet.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, *flags, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+            env=walls.environment(folder),
+            cwd=folder,
             process_group=0,
         )
+        if self._process.stdin is not None:
+            os.set_blocking(self._process.stdin.fileno(), False)
         self._buffer = b""
+        self._killed = False
         self._loaded: set[str] = set()
 
     def has(self, grader: str) -> bool:
         """Whether it has imported a grader."""
         return grader in self._loaded
 
-    def load(self, grader: str) -> None:
-        """Import a grader before the clock runs.
+    def load(self, grader: str, others: Sequence[str]) -> list[str]:
+        """Import a grader, and others that may be asked for, before the clock runs and before the walls are raised.
+
+        Returns:
+            What the worker can do in spite of its walls.
 
         Raises:
-            CalsetError: it cannot be imported, or does not start: every grade would fail.
+            CalsetError: the grader cannot be imported, or does not start: every grade would fail.
             _WorkerFailed: the process ended.
         """
         try:
-            reply = self.ask({"load": grader}, START_SECONDS)
+            reply = self._ask({"load": [grader, *others]}, START_SECONDS)
         except TimeoutError as failure:
             raise CalsetError(f"the {grader} grader's worker does not start: no answer") from failure
-        if "error" in reply:
-            raise CalsetError(f"the {grader} grader cannot be imported: {reply['error']}")
-        self._loaded.add(grader)
+        if grader in reply["errors"]:
+            raise CalsetError(f"the {grader} grader cannot be imported: {reply['errors'][grader]}")
+        self._loaded.update(name for name in (grader, *others) if name not in reply["errors"])
+        return reply["gaps"]
 
-    def ask(
+    def grade(self, message: dict[str, Any], seconds: float, meanwhile: Callable[[], None]) -> tuple[Outcome, bool]:
+        """Grade an answer: see ``_ask``. The reply is checked, since the worker has read what a model wrote.
+
+        Returns:
+            The outcome, and True if the grader ran out of memory.
+        """
+        reply = self._ask(message, seconds, meanwhile)
+        verdict, *texts = (reply.get(field) for field in Outcome._fields)
+        if (
+            verdict not in VERDICTS
+            or verdict == "ungraded"
+            or not all(text is None or isinstance(text, str) for text in texts)
+        ):
+            raise _WorkerFailed("it answered nonsense")
+        return Outcome(verdict, *texts), bool(reply.get("full"))
+
+    def _ask(
         self, message: dict[str, Any], seconds: float, meanwhile: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
         """Send one line, receive one; calls ``meanwhile`` a few times a second.
@@ -292,31 +347,47 @@ class _Worker:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:  # never, with PIPE
             raise _WorkerFailed("no pipes")
+        # A line that the text of an earlier answer brought the worker to write is no reply to this one.
+        token = secrets.token_hex(8)
+        unsent = memoryview(json.dumps(message | {"seconds": seconds, "token": token}).encode() + b"\n")
         try:
-            stdin.write(json.dumps(message | {"seconds": seconds}).encode() + b"\n")
-            stdin.flush()
-            with selectors.PollSelector() as selector:  # of one pipe; it has no file of its own to make and close
+            with selectors.PollSelector() as selector:  # of two pipes; it has no file of its own to make and close
                 selector.register(stdout, selectors.EVENT_READ)
+                selector.register(stdin, selectors.EVENT_WRITE)
                 while b"\n" not in self._buffer:
-                    if not selector.select(min(POLL_SECONDS, seconds)):
-                        # kill() from another thread closes the pipe, of which a selector then says nothing.
+                    elapsed = time.monotonic() - began
+                    if elapsed >= seconds and elapsed - (self._seconds_in_line() - in_line) >= seconds:
+                        raise TimeoutError
+                    ready = selector.select(min(POLL_SECONDS, seconds))
+                    if not ready:
+                        # kill() from another thread closes the pipes, of which a selector then says nothing.
                         if self._process.poll() is not None:
                             raise _WorkerFailed("it was ended")
                         meanwhile()
-                        used = time.monotonic() - began - (self._seconds_in_line() - in_line)
-                        if used >= seconds:
-                            raise TimeoutError
-                        continue
-                    chunk = os.read(stdout.fileno(), 1 << 16)
-                    if not chunk:
-                        raise _WorkerFailed(f"exit code {self._process.wait(10)}")
-                    self._buffer += chunk
+                    for key, _ in ready:
+                        if key.fileobj is stdout:
+                            self._receive(stdout.fileno())
+                        else:
+                            unsent = unsent[os.write(stdin.fileno(), unsent) :]
+                            if not unsent:
+                                selector.unregister(stdin)
             line, _, self._buffer = self._buffer.partition(b"\n")
-            return json.loads(line)
+            reply = json.loads(line)
         except TimeoutError:
             raise
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        except (OSError, ValueError, RecursionError, subprocess.TimeoutExpired) as error:
             raise _WorkerFailed(str(error) or type(error).__name__) from error
+        if not isinstance(reply, dict) or reply.get("token") != token:
+            raise _WorkerFailed("it answered nonsense")
+        return reply
+
+    def _receive(self, pipe: int) -> None:
+        chunk = os.read(pipe, 1 << 16)
+        if not chunk:
+            raise _WorkerFailed(f"exit code {self._process.wait(10)}")
+        self._buffer += chunk
+        if len(self._buffer) > MAX_REPLY_BYTES:
+            raise _WorkerFailed("its reply is too long")
 
     def _seconds_in_line(self) -> float:
         """How long the worker was ready to run and had no CPU; 0 where the kernel does not tell (not Linux)."""
@@ -327,8 +398,12 @@ class _Worker:
             return 0.0
 
     def kill(self) -> None:
-        """End the process and reap it; may be called twice and from another thread."""
-        self._process.kill()
+        """End the process and reap it, with those that its grader's import may have started; may be called twice and
+        from another thread."""
+        if not self._killed:  # a process that has just crashed may have left some
+            self._killed = True
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -346,30 +421,48 @@ def work(nice: int) -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # stopping is the parent's, which closes the pipes
-    _limit_memory()
+    gaps = walls.before_imports()
     for line in sys.stdin.buffer:
         job = json.loads(line)
         # If the parent is killed while this hangs in C, nobody is left to kill it: CPU time will, by SIGVTALRM.
         signal.setitimer(signal.ITIMER_VIRTUAL, 2 * job["seconds"] + 5)
-        reply = _answer(job)
+        if "load" in job:  # the first job, and no other
+            reply = {"errors": _import(job["load"]), "gaps": [*gaps, *walls.before_answers()]}
+        else:
+            reply = _verdict(job)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        replies.write(json.dumps(reply).encode() + b"\n")
+        replies.write(json.dumps(reply | {"token": job["token"]}).encode() + b"\n")
 
 
-def _answer(job: dict[str, Any]) -> dict[str, Any]:
-    from calset.builder.grading import grade_response, grader_version
+def _import(graders: Sequence[str]) -> dict[str, str]:
+    """Import graders; returns why those failed that did."""
+    from calset.builder.grading import grader_version
+
+    errors = {}
+    for grader in graders:
+        try:
+            grader_version(grader)
+            _warm_up(grader)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            errors[grader] = _words(error)
+    return errors
+
+
+def _verdict(job: dict[str, Any]) -> dict[str, Any]:
+    from calset.builder.grading import grade_response
 
     try:
-        if "load" in job:
-            grader_version(job["load"])
-            _warm_up(job["load"])
-            return {}
-        outcome = grade_response(job["grader"], job["answer"], job["response"], job["metadata"])
-        return outcome._asdict()
+        return grade_response(job["grader"], job["answer"], job["response"], job["metadata"])._asdict()
+    except (SystemExit, KeyboardInterrupt):
+        raise
     except BaseException as error:
-        if isinstance(error, (SystemExit, KeyboardInterrupt)):
-            raise
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+        return Outcome("error", detail=_words(error))._asdict() | {"full": isinstance(error, MemoryError)}
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def _warm_up(grader: str) -> None:
@@ -379,10 +472,3 @@ def _warm_up(grader: str) -> None:
     samples = {"math": ("x^2", r"\boxed{\frac{x^3}{x}}", {}), "gym": ("3", "3", {"task": "chain_sum"})}
     if grader in samples:
         grade_response(grader, *samples[grader])
-
-
-def _limit_memory() -> None:
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))

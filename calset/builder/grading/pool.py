@@ -57,6 +57,7 @@ class GradingPool:
             verdict is ``timeout``.
         background: workers give way to other processes; False where nothing generates meanwhile.
         max_waiting: jobs that wait at most; then ``submit`` does.
+        unsafe_scorers: see ``grade_response``.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class GradingPool:
         *,
         background: bool = True,
         max_waiting: int = MAX_WAITING,
+        unsafe_scorers: bool = False,
     ) -> None:
+        self._unsafe_scorers = unsafe_scorers
         self._background = background
         self._processes, self._deadline, self._max_waiting = processes, deadline_seconds, max_waiting
         self._waiting: deque[_Job] = deque()
@@ -88,6 +91,7 @@ class GradingPool:
             "answer": answer,
             "response": response[-MAX_RESPONSE_CHARS:],
             "metadata": dict(metadata),
+            "unsafe_scorers": self._unsafe_scorers,
         }
         future: Future[Outcome] = Future()
         with self._changed:
@@ -364,7 +368,9 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
             grader_version(job["load"])
             _warm_up(job["load"])
             return {}
-        outcome = grade_response(job["grader"], job["answer"], job["response"], job["metadata"])
+        outcome = grade_response(
+            job["grader"], job["answer"], job["response"], job["metadata"], unsafe_scorers=job["unsafe_scorers"]
+        )
         return outcome._asdict()
     except BaseException as error:
         if isinstance(error, (SystemExit, KeyboardInterrupt)):

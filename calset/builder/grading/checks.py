@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from calset.builder.grading.formulas import (
@@ -58,20 +59,20 @@ class UnreadableEntry(ValueError):
 
 
 def equal(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """The text of the reference answer, or of one of the `valid_answers`"""
+    """Compare the text with the reference answer, or with each of the `valid_answers`."""
     answers = entry["metadata"].get("valid_answers")
     return float(text in answers if isinstance(answers, list) else text == entry["answer"])
 
 
 def integer(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """A whole number as Python writes it (`0x1f`, `31`), equal to the reference answer"""
+    """Read a whole number as Python writes it (`0x1f`, `31`) and compare it with the reference answer."""
     with _of_entry():
         expected = _integer(entry["answer"])
     return float(_integer(text) == expected)
 
 
 def arithmetic(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Whole numbers with `+ - * / ( )`: the given numbers, each once, and exactly the target"""
+    """Read whole numbers with `+ - * / ( )`, the given ones and each once; compare the exact value with the target."""
     given = entry["metadata"].get("numbers")
     if not (isinstance(given, list) and len(given) <= 100):
         raise UnreadableEntry("numbers are no list of whole numbers")
@@ -87,14 +88,14 @@ def arithmetic(text: str, entry: Mapping[str, Any], score: Score) -> float:
 
 
 def polynomial(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Numbers and symbols with `+ - * / ** ( )`: the reference answer's terms in any order"""
+    """Read numbers and symbols with `+ - * / ** ( )`; compare the terms with the reference answer's."""
     with _of_entry():
         expected = _algebra(parse(entry["answer"], _POLYNOMIAL), ())
     return float(_algebra(parse(text, _POLYNOMIAL), ()) == expected)
 
 
 def integral(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Numbers, symbols and elementary functions with `+ - * / ** ( )`, whose derivative is the integrand"""
+    """Read numbers, symbols and functions with `+ - * / ** ( )`; compare the derivative with the integrand."""
     import sympy
 
     variable, integrand = entry["metadata"].get("variable"), entry["metadata"].get("integrand")
@@ -110,7 +111,7 @@ def integral(text: str, entry: Mapping[str, Any], score: Score) -> float:
 
 
 def fraction(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """A decimal number or `a/b` of at most 60 digits"""
+    """Hand a decimal number or `a/b`, of at most 60 digits, to the task's scorer."""
     with _of_entry():
         _like(_FRACTION, entry["answer"])
     _like(_FRACTION, text)
@@ -118,14 +119,14 @@ def fraction(text: str, entry: Mapping[str, Any], score: Score) -> float:
 
 
 def sorted_numbers(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """A list of numbers, with quotes or without"""
+    """Hand a list of numbers, with quotes or without, to the task's scorer."""
     with _of_entry():
         expected = _numbers(entry["answer"])
     return score(json.dumps(_numbers(text)), {**entry, "answer": json.dumps(expected)})
 
 
 def proposition(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """The given variables with `¬ ∧ ∨ → ↔ ( )`"""
+    """Hand a formula of the given variables with `¬ ∧ ∨ → ↔ ( )` to the task's scorer."""
     variables, premises = entry["metadata"].get("variables"), entry["metadata"].get("premises")
     if not (isinstance(variables, list) and len(variables) <= 10 and all(isinstance(name, str) for name in variables)):
         raise UnreadableEntry("the variables are no list of at most 10 names")
@@ -133,13 +134,13 @@ def proposition(text: str, entry: Mapping[str, Any], score: Score) -> float:
         raise UnreadableEntry("the premises are no list of at most 100 formulas")
     with _of_entry():
         for premise in premises:
-            _formula_of(premise, variables)
-    _formula_of(text, variables)
+            _formula_of(premise, variables, replace(_LOGIC, max_chars=4_000))
+    _formula_of(text, variables, _LOGIC)
     return score(text, entry)
 
 
 def cube_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """At most 10,000 moves, counting `U3` as three"""
+    """Hand at most 10,000 moves, of which `U3` is three, to the task's scorer."""
     if not 2 <= _whole(entry["metadata"].get("cube_size"), "cube_size") <= 7:
         raise UnreadableEntry("cube_size is not between 2 and 7")
     with _of_entry():
@@ -149,14 +150,14 @@ def cube_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
 
 
 def car_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Moves of at most 99 steps (`A+2`)"""
+    """Hand moves of at most 99 steps (`A+2`) to the task's scorer."""
     if re.search(r"[A-Z][+-]\d{3}", text):
         raise Unreadable("a move of more than 99 steps")
     return score(text, entry)
 
 
 def button_presses(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Any text; the buttons' numbers are whole and have at most 6 digits"""
+    """Hand any text to the task's scorer if the buttons' numbers have at most 6 digits."""
     buttons = entry["metadata"].get("buttons")
     if not (isinstance(buttons, list) and all(isinstance(button, dict) for button in buttons)):
         raise UnreadableEntry("the buttons are no list of objects")
@@ -166,7 +167,7 @@ def button_presses(text: str, entry: Mapping[str, Any], score: Score) -> float:
 
 
 def disk_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Any text; at most 1,000 disks and pegs"""
+    """Hand any text to the task's scorer if there are at most 1,000 disks and pegs."""
     for name in ("num_disks", "num_pegs"):
         if not 0 < _whole(entry["metadata"].get(name), name) <= 1_000:
             raise UnreadableEntry(f"{name} is not between 1 and 1,000")
@@ -174,7 +175,7 @@ def disk_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
 
 
 def box_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """A JSON list of objects whose values are texts of at most 200 characters"""
+    """Hand a JSON list of objects, whose values are texts of at most 200 characters, to the task's scorer."""
     steps = _json(text)
     if not (isinstance(steps, list) and all(isinstance(step, dict) for step in steps)):
         raise Unreadable("no JSON list of objects")
@@ -241,8 +242,8 @@ def _count_moves(text: str) -> None:
         raise Unreadable(f"more than {MAX_ITEMS:,} moves")
 
 
-def _formula_of(text: str, variables: list[str]) -> None:
-    for leaf in leaves(parse(text, _LOGIC)):
+def _formula_of(text: str, variables: list[str], grammar: Grammar) -> None:
+    for leaf in leaves(parse(text, grammar)):
         if leaf.text not in variables:
             raise Unreadable(f"{leaf.text!r} is no variable of the problem")
 

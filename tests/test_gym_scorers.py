@@ -192,8 +192,8 @@ def test_a_check_accepts_what_the_tasks_own_scorer_accepts(task: str):
         ("rubiks_cube", {"cube_size": 3, "scramble_moves": "U R"}, "", "R' U'", "correct"),
         ("rubiks_cube", {"cube_size": 3, "scramble_moves": "U R"}, "", "R3 U3", "correct"),
         ("rubiks_cube", {"cube_size": 3, "scramble_moves": "U R"}, "", "R' U' R9999 R9999", "pred_unparsable"),
-        ("rubiks_cube", {"cube_size": 10_000, "scramble_moves": "U R"}, "", "R' U'", "gold_unparsable"),
-        ("tower_of_hanoi", {"num_disks": 10**9, "num_pegs": 3}, "", "Move disk 1", "gold_unparsable"),
+        ("rubiks_cube", {"cube_size": 8, "scramble_moves": "U R"}, "", "R' U'", "gold_unparsable"),
+        ("tower_of_hanoi", {"num_disks": 1_001, "num_pegs": 3}, "", "Move disk 1", "gold_unparsable"),
         ("rush_hour", {"board_config": "o" * 12 + "AAoooo" + "o" * 18}, "", "A+4", "correct"),
         ("rush_hour", {"board_config": "o" * 12 + "AAoooo" + "o" * 18}, "", "A+3", "incorrect"),
         ("rush_hour", {"board_config": "o" * 12 + "AAoooo" + "o" * 18}, "", "A+100", "pred_unparsable"),
@@ -291,7 +291,7 @@ def test_no_option_of_an_entry_names_a_file_to_read(tmp_path: Path):
     named.write_text("alpha beta gamma")
     (problem,) = load_problems("gym:spell_backward?size=1")[1]
     with watched() as events:
-        outcome = grade(problem, problem.answer, options={"data_file": str(named), "min_word_len": 10**9})
+        outcome = grade(problem, problem.answer, options={"data_file": str(named), "min_word_len": 1_000})
     assert outcome.verdict == "correct"
     assert [e for e in events if str(named) in str(e)] == []
 
@@ -300,7 +300,7 @@ def test_an_option_that_a_scorer_needs_is_a_small_whole_number():
     (problem,) = load_problems("gym:decimal_arithmetic?size=1&max_num_decimal_places=12&precision=14")[1]
     assert problem.metadata["options"] == {"max_num_decimal_places": 12, "precision": 14}
     assert grade(problem, problem.answer).verdict == "correct"
-    for value in (10**9, -1, "12", True):
+    for value in (1_001, -1, "12", True):
         options = {"max_num_decimal_places": 12, "precision": value}
         assert grade(problem, problem.answer, options=options).verdict == "gold_unparsable"
 
@@ -369,7 +369,7 @@ def _valued(node: ast.expr) -> Fraction:
 
 
 @settings(max_examples=300)
-@given(st.text(max_size=30).filter(lambda text: set(text) - set("0123456789+-*/()") - set(" \t\n\r\f\v")))
+@given(st.text(max_size=30).filter(lambda text: set("".join(text.split())) - set("0123456789+-*/()")))
 def test_a_text_with_anything_else_in_it_is_no_arithmetic(text: str):
     with pytest.raises(formulas.Unreadable):
         formulas.parse(text, ARITHMETIC)

@@ -94,6 +94,14 @@ def grader_option(default: str) -> Callable[..., Any]:
     return click.option("--grader", cls=_GraderOption, help=f"Default: {default}.")
 
 
+def scorers_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--unsafe-scorers",
+        is_flag=True,
+        help="Let reasoning-gym score by code that calset does not know and that may run an answer as a program.",
+    )(command)
+
+
 def engine_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--engine-option",
@@ -136,6 +144,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         engine_option,
         click.option("--limit", type=int, help="Only the first N problems."),
         grader_option("the source's own"),
+        scorers_option,
         click.option("--concurrency", type=click.IntRange(min=1), help="Requests in flight at most, at each server."),
     ]
     for option in reversed(options):
@@ -350,6 +359,7 @@ def _command_line() -> str:
 )
 @click.option("--ungraded", is_flag=True, help="Only traces without a verdict.")
 @click.option("--force", is_flag=True, help="Also what would get the verdict it has.")
+@scorers_option
 @click.option(
     "--judge", metavar="MODEL", help="Let this model judge instead; its judgements stand beside the verdicts."
 )
@@ -387,8 +397,10 @@ def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> N
 def _judge(judge: str, engine: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
     from calset.builder.judge import judge as run
 
-    if options.pop("grader") or options.pop("force"):
-        raise InputError("--judge takes neither --grader nor --force: a judge judges each trace once")
+    if options.pop("grader") or options.pop("force") or options.pop("unsafe_scorers"):
+        raise InputError(
+            "--judge takes neither --grader nor --force nor --unsafe-scorers: a judge judges each trace once"
+        )
     ungraded = options.pop("ungraded")
     options["verdicts"] = ("ungraded",) if ungraded else options["verdicts"]
     options["traces_of"] = options.pop("model")
@@ -634,6 +646,7 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows of each file.")
 @grader_option("math, or that of --problems")
+@scorers_option
 @catalog_option
 @progress_option
 @json_option

@@ -20,8 +20,10 @@ from calset.builder.adaptive import AdaptiveSchedule, Target
 from calset.builder.engines import Engine, Sampling, check_length, check_options, open_engine, resolve_engine
 from calset.builder.grading import grader_version
 from calset.builder.grading.pool import GradingPool
+from calset.builder.grading.scorers import check_scorers
 from calset.builder.pipeline import BuildProgress, Excluded, Pipeline, Report
 from calset.builder.plan import Plan, make_plan, open_model, open_sources, uncounted
+from calset.builder.problems import gym_tasks
 from calset.builder.schedule import FixedSchedule, Retry, Schedule
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
@@ -105,6 +107,7 @@ def build(
     commit_size: int = 512,
     retry: Collection[str] = (),
     engine_options: Mapping[str, Any] | None = None,
+    unsafe_scorers: bool = False,
     progress: Report | None = None,
 ) -> BuildReport:
     """Sample a model's own traces of problems, grade them, and keep them in a catalog.
@@ -143,6 +146,8 @@ def build(
             ``max_tokens`` cut; ``error``, traces that the engine aborted or failed on. With a target, those of the
             problems that it looks at, before anything else.
         engine_options: the engine's own options.
+        unsafe_scorers: let reasoning-gym score by code that calset does not know and that may run an answer
+            (docs/problems.md).
         progress: called in this thread with a ``BuildProgress`` before the engine starts and after each commit.
 
     Raises:
@@ -192,7 +197,7 @@ def build(
     for text in plan.other_graders:
         python_warnings.warn(text, BuildWarning, stacklevel=2)
     work.emit("starting engine")
-    with GradingPool(graders) as pool:
+    with GradingPool(graders, unsafe_scorers=unsafe_scorers) as pool:
         if graded:
             pool.warm(plan.sources[0].source.grader)
         began = time.monotonic()
@@ -276,6 +281,8 @@ def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
         store,
         **{name: asked[name] for name in ("question", "answer", "grader", "limit")},
     )
+    if asked["graded"]:
+        check_scorers(gym_tasks(s.source for s in sources), unsafe_scorers=asked["unsafe_scorers"])
     info = open_model(asked["model"], store, template_options=asked["template_options"])
     given = {f.name: asked[f.name] for f in fields(Sampling) if asked[f.name] is not None}
     plan = make_plan(

@@ -27,9 +27,10 @@ from calset import ids
 from calset.builder.grading import Outcome, check_grader
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
+from calset.builder.grading.scorers import check_scorers
 from calset.builder.model_info import ModelInfo
 from calset.builder.plan import open_model
-from calset.builder.problems import ProblemSource, open_problems
+from calset.builder.problems import ProblemSource, gym_tasks, open_problems
 from calset.builder.provenance import versions
 from calset.builder.recovery import Recovered, Recovery, with_defaults
 from calset.builder.tally import Tally
@@ -99,6 +100,7 @@ def import_traces(
     limit: int | None = None,
     graders: int = 2,
     commit_size: int = 256,
+    unsafe_scorers: bool = False,
     progress: Callable[[int, int | None, Mapping[str, int]], None] | None = None,
 ) -> ImportReport:
     """Keep traces of files, grade them, and tokenise those that come as text; the same call again adds nothing.
@@ -116,6 +118,7 @@ def import_traces(
         system_prompt: that the prompts were rendered with, where the file does not say.
         limit: only the first that many rows of each file or folder.
         commit_size: traces kept in one transaction.
+        unsafe_scorers: see ``build``.
         progress: called with (rows read, all or None, counts by name) after each commit.
 
     Raises:
@@ -146,8 +149,10 @@ def import_traces(
     )
     asked = [problems] if isinstance(problems, str) else list(problems)
     if asked:
-        work.match([open_problems(spec) for spec in asked])
-    with GradingPool(graders, background=False) as pool:
+        sources = [open_problems(spec, grader=grader) for spec in asked]
+        check_scorers(gym_tasks(found.source for found in sources), unsafe_scorers=unsafe_scorers)
+        work.match(sources)
+    with GradingPool(graders, background=False, unsafe_scorers=unsafe_scorers) as pool:
         work.run(pool, commit_size)
     if not (work.n_new or work.n_existing):
         why = f": {work.bad[0].where} {work.bad[0].why}" if work.bad else ""
@@ -315,11 +320,10 @@ class _Import:
             with suppress(RowError):
                 wanted.add(_question_key(self._recover.question(draft)[0]))
         for source in sources:
-            found = source.graded_by(self._grader) if self._grader else source
-            for problem in found:
+            for problem in source:
                 key = _question_key(problem.question)
                 if key in wanted:
-                    self._known.setdefault(key, (problem, found.source))
+                    self._known.setdefault(key, (problem, source.source))
 
     def run(self, pool: GradingPool, size: int) -> None:
         """Read, recover, grade and keep everything, ``size`` traces at a time."""

@@ -13,6 +13,7 @@ from calset.builder.grading import check_grader, grader_version
 from calset.builder.grading import graders as known
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
+from calset.builder.grading.scorers import check_scorers
 from calset.catalog import worklist
 from calset.catalog.catalog import Catalog
 from calset.errors import InputError
@@ -45,6 +46,7 @@ def grade(
     force: bool = False,
     graders: int = 2,
     commit_size: int = 256,
+    unsafe_scorers: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> GradeReport:
     """Grade stored traces again; the newest verdict counts, earlier ones stay.
@@ -58,6 +60,7 @@ def grade(
         verdicts: only traces whose present verdict is one of these, e.g. ``["no_answer", "pred_unparsable"]``.
         ungraded: only traces without a verdict.
         force: grade again what would be skipped, too.
+        unsafe_scorers: see ``build``.
         progress: called with (graded and saved, all) after each commit.
 
     Raises:
@@ -83,10 +86,12 @@ def grade(
         verdicts=("ungraded",) if ungraded else tuple(verdicts), run_id=run, model=model, source=source, grader=grader
     )
     wanted = every if force else replace(every, done={name: grader_version(name) for name in names})
+    if "gym" in names:
+        check_scorers(worklist.gym_tasks(store, wanted), unsafe_scorers=unsafe_scorers)
     total = worklist.count(store, wanted)
     skipped = worklist.count(store, every) - total
     began, now, changes = time.monotonic(), Counter[str](), Counter[tuple[str, str]]()
-    with GradingPool(graders, background=False) as pool:
+    with GradingPool(graders, background=False, unsafe_scorers=unsafe_scorers) as pool:
         for page in worklist.pages(store, wanted, commit_size):
             by = [grader or trace.problem.grader for trace in page]
             futures = [submit(pool, trace, trace.problem, name) for trace, name in zip(page, by, strict=True)]

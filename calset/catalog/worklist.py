@@ -117,6 +117,14 @@ def graders_of(catalog: Catalog) -> list[str]:
     return [row["grader"] for row in catalog.rows("SELECT DISTINCT grader FROM problems ORDER BY grader")]
 
 
+def gym_tasks(catalog: Catalog, wanted: Wanted) -> list[str]:
+    """The reasoning-gym tasks of the traces that ``pages`` would give now and that the gym grader will grade."""
+    where, params = wanted.condition()
+    sql = f"""SELECT DISTINCT p.metadata->>'$.task' AS task {wanted.tables()}
+        WHERE coalesce(?, p.grader) = 'gym' AND {where} ORDER BY task"""
+    return [row["task"] for row in catalog.rows(sql, [wanted.grader, *params]) if row["task"] is not None]
+
+
 def count(catalog: Catalog, wanted: Wanted) -> int:
     """How many traces ``pages`` would give now."""
     where, params = wanted.condition()

@@ -94,6 +94,7 @@ def evaluate(
     grader: str | None = None,
     concurrency: int | None = None,
     engine_options: Mapping[str, Any] | None = None,
+    unsafe_scorers: bool = False,
     progress: Callable[[BuildProgress], None] | None = None,
 ) -> EvaluationReport:
     """Generate ``samples`` traces a problem with ``model``, grade them, and summarise; recorded in the catalog.
@@ -102,6 +103,7 @@ def evaluate(
         model: a checkpoint folder or Hub id, as ``build`` takes it.
         problems: problem sources, as ``build`` takes them; keep them apart from the calibration problems.
         engine: an engine's name, or a running engine that already holds ``model``'s weights.
+        unsafe_scorers: see ``build``.
 
     Raises:
         InputError: bad problems, model or options.
@@ -135,6 +137,7 @@ def evaluate(
         grader=grader,
         concurrency=concurrency,
         engine_options=engine_options,
+        unsafe_scorers=unsafe_scorers,
         kind="evaluate",
         progress=progress,
     )

@@ -139,9 +139,16 @@ def verdict_without_grading(response: str, finish_reason: str, thinking_ended: b
     return None
 
 
-def grade_response(grader: str, answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
-    """Grade in this process and thread, without a deadline; builds go through ``GradingPool``."""
-    found = _load(grader).grade(answer, response[-MAX_RESPONSE_CHARS:], metadata)
+def grade_response(
+    grader: str, answer: str, response: str, metadata: Mapping[str, Any], *, unsafe_scorers: bool = False
+) -> Outcome:
+    """Grade in this process and thread, without a deadline; builds go through ``GradingPool``.
+
+    Args:
+        unsafe_scorers: the ``gym`` grader's; never read from the metadata, which a stranger may have written.
+    """
+    options = {"unsafe_scorers": True} if unsafe_scorers and grader == "gym" else {}
+    found = _load(grader).grade(answer, response[-MAX_RESPONSE_CHARS:], metadata, **options)
     verdict, extracted, detail = (*found, None, None)[:3]
     if verdict not in VERDICTS or verdict == "ungraded":
         return Outcome("error", detail=f"the grader {grader} returned the verdict {verdict!r}"[:200])

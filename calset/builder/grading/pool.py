@@ -61,6 +61,7 @@ class GradingPool:
             verdict is ``timeout``.
         background: workers give way to other processes; False where nothing generates meanwhile.
         max_waiting: jobs that wait at most; then ``submit`` does.
+        unsafe_scorers: see ``grade_response``.
 
     Attributes:
         gaps: what this machine's kernel lets graders do that they should not be able to, as verb phrases; empty before
@@ -74,7 +75,9 @@ class GradingPool:
         *,
         background: bool = True,
         max_waiting: int = MAX_WAITING,
+        unsafe_scorers: bool = False,
     ) -> None:
+        self._unsafe_scorers = unsafe_scorers
         self._background = background
         self._processes, self._deadline, self._max_waiting = processes, deadline_seconds, max_waiting
         self._waiting: deque[_Job] = deque()
@@ -99,6 +102,7 @@ class GradingPool:
             "answer": answer,
             "response": response[-MAX_RESPONSE_CHARS:],
             "metadata": dict(metadata),
+            "unsafe_scorers": self._unsafe_scorers,
         }
         future: Future[Outcome] = Future()
         with self._changed:
@@ -454,7 +458,10 @@ def _verdict(job: dict[str, Any]) -> dict[str, Any]:
     from calset.builder.grading import grade_response
 
     try:
-        return grade_response(job["grader"], job["answer"], job["response"], job["metadata"])._asdict()
+        outcome = grade_response(
+            job["grader"], job["answer"], job["response"], job["metadata"], unsafe_scorers=job["unsafe_scorers"]
+        )
+        return outcome._asdict()
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from calset import ids
-from calset.builder.problems.gym import gym_version, open_demo, open_gym, open_task
+from calset.builder.problems.gym import gym_tasks, gym_version, open_demo, open_gym, open_task
 from calset.builder.problems.presets import PRESETS, Preset
 from calset.builder.problems.rows import Columns, Place, read_problems
 from calset.builder.problems.source import ProblemSource
@@ -22,7 +22,16 @@ from calset.errors import InputError
 from calset.hubfiles import DEFAULT, PREFIX, HubDataset, open_dataset
 from calset.specs import parse, parse_options
 
-__all__ = ["PRESETS", "Preset", "ProblemSource", "gym_version", "load_problems", "open_gym", "open_problems"]
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "ProblemSource",
+    "gym_tasks",
+    "gym_version",
+    "load_problems",
+    "open_gym",
+    "open_problems",
+]
 
 ACCEPTED = (
     "a .jsonl, .json, .parquet or .csv file (also .gz, .zst) or a folder of them, a preset (calset problems lists "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 from urllib.parse import parse_qsl
@@ -76,6 +76,18 @@ def open_gym(task: str, options: dict[str, Any]) -> Any:
         raise InputError(
             f"reasoning-gym's {task} refuses {given!r} ({first_line(error)}); its options: {', '.join(known)}"
         ) from error
+
+
+def gym_tasks(sources: Iterable[Source]) -> set[str]:
+    """The reasoning-gym tasks of the sources that the gym grader grades."""
+    tasks: set[str] = set()
+    for source in sources:
+        if source.grader == "gym" and source.kind == "gym":
+            tasks.add(source.name.removeprefix("gym:"))
+        elif source.grader == "gym" and source.kind == "demo":
+            part = "evaluate" if source.spec == "demo:evaluate" else "build"
+            tasks |= {spec["task"] for spec in json.loads(demo.PROBLEMS.read_text(encoding="utf-8"))[part]}
+    return tasks
 
 
 def gym_version() -> str:

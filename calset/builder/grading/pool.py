@@ -478,4 +478,5 @@ def _warm_up(grader: str) -> None:
 
     samples = {"math": ("x^2", r"\boxed{\frac{x^3}{x}}", {}), "gym": ("3", "3", {"task": "chain_sum"})}
     if grader in samples:
-        grade_response(grader, *samples[grader])
+        # The answer is calset's own, and the import must come now, also of a reasoning-gym that nobody has read.
+        grade_response(grader, *samples[grader], unsafe_scorers=True)

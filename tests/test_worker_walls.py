@@ -303,6 +303,17 @@ def test_an_import_may_cache_what_it_compiles_and_nothing_is_written_later(
     assert list(Path("__pycache__").iterdir()) == []
 
 
+def test_a_working_folder_that_was_tidied_away_is_made_anew(site: Path, target: dict[str, Any]) -> None:
+    with GradingPool(1) as pool:
+        first = ask(pool, target)
+        os.rmdir(first["cwd"])
+        assert ask(pool, target)["pid"] == first["pid"]
+        os.kill(first["pid"], signal.SIGKILL)
+        second = ask(pool, target)
+        assert os.listdir(second["cwd"]) == []
+    assert not Path(second["cwd"]).exists()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone reads what belongs to others")
 def test_root_grades_with_an_environment_in_the_home_of_somebody_else(site: Path) -> None:
     os.chown(site, 1234, 1234)

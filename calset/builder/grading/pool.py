@@ -255,7 +255,10 @@ class GradingPool:
 
     def _folder(self) -> str:
         """The folder that the workers have for themselves; made anew where a weeks-old one was tidied away."""
-        if self._scratch is None or not os.path.isdir(self._scratch.name):
+        if self._scratch is not None and not os.path.isdir(self._scratch.name):
+            self._scratch.cleanup()
+            self._scratch = None
+        if self._scratch is None:
             try:
                 self._scratch = tempfile.TemporaryDirectory(prefix="calset-grading-", ignore_cleanup_errors=True)
             except OSError as error:

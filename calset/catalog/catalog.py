@@ -130,10 +130,10 @@ class Catalog:
         """A read-only DuckDB connection of your own: ``with catalog.connect() as con: con.sql("FROM trace").pl()``.
 
         **There is no wall around it.** SQL that you run on it may read every file that you may read, your environment
-        and your Python variables, reach the network, and write other files (``COPY ... TO``, ``ATTACH``). The catalog is
-        checked before it is opened: what would run by itself is refused, and ``trace``, ``problem`` and the other views
-        of calset are calset's own. But a view or a macro that somebody added to the file runs with all of these rights
-        as soon as your SQL names it. For a catalog that you did not make use ``query``, ``sql`` or ``stream``.
+        and your Python variables, reach the network, and write files (``COPY ... TO``, ``ATTACH``). The catalog is
+        checked before it is opened: what would run by itself is refused, and ``trace``, ``problem`` and the other
+        views of calset are calset's own. But a view or a macro that somebody added to the file runs with all of these
+        rights as soon as your SQL names it. For a catalog that you did not make use ``query``, ``sql`` or ``stream``.
 
         Use it in the thread that opened it. While it is open no process can write to the catalog. Inside the block the
         catalog's own reads work (``stats``, ``runs``, ``trace``, ``load``, ``export``, ...). ``query`` and whatever

@@ -39,8 +39,8 @@ class Compacted:
 def compact(catalog: Catalog | str | Path) -> Compacted:
     """Rewrite a catalog without the space that it no longer needs. It needs as much free space as the result.
 
-    What somebody added to the file (tables, views, macros, sequences, indexes, types, schemas) stays in it, as far as it
-    can be made without reading another file.
+    What somebody added to the file (tables, views, macros, sequences, indexes, types, schemas) stays in it, but not a
+    view that reads another file.
 
     Nobody can write to the catalog or open it meanwhile; who waits longer than its own lock timeout is told the PID.
 

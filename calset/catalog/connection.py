@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, TypeVar
 import duckdb
 
 from calset.catalog import migrations, walls
-from calset.catalog.interrupts import interruptible
+from calset.catalog.interrupts import as_keyboard_interrupt, interruptible
 from calset.catalog.turns import turn
 from calset.errors import CatalogError, CatalogLocked, InputError, first_line
 
@@ -181,10 +181,11 @@ def _held(
     gate = _gate(path)
     mode = gate.enter(mode, path, deadline)
     try:
-        con = connect(mode)
+        with as_keyboard_interrupt():
+            con = connect(mode)
         try:
             # Not while writing: what is rolled back must not be interrupted. Not in a user's own block, which may last.
-            with interruptible(con) if mode == "query" else nullcontext():
+            with as_keyboard_interrupt(), interruptible(con) if mode == "query" else nullcontext():
                 yield con
         except duckdb.Error as error:
             raise translate(error, path) from error

@@ -22,8 +22,21 @@ _PAUSE_SECONDS = 0.02
 
 
 @contextmanager
+def as_keyboard_interrupt() -> Iterator[None]:
+    """Let a question that Ctrl-C ended leave as what Python raises for Ctrl-C."""
+    try:
+        yield
+    except duckdb.InterruptException:
+        raise KeyboardInterrupt from None
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # DuckDB saw the signal by itself
+            raise KeyboardInterrupt from None
+        raise
+
+
+@contextmanager
 def interruptible(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """Let Ctrl-C end what the connection does in the block, as a KeyboardInterrupt.
+    """Let Ctrl-C end what the connection does in the block; use it inside ``as_keyboard_interrupt``.
 
     Does nothing outside the main thread, and where somebody else handles the signal.
     """
@@ -39,11 +52,9 @@ def interruptible(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
     watcher.start()
     try:
         yield
-    except duckdb.InterruptException:
-        raise KeyboardInterrupt from None
-    except RuntimeError as error:
-        if str(error) == "Query interrupted":  # DuckDB has seen the signal first
-            raise KeyboardInterrupt from None
+    except BaseException:
+        with suppress(duckdb.Error):
+            con.interrupt()  # closing it would wait for what its threads are still doing
         raise
     finally:
         signal.set_wakeup_fd(before, warn_on_full_buffer=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,9 +133,7 @@ _LISTED: Mapping[str, str] = {
 }
 
 
-def _entries(
-    con: duckdb.DuckDBPyConnection, database: str, kinds: Collection[str] = tuple(_LISTED)
-) -> list[_Entry]:
+def _entries(con: duckdb.DuckDBPyConnection, database: str, kinds: Collection[str] = tuple(_LISTED)) -> list[_Entry]:
     """What the file's database holds, apart from DuckDB's own."""
     if duckdb.__version__.startswith("1."):  # has no triggers
         kinds = [kind for kind in kinds if kind != "trigger"]
@@ -279,17 +277,27 @@ def _strangers(entries: Collection[_Entry]) -> Iterator[Finding]:
 
 def _texts_differ(con: duckdb.DuckDBPyConnection, entries: Collection[_Entry]) -> set[str]:
     """calset's views whose text in the file is not the one that this DuckDB writes for calset's definition."""
-    there = {entry.name: entry.sql.partition(" AS ")[2].rstrip(";") for entry in entries if entry.schema == "main"}
-    views = list(schema.VIEWS)
+    there = {entry.name: _body(entry) for entry in entries if _of_calset(entry, schema.VIEWS, "view")}
     written = _rewritten(con, list(schema.VIEWS.values()))
-    left = [(view, text) for view, text in zip(views, written, strict=True) if there.get(view) != text]
+    differ = {view for view, text in zip(schema.VIEWS, written, strict=True) if there.get(view) != text}
+    ours = {view: text for view, text in zip(schema.VIEWS, written, strict=True) if view in differ}
+    if not differ or any(not there.get(view) for view in differ):
+        return differ
     # DuckDB 1.5 writes a text that it has read from its own writing in yet another way, once.
-    again = _rewritten(con, [text for _, text in left] + [there.get(view, "") for view, _ in left]) if left else []
-    return {view for (view, _), ours, its in zip(left, again, again[len(left) :], strict=False) if ours != its}
+    with suppress(duckdb.Error):  # not a SELECT
+        again = zip(ours, _rewritten(con, list(ours.values())), _rewritten(con, [there[v] for v in ours]), strict=True)
+        return {view for view, mine, its in again if mine != its}
+    return differ
 
 
-def _rewritten(con: duckdb.DuckDBPyConnection, texts: list[str]) -> list[str | None]:
-    """SELECT statements as DuckDB writes them itself; None for what is none."""
+def _body(entry: _Entry) -> str:
+    """The SELECT of a view; nothing where the view renames its columns."""
+    found = re.fullmatch(rf'CREATE VIEW "?{re.escape(entry.name)}"? AS (.+);', entry.sql, re.DOTALL)
+    return found[1] if found else ""
+
+
+def _rewritten(con: duckdb.DuckDBPyConnection, texts: list[str]) -> list[str]:
+    """SELECT statements as DuckDB writes them itself."""
     sql = "SELECT json_deserialize_sql(json_serialize_sql(text)) FROM (SELECT unnest(?::VARCHAR[]) AS text)"
     return [text for (text,) in con.execute(sql, [texts]).fetchall()]
 

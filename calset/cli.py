@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -574,19 +575,23 @@ def query(
     form = format_of(out, "jsonl" if as_json else form)
     text, params = _question(sql, options)
     store, question = _existing(catalog), Question(text, params, limit)
-    if out is not None:
-        written = save_answer(store, question, form, out)
-        terminal.note(f"Wrote {written.rows:,} rows to {out}")
-    elif form == "table" and sys.stdout.isatty():
-        most = limit or SHOWN_ROWS
-        result = store.query(text, params, limit=most)
-        terminal.table(result.columns, result.rows)
-        if result.truncated and limit is None:
-            terminal.note(f"The first {most:,} rows; more match. All of them: --format csv, jsonl, or -o FILE.")
-            return
-        written = result
-    else:
-        written = print_answer(store, question, form)
+    try:
+        if out is not None:
+            written = save_answer(store, question, form, out)
+            terminal.note(f"Wrote {written.rows:,} rows to {out}")
+        elif form == "table" and sys.stdout.isatty():
+            most = limit or SHOWN_ROWS
+            result = store.query(text, params, limit=most)
+            terminal.table(result.columns, result.rows)
+            if result.truncated and limit is None:
+                terminal.note(f"The first {most:,} rows; more match. All of them: --format csv, jsonl, or -o FILE.")
+                return
+            written = result
+        else:
+            written = print_answer(store, question, form)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
+        raise Stopped("stopped") from None
     if written.truncated:
         terminal.note(f"The first {limit} rows; more match.")
 

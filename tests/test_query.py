@@ -6,9 +6,12 @@ import csv
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ import pytest
 from factories import fill, make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import python
 
 from calset import answers
 from calset.answers import Question, print_answer, save_answer
 from calset.catalog.catalog import Catalog
 from calset.catalog.filters import COLUMNS, NARROW, Filter, parse_band
 from calset.catalog.records import VERDICTS
-from calset.errors import CatalogError, InputError
+from calset.errors import CatalogError, CatalogLocked, InputError
 
 ROOT = Path(__file__).parent.parent
 OLDER = Path(sys.prefix) / "duckdb-1.5"
@@ -440,3 +444,83 @@ def test_an_answer_never_takes_the_place_of_a_catalog(catalog: Catalog) -> None:
     with pytest.raises(InputError, match="is a DuckDB file"):
         save_answer(catalog, Question("SELECT 1 AS a"), "csv", catalog.path)
     assert catalog.path.read_bytes() == before
+
+
+# -- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+ENDLESS = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range + b.range = 7"
+STOPPABLE = """
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background ignores it
+    from calset.catalog.catalog import Catalog
+    from calset.cli import main
+    if sys.argv[1:2] != ["api"]:
+        main()
+    catalog = Catalog(sys.argv[2])
+    try:
+        if sys.argv[3] == "sql":
+            catalog.sql(sys.argv[4])
+        elif sys.argv[3] == "query":
+            catalog.query(sys.argv[4])
+        else:
+            with catalog.stream(sys.argv[4]) as (names, batches):
+                list(batches)
+    except KeyboardInterrupt:
+        print(catalog.query("SELECT count(*) FROM trace").rows)
+"""
+
+
+def stopped(catalog: Catalog, *arguments: object, times: int = 1) -> tuple[int, str, str]:
+    """Exit code and outputs of a process that gets SIGINT while it has the catalog open; somebody then writes to it."""
+    with python(STOPPABLE, *arguments) as process:
+        while process.poll() is None:
+            try:
+                with Catalog(catalog.path, lock_timeout=0).transaction():
+                    time.sleep(0.05)
+            except CatalogLocked:
+                break
+        time.sleep(0.5)  # it has opened the file, and begins
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        out, err = process.communicate(timeout=30)
+    with Catalog(catalog.path, lock_timeout=1).transaction():
+        pass
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("ending", [(), ("-o", "out.csv"), ("-o", "out.parquet")])
+def test_ctrl_c_ends_a_query_in_one_line_and_gives_the_lock_back(
+    tmp_path: Path, ending: tuple[str, ...], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
+    said = stopped(catalog, "query", ENDLESS, *ending, "--catalog", catalog.path, times=times)
+    assert said == (130, "", "calset: stopped\n")
+    assert os.listdir(tmp_path) == ["c.duckdb"]
+
+
+@pytest.mark.parametrize("how", ["query", "sql", "stream"])
+def test_ctrl_c_is_a_keyboard_interrupt_in_python_and_the_catalog_can_be_asked_again(tmp_path: Path, how: str) -> None:
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 3)]])
+    assert stopped(catalog, "api", catalog.path, how, ENDLESS) == (0, "[(1,)]\n", "")
+
+
+def test_signals_reach_whoever_waited_for_them_before(catalog: Catalog) -> None:
+    reader, writer = socket.socketpair()
+    for end in (reader, writer):
+        end.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno())
+    handler = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        with catalog.stream("FROM range(3)") as (_, batches):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert len(next(batches)) == 3
+        assert reader.recv(10) == bytes([signal.SIGUSR1])
+        assert signal.set_wakeup_fd(before) == writer.fileno()
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+        signal.set_wakeup_fd(before)
+        reader.close()
+        writer.close()

@@ -99,21 +99,41 @@ class Catalog:
     def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A write transaction: committed at the end of the block, rolled back when it raises.
 
+        Like every connection but ``connect()`` it reaches no other file, no network and no Python variable.
+
         Raises:
             CatalogLocked, CatalogError, InputError: see ``calset.catalog.connection.opened``.
         """
-        with self._open("write") as con:
-            con.execute("BEGIN")
-            try:
-                yield con
-            except BaseException:
-                with suppress(duckdb.Error):
-                    con.execute("ROLLBACK")
-                raise
-            con.execute("COMMIT")
+        with opened(self.path, "write", self.lock_timeout) as con, _transaction(con):
+            yield con
+
+    @contextmanager
+    def _writing(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """As ``transaction``, for statements of this module: after them the file need not be checked again."""
+        with opened(self.path, "write", self.lock_timeout, own_sql=True) as con, _transaction(con):
+            yield con
+
+    @contextmanager
+    def merging(self, other: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+        """As ``transaction``, on a connection that may also attach the file ``other``, and no further one."""
+        with opened(self.path, "write", self.lock_timeout, other=other) as con, _transaction(con):
+            yield con
+
+    def reading(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        """A connection for SQL of calset's own; while it is open, all reads of this thread share it.
+
+        It reaches no other file, and its views are calset's own, whoever made the catalog.
+        """
+        return self._open("own")
 
     def connect(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         """A read-only DuckDB connection of your own: ``with catalog.connect() as con: con.sql("FROM trace").pl()``.
+
+        **There is no wall around it.** SQL that you run on it may read every file that you may read, your environment
+        and your Python variables, reach the network, and write files (``COPY ... TO``, ``ATTACH``). The catalog is
+        checked before it is opened: what would run by itself is refused, and ``trace``, ``problem`` and the other
+        views of calset are calset's own. But a view or a macro that somebody added to the file runs with all of these
+        rights as soon as your SQL names it. For a catalog that you did not make use ``query``, ``sql`` or ``stream``.
 
         Use it in the thread that opened it. While it is open no process can write to the catalog. Inside the block the
         catalog's own reads work (``stats``, ``runs``, ``trace``, ``load``, ``export``, ...). ``query`` and whatever
@@ -137,17 +157,17 @@ class Catalog:
 
     def add_source(self, source: Source) -> int:
         """Keep a source; returns 1, or 0 when it was there."""
-        with self.transaction() as con:
+        with self._writing() as con:
             return _insert(con, "sources", [_row("sources", source)], key=("source_id",))
 
     def add_problems(self, problems: Sequence[Problem]) -> int:
         """Keep problems; returns how many were new."""
-        with self.transaction() as con:
+        with self._writing() as con:
             return _insert(con, "problems", [_row("problems", p) for p in problems], key=("problem_id",))
 
     def add_run(self, run: Run) -> int:
         """Keep a run; returns 1, or 0 when it was there."""
-        with self.transaction() as con:
+        with self._writing() as con:
             return _insert(con, "runs", [_row("runs", run)], key=("run_id",))
 
     def add_traces(self, traces: Sequence[Trace]) -> int:
@@ -177,7 +197,7 @@ class Catalog:
         """
         if not (traces or grades or problems or decisions or contaminations):
             return Recorded(0, 0)
-        with self.transaction() as con:
+        with self._writing() as con:
             _insert(con, "problems", [_row("problems", p) for p in problems], key=("problem_id",))
             _append(con, "decisions", [_row("decisions", d) for d in decisions])
             _insert(
@@ -195,7 +215,7 @@ class Catalog:
         """Keep what judges said of traces; returns how many were new."""
         rows = [_row("judgements", judgement) for judgement in judgements]
         key = ("trace_id", "attempt", "judge", "judge_revision", "prompt_hash", "judged_at")
-        with self.transaction() as con:
+        with self._writing() as con:
             return _insert(con, "judgements", rows, key=key)
 
     def add_evaluation(self, record: Mapping[str, Any]) -> str:
@@ -209,7 +229,7 @@ class Catalog:
     def add_publication(self, publication: Publication) -> int:
         """Keep that a subset stands on the Hub; returns 1, or 0 when that was kept."""
         key = ("name", "version", "content_hash", "repo", "revision", "tag")
-        with self.transaction() as con:
+        with self._writing() as con:
             return _insert(con, "publications", [_row("publications", publication)], key=key)
 
     def publications(self) -> list[Publication]:
@@ -219,7 +239,7 @@ class Catalog:
     def _add_document(self, table: str, key: str, record: Mapping[str, Any]) -> str:
         text = dump_json(record)
         name = ids.digest(table, text)
-        with self.transaction() as con:
+        with self._writing() as con:
             _insert(con, table, [(name, utc_now(), text)], key=(key,))
         return name
 
@@ -458,6 +478,8 @@ class Catalog:
             try:
                 check_select(con, sql)
                 yield con
+            except duckdb.InterruptException:  # Ctrl-C
+                raise
             except duckdb.Error as error:
                 raise InputError(first_line(error)) from error
 
@@ -530,6 +552,18 @@ class Catalog:
                 near = did_you_mean(name, known)
                 raise InputError(f"there is no filter {name!r}{near}; there are {', '.join(sorted(known))}")
         return self.sql(*Filter(**filters).select(columns, limit))
+
+
+@contextmanager
+def _transaction(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    con.execute("BEGIN")
+    try:
+        yield
+    except BaseException:
+        with suppress(duckdb.Error):
+            con.execute("ROLLBACK")
+        raise
+    con.execute("COMMIT")
 
 
 def _in_memory(names: Sequence[str], types: Sequence[str], rows: pa.Table) -> duckdb.DuckDBPyRelation:

@@ -39,7 +39,8 @@ class Compacted:
 def compact(catalog: Catalog | str | Path) -> Compacted:
     """Rewrite a catalog without the space that it no longer needs. It needs as much free space as the result.
 
-    What somebody added to the file (tables, views, macros, sequences, indexes, types, schemas) stays in it.
+    What somebody added to the file (tables, views, macros, sequences, indexes, types, schemas) stays in it, but not a
+    view that reads another file.
 
     Nobody can write to the catalog or open it meanwhile; who waits longer than its own lock timeout is told the PID.
 
@@ -52,7 +53,7 @@ def compact(catalog: Catalog | str | Path) -> Compacted:
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     path = Path(os.path.realpath(catalog.path))  # a link stays a link
     draft = path.with_name(f".{path.name}.compact")
-    with exclusive(path, catalog.lock_timeout) as con:
+    with exclusive(path, catalog.lock_timeout, draft) as con:
         before = os.path.getsize(path)
         try:
             # Nobody else can be writing one, as only the holder of the lock does: it is what a kill left.

@@ -3,7 +3,12 @@
 DuckDB gives one process the file to itself for writing, or many processes for reading. calset therefore opens for one
 batch or one question, closes, and retries on the lock with jitter up to a deadline, in turn with other processes.
 Inside one process DuckDB refuses to open a file twice with different settings, and a connection shared between threads
-returns other threads' rows: a gate a path serialises that. Must not know: tables, except through ``migrations``.
+returns other threads' rows: a gate a path serialises that.
+
+A file may be somebody else's. So every connection of calset's own can reach no other file and no network, and what the
+file holds is checked before anything of it could run (``walls``): once a process and version of the file, as listing a
+catalog's macros takes longer than all else that an open does. Must not know: tables, except through ``migrations`` and
+``walls``.
 """
 
 from __future__ import annotations
@@ -13,36 +18,35 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import duckdb
 
-from calset.catalog import migrations
+from calset.catalog import migrations, walls
+from calset.catalog.interrupts import as_keyboard_interrupt, interruptible
 from calset.catalog.turns import turn
 from calset.errors import CatalogError, CatalogLocked, InputError, first_line
 
 _T = TypeVar("_T")
-# "own" is calset's own reading SQL, which needs no walls: it joins "read" or "query", whichever is open already.
+# "own" is calset's own reading SQL: it joins "read" or "query", whichever is open already, and opens "query" else.
 Mode = Literal["write", "read", "query", "own"]
 
 # A file written by DuckDB 2 opens in 1.5 only with this; 1.5 takes the option too.
 _STORAGE = {"storage_compatibility_version": "v1.5.0"}
 _NO_DOWNLOADS = {"autoinstall_known_extensions": "false"}
-# "query" runs SQL that somebody typed: no files, no network, no Python variables, and, once ``_settle`` has locked it,
-# no way to switch that back on.
-_LOCKED = {
-    "enable_external_access": "false",
-    "autoload_known_extensions": "false",
-    "python_enable_replacements": "false",
-}
+# No extensions and no Python variables; and no files but the catalog's own, no network.
+_WALLS = {**_NO_DOWNLOADS, "autoload_known_extensions": "false", "python_enable_replacements": "false"}
+_NO_FILES = {"enable_external_access": "false"}
 _CONFIG: dict[Mode, dict[str, str | bool | int | float | list[str]]] = {
-    "write": {**_STORAGE, **_NO_DOWNLOADS, "max_vacuum_tasks": "0"},
-    "read": {**_NO_DOWNLOADS},
-    "query": {**_NO_DOWNLOADS, **_LOCKED},
+    "write": {**_STORAGE, **_WALLS, **_NO_FILES, "max_vacuum_tasks": "0"},
+    "read": {**_NO_DOWNLOADS},  # a user's own
+    "query": {**_WALLS, **_NO_FILES},
 }
+# What DuckDB reads and writes beside a file that is attached.
+_BESIDE = ("", ".wal", ".wal.checkpoint", ".wal.recovery")
 
 # Each commit adds a row group to a table, and DuckDB would merge it with the last ones at every close: measured on
 # traces of 3,000 tokens, that writes up to a row group of 122,880 texts again each time (1 to 8 s), where adding takes
@@ -123,61 +127,93 @@ def _gate(path: Path) -> _Gate:
         return _gates.setdefault(os.path.realpath(path), _Gate())
 
 
+class _Checked(NamedTuple):
+    """A file that was found to be in order: its content, its schema, and whether a view's text is not calset's."""
+
+    content: tuple[int, ...]
+    schema_version: int
+    views_differ: bool  # then calset's own are put before them
+
+
+_checked: dict[str, _Checked] = {}
+
+
 @contextmanager
-def opened(path: Path, mode: Mode, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnection]:
+def opened(
+    path: Path, mode: Mode, lock_timeout: float, *, other: Path | None = None, own_sql: bool = False
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """An open, migrated catalog for the length of a ``with`` block; every DuckDB error leaves as a calset error.
 
+    Args:
+        other: the one other file that may be attached (in the mode "write").
+        own_sql: only statements of calset's own are run in the block, so that the file need not be checked again.
+
     Raises:
-        InputError: no such catalog (reading), not a database, a folder that cannot be written, a newer schema.
+        InputError: no such catalog (reading), not a database, a folder that cannot be written, a newer schema, or a
+            file that holds what calset refuses to run.
         CatalogLocked: others held the file for ``lock_timeout`` seconds.
         CatalogError: a full disk, or anything else that DuckDB reports.
+        KeyboardInterrupt: Ctrl-C while DuckDB was reading.
     """
     deadline = time.monotonic() + lock_timeout
     _check_path(path, mode)
     if mode == "write" and not os.path.exists(path):
         _create(path)
-    with _held(path, mode, deadline, lambda mode: _connect_current(path, mode, deadline)) as con:
-        if mode == "write" and random.random() * MERGE_EVERY < 1:
-            _merge_row_groups(con, path)
+    connect = lambda mode: _connect_current(path, mode, deadline, other)  # noqa: E731
+    with _held(path, mode, deadline, connect, own_sql=own_sql) as con:
+        if mode == "write":
+            if random.random() * MERGE_EVERY < 1:
+                _merge_row_groups(con, path)
+            con.execute("SET lock_configuration = true")
         yield con
 
 
 @contextmanager
 def _held(
-    path: Path, mode: Mode, deadline: float, connect: Callable[[Mode], duckdb.DuckDBPyConnection]
+    path: Path,
+    mode: Mode,
+    deadline: float,
+    connect: Callable[[Mode], duckdb.DuckDBPyConnection],
+    *,
+    own_sql: bool = False,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection while this process's gate is held; what DuckDB reports in the block leaves as a calset error."""
     gate = _gate(path)
     mode = gate.enter(mode, path, deadline)
     try:
-        con = connect(mode)
+        with as_keyboard_interrupt():
+            con = connect(mode)
         try:
-            yield con
+            # Not while writing: what is rolled back must not be interrupted. Not in a user's own block, which may last.
+            with as_keyboard_interrupt(), interruptible(con) if mode == "query" else nullcontext():
+                yield con
         except duckdb.Error as error:
             raise translate(error, path) from error
         finally:
             _close(con, path)
+            if mode == "write" and own_sql and (before := _checked.get(_place(path))):
+                _checked[_place(path)] = before._replace(content=_content(path))
     finally:
         gate.leave()
 
 
 @contextmanager
-def exclusive(path: Path, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnection]:
+def exclusive(path: Path, lock_timeout: float, draft: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A current catalog attached as ``old`` to a connection that nobody shares, with nothing left in its log.
 
-    The file may be replaced inside the block: DuckDB touches neither it nor its log when it is let go, since nothing
-    was written through this connection. No code in the block may open the file: closing it would drop the lock, which
-    belongs to the process and not to who took it.
+    The connection can reach no other file than this one and ``draft``. The file may be replaced inside the block:
+    DuckDB touches neither it nor its log when it is let go, since nothing was written through this connection. No code
+    in the block may open the file: closing it would drop the lock, which belongs to the process and not to who took it.
 
     Raises:
-        InputError, CatalogLocked, CatalogError: as ``opened``.
+        InputError, CatalogLocked, CatalogError: as ``opened``; plain columns that somebody added are no reason.
     """
     deadline = time.monotonic() + lock_timeout
     _check_path(path, "own")
 
     def connect(mode: Mode) -> duckdb.DuckDBPyConnection:
-        _connect_current(path, mode, deadline).close()
-        return duckdb.connect(config=dict(_NO_DOWNLOADS))
+        _connect_current(path, mode, deadline, extra_columns=True).close()
+        return in_memory(path, draft)
 
     with _held(path, "write", deadline, connect) as con:
         _attach(con, path, deadline)
@@ -185,17 +221,24 @@ def exclusive(path: Path, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnec
         yield con
 
 
+def in_memory(*files: Path) -> duckdb.DuckDBPyConnection:
+    """A connection to a database in memory that can reach these files, to attach them, and nothing else."""
+    con = duckdb.connect(config=dict(_WALLS))
+    _allow_only(con, files)
+    return con
+
+
 @contextmanager
 def opened_as_it_is(path: Path, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An open file for reading, whatever its schema: nothing is upgraded, nothing is written.
+    """An open file for reading, whatever its schema: nothing is upgraded, nothing is written, nothing is refused.
 
     Raises:
         InputError: no such file, or not a DuckDB database.
         CatalogLocked, CatalogError: as ``opened``.
     """
     deadline = time.monotonic() + lock_timeout
-    _check_path(path, "read")
-    with _held(path, "read", deadline, lambda mode: _connect(path, mode, deadline)) as con:
+    _check_path(path, "query")
+    with _held(path, "query", deadline, lambda mode: _connect(path, mode, deadline)) as con:
         yield con
 
 
@@ -255,25 +298,57 @@ def _publish(draft: Path, path: Path) -> None:
             draft.rename(path)
 
 
-def _connect_current(path: Path, mode: Mode, deadline: float) -> duckdb.DuckDBPyConnection:
-    con = _connect(path, mode, deadline)
+def _connect_current(
+    path: Path, mode: Mode, deadline: float, other: Path | None = None, *, extra_columns: bool = False
+) -> duckdb.DuckDBPyConnection:
+    """A connection to a file that was checked and has the present schema, with calset's own views where they differ."""
+    if mode == "read" and not _known(path):  # behind walls first
+        _connect_current(path, "query", deadline).close()
+    con = _connect(path, mode, deadline, other)
     try:
-        if mode == "write":
-            migrations.migrate(con, str(path))
-            return con
-        if migrations.schema_version(con, str(path)) == migrations.SCHEMA_VERSION:
-            return con
-        # An older catalog: the upgrade needs the file for itself for a moment.
-        con.close()
-        con = _connect(path, "write", deadline)
-        migrations.migrate(con, str(path))
-        con.close()
-        return _connect(path, mode, deadline)
+        if not (known := _known(path)):
+            if not _is_current(con, path, mode, extra_columns):
+                # An older catalog: the upgrade needs the file for itself for a moment.
+                con.close()
+                _connect_current(path, "write", deadline).close()
+                return _connect_current(path, mode, deadline, extra_columns=extra_columns)
+            known = _Checked(_content(path), migrations.SCHEMA_VERSION, walls.views_differ(con))
+            if not extra_columns:
+                _checked[_place(path)] = known
+        if known.views_differ and mode != "write":
+            walls.create_own_views(con)
+        return con
     except BaseException as error:
         _close(con, path)
         if isinstance(error, duckdb.Error):
             raise translate(error, path) from error
         raise
+
+
+def _is_current(con: duckdb.DuckDBPyConnection, path: Path, mode: Mode, extra_columns: bool) -> bool:
+    """Check what the file holds, and upgrade it where it can be written; returns False for an older schema."""
+    current = walls.check(con, str(path), extra_columns=extra_columns) == migrations.SCHEMA_VERSION
+    if not current and mode == "write":
+        migrations.migrate(con, str(path))
+        walls.check(con, str(path), extra_columns=extra_columns)
+    return current or mode == "write"
+
+
+def _known(path: Path) -> _Checked | None:
+    """What is known of a file that was checked and has not been written to since."""
+    known = _checked.get(_place(path))
+    same = known and known.schema_version == migrations.SCHEMA_VERSION and known.content == _content(path)
+    return known if same else None
+
+
+def _content(path: Path) -> tuple[int, ...]:
+    """What changes with every write to a file: where it is, its size and time, and those of its log."""
+    seen: list[int] = []
+    for file in (path, f"{path}.wal"):
+        with suppress(OSError):
+            found = os.stat(file)
+            seen += (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return tuple(seen)
 
 
 def _place(path: Path) -> str:
@@ -286,16 +361,19 @@ def quoted(path: Path) -> str:
     return "'" + _place(path).replace("'", "''") + "'"
 
 
-def _connect(path: Path, mode: Mode, deadline: float) -> duckdb.DuckDBPyConnection:
+def _connect(path: Path, mode: Mode, deadline: float, other: Path | None = None) -> duckdb.DuckDBPyConnection:
+    config = dict(_CONFIG[mode])
+    if other is not None:  # DuckDB takes the list of files that may be reached only before it closes off all others
+        config = {name: value for name, value in config.items() if name not in _NO_FILES}
     while True:
         found = _inode(path)
-        con = _retried(
-            lambda: duckdb.connect(_place(path), read_only=mode != "write", config=_CONFIG[mode]), path, deadline
-        )
+        con = _retried(lambda: duckdb.connect(_place(path), read_only=mode != "write", config=config), path, deadline)
         # ``compact`` may have put a new file there between DuckDB's opening the old one and its getting the lock:
         # what is written to the old one then would be lost.
         if _inode(path) == found:
             _settle(con, mode)
+            if other is not None:
+                _allow_only(con, [other])
             return con
         con.close()
 
@@ -307,6 +385,13 @@ def _settle(con: duckdb.DuckDBPyConnection, mode: Mode) -> None:
         if mode == "query" or "progress" in statement:
             with suppress(duckdb.InvalidInputException):  # another thread's connection has locked this file's settings
                 con.execute(statement)
+
+
+def _allow_only(con: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
+    """Close off all files, the network and Python's variables, but for what is attached and these."""
+    places = ", ".join(quoted(Path(f"{_place(file)}{end}")) for file in files for end in _BESIDE)
+    con.execute(f"SET allowed_paths = [{places}]")
+    con.execute("SET enable_external_access = false")
 
 
 def _attach(con: duckdb.DuckDBPyConnection, path: Path, deadline: float) -> None:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import duckdb
 
-from calset.catalog import migrations, schema, subsets
+from calset.catalog import migrations, schema, subsets, walls
 from calset.catalog.catalog import Catalog
-from calset.catalog.connection import opened_as_it_is, translate
+from calset.catalog.connection import in_memory, opened_as_it_is, translate
 from calset.catalog.merge import KEYS
 from calset.errors import CalsetError
 from calset.files import size as size_of
@@ -52,6 +52,7 @@ ORPHANED_PARTS = (
     "token ids without a trace", "grades without a trace", "judgements without a trace", "samples without a subset",
 )  # fmt: skip
 RESTORE = "restore a backup of the catalog, or build what is missing again in a new one"
+REWRITE = "calset's own are used in their place; calset compact --catalog {path} writes them into the file"
 LEAVE_BEHIND = "a copy without them: calset merge {path} --catalog NEW.duckdb"
 
 
@@ -144,6 +145,10 @@ def _leftovers(path: Path, folder: Path) -> Check:
 
 
 def _inside(con: duckdb.DuckDBPyConnection, store: Catalog, full: bool) -> Iterator[Check]:
+    refused = [Check("schema", "problem", f"the file holds {f.what}", f.remedy) for f in walls.findings(con)]
+    if refused:  # looking at the rows would run it
+        yield from refused
+        return
     version = migrations.schema_version(con, str(store.path))
     if version < migrations.SCHEMA_VERSION:
         yield Check(
@@ -153,7 +158,7 @@ def _inside(con: duckdb.DuckDBPyConnection, store: Catalog, full: bool) -> Itera
             "calset stats upgrades it, then run calset doctor again",
         )
         return
-    yield from _guarded("schema", store.path, lambda: [_schema(con, version)])
+    yield from _guarded("schema", store.path, lambda: [_schema(con, version, store.path)])
     yield from _guarded("rows", store.path, lambda: _rows(con, store.path))
     yield from _guarded("token ids", store.path, lambda: [_token_ids(con, store.path, full)])
     yield from _guarded("subsets", store.path, lambda: _subsets(store))
@@ -171,24 +176,22 @@ def _guarded(name: str, path: Path, look: Callable[[], list[Check]]) -> list[Che
         return [_failed(name, error, path)]
 
 
-def _schema(con: duckdb.DuckDBPyConnection, version: int) -> Check:
-    """Tables, columns, views and indexes against those of a new catalog."""
-    model = duckdb.connect()
+def _schema(con: duckdb.DuckDBPyConnection, version: int, path: Path) -> Check:
+    """Tables, columns and indexes against those of a new catalog, views against calset's own definitions."""
+    model = in_memory()
     try:
         migrations.migrate(model, "a new catalog")
         wanted, found = _shape(model), _shape(con)
-        columns = {view: _columns(model, view) for view in schema.VIEWS}
     finally:
         model.close()
     missing = sorted(wanted.keys() - found.keys())
     changed = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    # Not by their text: DuckDB 1.5 and 2 write one view in two ways.
-    for view in schema.VIEWS:
-        if f"view {view}" in found and _columns(con, view) != columns[view]:
-            changed.append(f"view {view}")
+    changed += [f"view {view}" for view in walls.changed_views(con) if f"view {view}" not in missing]
     if missing or changed:
         said = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(changed)} changed"] * bool(changed)
-        return Check("schema", "problem", f"schema {version}, but {' and '.join(said)}", RESTORE)
+        only_views = all(name.startswith("view ") for name in (*missing, *changed))
+        remedy = REWRITE.format(path=path) if only_views else RESTORE
+        return Check("schema", "problem", f"schema {version}, but {' and '.join(said)}", remedy)
     n_tables, n_views = len(schema.TABLES), len(schema.VIEWS)
     return Check("schema", "ok", f"schema {version}, the present one; {n_tables} tables, {n_views} views")
 
@@ -201,13 +204,6 @@ def _shape(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         UNION ALL SELECT 'index ' || index_name, table_name || is_unique::VARCHAR FROM duckdb_indexes()
     """).fetchall()
     return dict(rows)
-
-
-def _columns(con: duckdb.DuckDBPyConnection, view: str) -> list[Any]:
-    try:
-        return [row[:2] for row in con.execute(f'DESCRIBE "{view}"').fetchall()]
-    except duckdb.Error:  # it names what is no longer there
-        return []
 
 
 def _rows(con: duckdb.DuckDBPyConnection, path: Path) -> list[Check]:

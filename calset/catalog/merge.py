@@ -4,7 +4,9 @@ Every table has a key; a row whose key is here stays as it is here, every other 
 idempotent, and one that was killed is simply run again: it is one transaction. Rows hang on others (tokens, grades and
 judgements on their trace, items on their subset) and come with them or not at all.
 
-Columns go by name, so that a column added to the schema needs nothing here. Must not know: how the rows were made.
+Columns go by name, so that a column added to the schema needs nothing here. The other file may be anybody's: only the
+tables of the schema are read, on connections that can reach no further file, and a file that holds anything else is
+refused. Must not know: how the rows were made.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from typing import Any
 
 import duckdb
 
-from calset.catalog import migrations
+from calset.catalog import migrations, walls
 from calset.catalog.catalog import Catalog
-from calset.catalog.connection import opened, opened_as_it_is, quoted, translate
+from calset.catalog.connection import in_memory, opened, opened_as_it_is, quoted, translate
 from calset.catalog.schema import TABLES
+from calset.catalog.values import identifier
 from calset.errors import InputError
 
 # What a file says of itself.
@@ -119,7 +122,8 @@ def merge(
         progress: called with (tables done, all, the table that comes next).
 
     Raises:
-        InputError: there is no other catalog, it is this one, its schema is newer, or it is damaged.
+        InputError: there is no other catalog, it is this one, its schema is newer, it is damaged, or it holds something
+            that calset did not make.
         CatalogLocked: another process holds one of the files.
         CatalogError: a full disk, or whatever else DuckDB reports. Whatever it is, nothing was added.
     """
@@ -127,7 +131,7 @@ def merge(
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     path = other.path if isinstance(other, Catalog) else Path(other)
     _check_paths(store.path, path)
-    with _readable(store, path) as (place, version), store.transaction() as con:
+    with _readable(store, path) as (place, version), store.merging(place) as con:
         work = _Merge(con, path)
         _attach(con, place, path)
         work.run(progress or (lambda done, total, table: None))
@@ -163,7 +167,7 @@ def _readable(store: Catalog, other: Path) -> Iterator[tuple[Path, int]]:
     The other is held open for reading all the while: nobody writes to it between the first look and the last row.
     """
     with opened_as_it_is(other, store.lock_timeout) as con:
-        version = migrations.schema_version(con, str(other))
+        version = walls.check(con, str(other), foreign=True)
         if version == 0:
             raise InputError(f"{other} is an empty database, not a calset catalog")
         if version == migrations.SCHEMA_VERSION:
@@ -189,12 +193,21 @@ def _folder_beside(path: Path) -> Iterator[str]:
 
 
 def _copy(other: Path, copy: Path) -> None:
-    """By DuckDB and not byte by byte: what waits in a write-ahead log comes too, and the lock on the other stays."""
-    con = duckdb.connect()
+    """The tables of an older schema. By DuckDB and not byte by byte: what waits in a write-ahead log comes too, and the
+    lock on the other stays."""
+    con = in_memory(other, copy)
     try:
         _attach(con, other, other)
         con.execute(f"ATTACH {quoted(copy)} AS copied").fetchall()
-        con.execute(f"COPY FROM DATABASE {_THEIRS} TO copied").fetchall()
+        columns = "SELECT column_name, data_type FROM duckdb_columns() WHERE database_name = ? AND table_name = ?"
+        for table in TABLES:
+            found = con.execute(columns, [_THEIRS, table]).fetchall()
+            if not found:  # which an upgrade makes
+                continue
+            defined = ", ".join(f"{identifier(name)} {kind}" for name, kind in found)
+            listed = ", ".join(identifier(name) for name, _ in found)
+            con.execute(f"CREATE TABLE copied.main.{identifier(table)} ({defined})")
+            con.execute(f"INSERT INTO copied.main.{table} SELECT {listed} FROM {_THEIRS}.main.{table}").fetchall()
     except duckdb.Error as error:
         raise translate(error, copy) from error
     finally:

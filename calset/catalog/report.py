@@ -46,7 +46,7 @@ def report(catalog: Catalog | str | Path | None, subset: Subset | str, path: str
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     subset = resolve(subset, catalog) if isinstance(subset, str) else subset
     # One connection under all the small questions: opening the file for each of them takes longer than answering.
-    with catalog.connect() if catalog.exists() else nullcontext():
+    with catalog.reading() if catalog.exists() else nullcontext():
         page = _page(catalog, subset)
     with whole_file(Path(path)) as draft:
         draft.write_text(page, encoding="utf-8")

@@ -298,6 +298,8 @@ def _matching(con: duckdb.DuckDBPyConnection, where: str) -> set[str]:
         check_select(con, sql)
         require_stable(con, sql, views=VIEWS, not_content=("meta", "migrations"))
         return {trace for (trace,) in con.execute(sql).fetchall()}
+    except duckdb.InterruptException:  # Ctrl-C
+        raise
     except duckdb.Error as error:
         raise InputError(f"--where {where!r} is not a condition over the view trace: {first_line(error)}") from error
 

@@ -137,7 +137,7 @@ def load(catalog: Catalog, ref: str) -> Subset:
         CatalogError: the stored samples no longer have the stored hash.
     """
     name, version = parse_reference(ref)
-    with catalog.connect() as con:
+    with catalog.reading() as con:
         heads = con.execute("SELECT * FROM subsets WHERE name = ? ORDER BY version DESC", [name]).fetchall()
         heads = [dict(zip(TABLES["subsets"], row, strict=True)) for row in heads]
         head = next((h for h in heads if version in (None, h["version"])), None)
@@ -172,7 +172,7 @@ def _subset(head: dict[str, Any], samples: Sequence[Sample]) -> Subset:
 
 def list_subsets(catalog: Catalog) -> list[dict[str, Any]]:
     """All subsets without their samples, by name and version: the columns of the table, JSON parsed, and ``ref``."""
-    with catalog.connect() as con:
+    with catalog.reading() as con:
         rows = con.execute("SELECT * FROM subsets ORDER BY name, version").fetchall()
     heads = [dict(zip(TABLES["subsets"], row, strict=True)) for row in rows]
     for head in heads:

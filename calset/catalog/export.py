@@ -10,8 +10,6 @@ import json
 import os
 import re
 import shlex
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -23,8 +21,8 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.manifest import MANIFEST_SCHEMA, moment, read_manifest
 from calset.catalog.recipes import Kind
 from calset.catalog.records import Problem, Sample, Subset
-from calset.errors import CatalogError, InputError, first_line
-from calset.files import NO_SPACE
+from calset.errors import InputError, first_line
+from calset.files import drafted, written
 from calset.jsonable import jsonable
 
 if TYPE_CHECKING:
@@ -98,18 +96,11 @@ def export(catalog: Catalog | str | Path, subset: Subset | str, directory: str |
         return directory
     table = rows_table(subset, catalog)
     manifest = manifest_of(subset, catalog)
-    draft = None
-    try:
+    with written(directory, "folder"):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        _write(draft, table, manifest)
-        draft.chmod(0o755)  # mkdtemp makes it private
-        draft.replace(directory)
-    except OSError as error:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-        kind = CatalogError if error.errno in NO_SPACE else InputError
-        raise kind(f"cannot write {directory}: {error.strerror or error}; make room or name another folder") from error
+        with drafted(directory) as draft:
+            _write(draft, table, manifest)
+            draft.replace(directory)
     return directory
 
 
@@ -136,7 +127,7 @@ def _holds(directory: Path, subset: Subset) -> bool:
 
 
 def _write(folder: Path, table: pa.Table, manifest: Mapping[str, Any]) -> None:
-    (folder / DATA).parent.mkdir()
+    (folder / DATA).parent.mkdir(parents=True)
     write_rows(table, folder / DATA)
     # The manifest last: a reader that finds it finds everything.
     write_manifest(manifest, folder / MANIFEST)

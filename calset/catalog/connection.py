@@ -23,6 +23,7 @@ import duckdb
 from calset.catalog import migrations
 from calset.catalog.turns import turn
 from calset.errors import CatalogError, CatalogLocked, InputError, first_line
+from calset.files import drafted
 
 _T = TypeVar("_T")
 # "own" is calset's own reading SQL, which needs no walls: it joins "read" or "query", whichever is open already.
@@ -226,22 +227,18 @@ def _check_path(path: Path, mode: Mode) -> None:
 
 def _create(path: Path) -> None:
     """Make the file complete under another name first: a kill leaves a catalog or none, never half of one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.new")
     try:
-        con = duckdb.connect(_place(draft), config=_CONFIG["write"])
-        try:
-            migrations.migrate(con, str(path))
-        finally:
-            _close(con, draft)
-        _publish(draft, path)
+        with drafted(path) as draft:
+            con = duckdb.connect(_place(draft), config=_CONFIG["write"])
+            try:
+                migrations.migrate(con, str(path))
+            finally:
+                _close(con, draft)
+            _publish(draft, path)
     except duckdb.Error as error:
         raise translate(error, path) from error
     except OSError as error:
-        raise InputError(f"cannot create the catalog {path}: {error.strerror}") from error
-    finally:
-        for leftover in (draft, Path(f"{draft}.wal")):
-            with suppress(OSError):
-                leftover.unlink()
+        raise translate(duckdb.IOException(f"cannot create the catalog: {error.strerror}"), path) from error
 
 
 def _publish(draft: Path, path: Path) -> None:

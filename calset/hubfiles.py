@@ -334,6 +334,32 @@ def http_error() -> type[Exception]:
     return vars(errors)["HTTPError"]
 
 
+def check_token() -> None:
+    """Refuse a token that no HTTP header can carry: the HTTP client would end in a traceback of its own.
+
+    The error quotes nothing of the token, and neither does its cause.
+
+    Raises:
+        InputError: the token is no visible ASCII, or its file cannot be read.
+    """
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE or constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return  # no token is sent
+    try:
+        token = get_token()
+    except (PermissionError, IsADirectoryError, UnicodeError) as error:
+        reason = "is no UTF-8 text" if isinstance(error, UnicodeError) else f"cannot be read ({error.strerror})"
+        raise InputError(
+            f"the file of the Hugging Face token, {constants.HF_TOKEN_PATH}, {reason}; log in again with `hf auth login`"
+        ) from None
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise InputError(
+            "the Hugging Face token (HF_TOKEN, or stored by `hf auth login`) holds a blank or a character that is not "
+            "ASCII: set it again as the Hub shows it, or unset it"
+        )
+
+
 @contextmanager
 def hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[None]:
     """The library's many errors as one line that says what to do."""
@@ -341,6 +367,7 @@ def hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[No
 
     what = f"{repo}{f'@{revision}' if revision else ''}{f', file {file},' if file else ''}"
     try:
+        check_token()
         yield
     except errors.GatedRepoError as error:
         raise InputError(

@@ -112,6 +112,7 @@ def _check_login() -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise InputError("publishing needs the Hub: unset HF_HUB_OFFLINE, or see what it would do with --dry-run")
+    hubfiles.check_token()
     if get_token() is None:
         raise InputError(
             "publishing needs a login: run `hf auth login` with a token that may write, then the same again"

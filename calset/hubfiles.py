@@ -351,7 +351,7 @@ def check_token() -> None:
     except (PermissionError, IsADirectoryError, UnicodeError) as error:
         reason = "is no UTF-8 text" if isinstance(error, UnicodeError) else f"cannot be read ({error.strerror})"
         raise InputError(
-            f"the file of the Hugging Face token, {constants.HF_TOKEN_PATH}, {reason}; log in again with `hf auth login`"
+            f"the Hugging Face token's file, {constants.HF_TOKEN_PATH}, {reason}; log in again with `hf auth login`"
         ) from None
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise InputError(

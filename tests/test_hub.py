@@ -282,6 +282,54 @@ def test_without_a_login_it_says_how_to_log_in(hub: LocalHub, stranger: Client, 
     assert ("dataset", repo) not in hub.repos
 
 
+# --- a token that cannot be sent ---------------------------------------------------------------------------------
+
+
+def _ask(what: str, token: str, catalog: Path, cache: Path) -> Any:
+    from calset.builder.model_info import inspect
+    from calset.diagnosis import _hub
+    from calset.hubfiles import open_dataset
+
+    os.environ["HF_TOKEN"] = token
+    asked = {
+        "publish": lambda: publish("math@1", "me/token", catalog),
+        "pull": lambda: pull("hub:me/token/math@1", cache.with_name("token.duckdb"), cache),
+        "search": search,
+        "problems": lambda: open_dataset("me/token", types=(".jsonl",)),
+        "model": lambda: inspect("me/token"),
+        "doctor": lambda: list(_hub()),
+    }
+    return asked[what]()
+
+
+BAD_TOKENS = ("hf_abcdéfghi", "hf_abcd efghi", "hf_abcd\x01efghi", os.fsdecode(b"hf_abcd\xffefghi"), "")
+
+
+def test_a_token_that_cannot_be_sent_is_one_line_without_it(hub: LocalHub, catalog: Path, tmp_path: Path) -> None:
+    hub.commit("me/token", {"a.jsonl": b"{}"})
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_bytes(b"hf_abcd\xffefghi")  # read where HF_TOKEN is empty
+    before = len(hub.log)
+    with hub.client(tmp_path / "home") as process:
+        for token in BAD_TOKENS:
+            for what in ("publish", "pull", "search", "problems", "model"):
+                with pytest.raises(InputError, match=r"Hugging Face token.*(set it again|log in again)") as caught:
+                    process(_ask, what, token, catalog, tmp_path / "cache")
+                assert not re.search(r"abcd|efghi|xe9|xff", one_line(caught)), (token, what)
+            (check,) = process(_ask, "doctor", token, catalog, tmp_path / "cache")
+            assert (check.state, "token" in check.message) == ("problem", True)
+            assert not re.search(r"abcd|efghi|xe9|xff", repr(check))
+    assert len(hub.log) == before
+
+
+def test_a_token_with_a_line_end_is_sent_without_it(hub: LocalHub, published: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text(f"{TOKEN}\n")
+    with hub.client(tmp_path / "home") as process:
+        pulled = process(pull, "hub:me/published/math@1", tmp_path / "mine.duckdb", tmp_path / "cache")
+    assert pulled == load(Catalog(published), "math@1")
+
+
 # --- what goes wrong while publishing ----------------------------------------------------------------------------
 
 ENDPOINTS = {
@@ -740,7 +788,7 @@ SUM = "0" * 64
 @pytest.mark.parametrize(
     ("tamper", "message"),
     [
-        (_other_rows, "another sha256"),
+        (_other_rows, "another (sha256|size)"),
         (_other_rows_with_their_sums, "do not have the content hash"),
         (_manifest(schema=MANIFEST_SCHEMA + 1), "pip install -U calset"),
         (_manifest(content_hash="0" * 64), "do not have the content hash"),
@@ -924,7 +972,9 @@ def test_no_text_of_others_becomes_a_part_of_a_card(data: st.DataObject) -> None
     html = [token.content.strip() for token in _parsed(hostile) if token.type.startswith("html")]
     assert html == [card.BEGIN, card.END]
     outside = re.sub(r"```.*?```|`[^`\n]*`", "", hostile, flags=re.S)
-    assert len(re.findall(r"://|www\.[a-z]", outside, re.IGNORECASE)) == 2  # calset's own; some programs make links of them
+    assert (
+        len(re.findall(r"://|www\.[a-z]", outside, re.IGNORECASE)) == 2
+    )  # calset's own; some programs make links of them
     assert not re.search(r"[\x00\x1b\u202e]", hostile)
 
 

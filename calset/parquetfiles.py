@@ -193,7 +193,8 @@ def _longest(packed: bytes, codec: str, n_unpacked: int) -> int:
     """The length of the longest text in a dictionary's page: texts one after another, each after its length."""
     import pyarrow as pa
 
-    data = packed if codec == "UNCOMPRESSED" else pa.Codec(codec.lower()).decompress(packed, n_unpacked, asbytes=True)
+    name = {"LZ4": "lz4_raw"}.get(codec, codec.lower())
+    data = packed if codec == "UNCOMPRESSED" else pa.Codec(name).decompress(packed, n_unpacked, asbytes=True)
     at = longest = 0
     while at + 4 <= len(data):
         length = int.from_bytes(data[at : at + 4], "little")

@@ -82,7 +82,7 @@ def _errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, MemoryError, Excess, pa.ArrowException) as error:
+    except (OSError, MemoryError, ValueError, pa.ArrowException) as error:  # Excess is a ValueError
         raise InputError(f"cannot read {path}: {first_line(error)}; export the subset again") from error
 
 

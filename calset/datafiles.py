@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import os
-import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ ROW_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 BATCH_ROWS = 256
 CHUNK_CHARS = 1 << 20
-MAX_ITEM_CHARS = 1 << 27  # of a JSON array: beyond it the text is taken to be broken
+MAX_ITEM_CHARS = 1 << 27  # of a line or an item of a JSON array: beyond it the text is taken to be broken
+LARGEST_RATIO = 100  # of a packed document to its file: prose packs to a third, and to a tenth where it repeats itself
 
 Row = dict[str, Any]
 # Given a Parquet file's columns (name -> whether it is nested), those to read.
@@ -99,8 +99,25 @@ def read_document(path: Path, *, label: str | None = None) -> str:
     Raises:
         InputError: it cannot be read, or is not UTF-8 text.
     """
-    with _readable(label or str(path)), open_text(path, encoding="utf-8") as file:
-        return file.read()
+    name = label or str(path)
+    with _readable(name), open_text(path, encoding="utf-8") as file:
+        if path.suffix.lower() not in COMPRESSIONS:
+            return file.read()
+        most = MAX_ITEM_CHARS + LARGEST_RATIO * path.stat().st_size
+        text = file.read(most + 1)
+        if len(text) > most:
+            raise InputError(f"{name} unpacks to more than {most:,} characters: unpack it, or split it into files")
+        return text
+
+
+def _lines(file: TextIO, name: str) -> Iterator[str]:
+    """A text's lines, none of them without an end."""
+    number = 0
+    while line := file.readline(MAX_ITEM_CHARS + 1):
+        number += 1
+        if len(line) > MAX_ITEM_CHARS:
+            raise InputError(f"{name}:{number} is longer than {MAX_ITEM_CHARS:,} characters: it is no row")
+        yield line
 
 
 def count_rows(path: Path) -> int | None:
@@ -140,7 +157,7 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _json_lines(file: TextIO, name: str, skip: Skip | None = None) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(_lines(file, name), 1):
         if not line.strip():
             continue
         try:
@@ -209,8 +226,8 @@ def _array_items(file: TextIO, name: str) -> Iterator[Any]:
 
 
 def _csv(file: TextIO, name: str) -> Iterator[tuple[int, Row]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(file, restkey="_rest")
+    csv.field_size_limit(MAX_ITEM_CHARS)
+    reader = csv.DictReader(_lines(file, name), restkey="_rest")
     try:
         for row in reader:
             yield reader.line_num, row

@@ -19,7 +19,8 @@ from typing import Any
 
 from calset.catalog.catalog import Catalog
 from calset.catalog.doctor import Check, examine
-from calset.errors import first_line
+from calset.errors import InputError, first_line
+from calset.hubfiles import check_token
 
 IMPORT_SECONDS = 300.0  # vLLM's first import after an installation compiles and reads a great deal
 GPU_REMEDY = "install the torch that fits the driver (nvidia-smi names it)"
@@ -215,7 +216,11 @@ def _hub() -> Iterator[Check]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
+        check_token()
         known = get_token() is not None
+    except InputError as error:
+        yield Check("Hub", "problem", str(error), "set HF_TOKEN again, or hf auth login")
+        return
     except Exception as error:  # a token file that cannot be read
         yield Check("Hub", "warning", f"the token cannot be read ({type(error).__name__})", "hf auth login")
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` at the end of the block, or is removed when the block raises.
+    """Give a path to write to, which becomes ``path`` at the end of the block, or is removed when the block raises.
 
     Raises:
         InputError: the folder cannot be written to, or ``path`` is a folder, or a database that would be lost.
@@ -28,16 +29,43 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} is a folder: name a file")
     if _is_database(path):
         raise InputError(f"{path} is a DuckDB file, perhaps a catalog, and would be lost: name another file")
-    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
+    with written(path, "file"), drafted(path) as draft:
         yield draft
         draft.replace(path)
+
+
+@contextlib.contextmanager
+def written(path: Path, kind: str) -> Iterator[None]:
+    """Report the operating system's errors of the block as one line about ``path``, a "file" or a "folder".
+
+    Raises:
+        InputError: ``path`` cannot be written.
+        CatalogError: no space left.
+    """
+    try:
+        yield
     except OSError as error:
-        kind = CatalogError if error.errno in NO_SPACE else InputError
-        raise kind(f"cannot write {path}: {error.strerror or error}; make room or name another file") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+        reason = error.strerror or error
+        report = CatalogError if error.errno in NO_SPACE else InputError
+        raise report(f"cannot write {path}: {reason}; make room or name another {kind}") from error
+
+
+@contextlib.contextmanager
+def drafted(path: Path, suffix: str = ".new") -> Iterator[Path]:
+    """Give a path beside ``path`` for a draft of it, a file or a folder, to be renamed inside the block.
+
+    The draft is made in a folder of its own, ``.NAME.RANDOM.new``, that only this user can enter and that is removed
+    at the end of the block. Nobody can guess the draft's path and put a link there first, and the draft gets the modes
+    of the umask, as any new file does; tempfile's own files would stay private.
+
+    Raises:
+        OSError: the folder of ``path`` cannot be written.
+    """
+    folder = tempfile.TemporaryDirectory(
+        prefix=f".{path.name}.", suffix=suffix, dir=path.parent, ignore_cleanup_errors=True
+    )
+    with folder as name:
+        yield Path(name) / (path.name or "draft")
 
 
 def _is_database(path: Path) -> bool:

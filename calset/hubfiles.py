@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from calset.datafiles import file_type
 from calset.errors import CalsetError, InputError, first_line
+from calset.files import size
 
 T = TypeVar("T")
 Layout = dict[str, dict[str, tuple[str, ...]]]  # config -> split -> the files' paths in the repository
@@ -29,6 +30,7 @@ Layout = dict[str, dict[str, tuple[str, ...]]]  # config -> split -> the files' 
 PREFIX = "hf:"
 RETRY_WAITS_SECONDS = (1.0, 2.0, 4.0)
 LONGEST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
+CARD_BYTES = 4 << 20  # of a README.md; the longest, with thousands of configs, have 1 MB
 DEFAULT = "default"
 # The names that datasets takes for a split, and what may stand around them in a path.
 SPLITS = {
@@ -121,6 +123,7 @@ def _card_and_files(repo: str, commit: str) -> tuple[dict[str, Any], list[str]]:
 
     # .gitattributes: a pattern that no file meets is a warning.
     patterns = ["README.md", ".gitattributes"]
+    require_card_size(repo, sizes(repo, commit, patterns[:1]).get("README.md", 0))
     folder = snapshot_download(
         repo, repo_type="dataset", revision=commit, allow_patterns=patterns, tqdm_class=progress_bar(shown=False)
     )
@@ -153,6 +156,35 @@ def tags_of(repo: str) -> dict[str, str]:
 
     refs = patiently(lambda: HfApi().list_repo_refs(repo, repo_type="dataset"), connecting=True)
     return {tag.name: tag.target_commit for tag in refs.tags}
+
+
+def sizes(repo: str, commit: str, paths: Sequence[str]) -> dict[str, int]:
+    """Bytes of those of a dataset's files that are not in the cache, as the Hub lists them; {} when offline."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    def is_cached(path: str) -> bool:
+        return isinstance(try_to_load_from_cache(repo, path, repo_type="dataset", revision=commit), str)
+
+    missing = [path for path in paths if not is_cached(path)]
+    if not missing or constants.HF_HUB_OFFLINE:
+        return {}
+    listed = patiently(
+        lambda: HfApi().get_paths_info(repo, missing, revision=commit, repo_type="dataset"), connecting=True
+    )
+    return {entry.path: entry.size for entry in listed if hasattr(entry, "size")}
+
+
+def require_card_size(repo: str, n_bytes: int) -> None:
+    """Refuse a card that is too long to be parsed.
+
+    Raises:
+        InputError: it has more than ``CARD_BYTES``.
+    """
+    if n_bytes > CARD_BYTES:
+        raise InputError(
+            f"README.md of {repo} has {size(n_bytes)}, and calset reads cards of up to {size(CARD_BYTES)}: shorten it, "
+            "or take another repository"
+        )
 
 
 def fetch(repo: str, commit: str, path: str, *, again: bool = False) -> Path:
@@ -334,6 +366,32 @@ def http_error() -> type[Exception]:
     return vars(errors)["HTTPError"]
 
 
+def check_token() -> None:
+    """Refuse a token that no HTTP header can carry: the HTTP client would end in a traceback of its own.
+
+    The error quotes nothing of the token, and neither does its cause.
+
+    Raises:
+        InputError: the token is no visible ASCII, or its file cannot be read.
+    """
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE or constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return  # no token is sent
+    try:
+        token = get_token()
+    except (PermissionError, IsADirectoryError, UnicodeError) as error:
+        reason = "is no UTF-8 text" if isinstance(error, UnicodeError) else f"cannot be read ({error.strerror})"
+        raise InputError(
+            f"the Hugging Face token's file, {constants.HF_TOKEN_PATH}, {reason}; log in again with `hf auth login`"
+        ) from None
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise InputError(
+            "the Hugging Face token (HF_TOKEN, or stored by `hf auth login`) holds a blank or a character that is not "
+            "ASCII: set it again as the Hub shows it, or unset it"
+        )
+
+
 @contextmanager
 def hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[None]:
     """The library's many errors as one line that says what to do."""
@@ -341,6 +399,7 @@ def hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[No
 
     what = f"{repo}{f'@{revision}' if revision else ''}{f', file {file},' if file else ''}"
     try:
+        check_token()
         yield
     except errors.GatedRepoError as error:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import time
@@ -189,9 +190,9 @@ def test_killed_at_any_moment_it_leaves_a_whole_file_and_the_next_one_cleans_up(
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        seen |= {name for name in os.listdir(tmp_path) if name != "c.duckdb"}
+        seen |= {re.sub(r"\.\w{8}\.", ".*.", name) for name in os.listdir(tmp_path) if name != "c.duckdb"}
         assert rows(catalog) == before
-    assert seen <= {".c.duckdb.compact", ".c.duckdb.compact.wal", "c.duckdb.wal"}
+    assert seen <= {".c.duckdb.*.compact", "c.duckdb.wal"}
     assert compact(catalog).rows["traces"] == 40
     assert os.listdir(tmp_path) == ["c.duckdb"]
     assert rows(catalog) == before

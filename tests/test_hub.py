@@ -31,6 +31,7 @@ from calset.catalog.records import Subset
 from calset.catalog.selection import select
 from calset.catalog.subsets import load
 from calset.errors import CalsetError, InputError
+from calset.markdown import line
 
 PLAN = [[("correct", 10 + n), ("correct", 20 + n), ("incorrect", 30), ("truncated", 40)] for n in range(12)]
 TREE = {
@@ -279,6 +280,54 @@ def test_without_a_login_it_says_how_to_log_in(hub: LocalHub, stranger: Client, 
         stranger(publish, "math@1", repo, catalog)
     one_line(caught)
     assert ("dataset", repo) not in hub.repos
+
+
+# --- a token that cannot be sent ---------------------------------------------------------------------------------
+
+
+def _ask(what: str, token: str, catalog: Path, cache: Path) -> Any:
+    from calset.builder.model_info import inspect
+    from calset.diagnosis import _hub
+    from calset.hubfiles import open_dataset
+
+    os.environ["HF_TOKEN"] = token
+    asked = {
+        "publish": lambda: publish("math@1", "me/token", catalog),
+        "pull": lambda: pull("hub:me/token/math@1", cache.with_name("token.duckdb"), cache),
+        "search": search,
+        "problems": lambda: open_dataset("me/token", types=(".jsonl",)),
+        "model": lambda: inspect("me/token"),
+        "doctor": lambda: list(_hub()),
+    }
+    return asked[what]()
+
+
+BAD_TOKENS = ("hf_abcdéfghi", "hf_abcd efghi", "hf_abcd\x01efghi", os.fsdecode(b"hf_abcd\xffefghi"), "")
+
+
+def test_a_token_that_cannot_be_sent_is_one_line_without_it(hub: LocalHub, catalog: Path, tmp_path: Path) -> None:
+    hub.commit("me/token", {"a.jsonl": b"{}"})
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_bytes(b"hf_abcd\xffefghi")  # read where HF_TOKEN is empty
+    before = len(hub.log)
+    with hub.client(tmp_path / "home") as process:
+        for token in BAD_TOKENS:
+            for what in ("publish", "pull", "search", "problems", "model"):
+                with pytest.raises(InputError, match=r"Hugging Face token.*(set it again|log in again)") as caught:
+                    process(_ask, what, token, catalog, tmp_path / "cache")
+                assert not re.search(r"abcd|efghi|xe9|xff", one_line(caught)), (token, what)
+            (check,) = process(_ask, "doctor", token, catalog, tmp_path / "cache")
+            assert (check.state, "token" in check.message) == ("problem", True)
+            assert not re.search(r"abcd|efghi|xe9|xff", repr(check))
+    assert len(hub.log) == before
+
+
+def test_a_token_with_a_line_end_is_sent_without_it(hub: LocalHub, published: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text(f"{TOKEN}\n")
+    with hub.client(tmp_path / "home") as process:
+        pulled = process(pull, "hub:me/published/math@1", tmp_path / "mine.duckdb", tmp_path / "cache")
+    assert pulled == load(Catalog(published), "math@1")
 
 
 # --- what goes wrong while publishing ----------------------------------------------------------------------------
@@ -739,7 +788,7 @@ SUM = "0" * 64
 @pytest.mark.parametrize(
     ("tamper", "message"),
     [
-        (_other_rows, "another sha256"),
+        (_other_rows, "another (sha256|size)"),
         (_other_rows_with_their_sums, "do not have the content hash"),
         (_manifest(schema=MANIFEST_SCHEMA + 1), "pip install -U calset"),
         (_manifest(content_hash="0" * 64), "do not have the content hash"),
@@ -848,6 +897,94 @@ def test_a_card_reads_back_whatever_the_texts_are(manifests: list[dict[str, Any]
     assert not re.search(r"<(?!!--)", body)  # no tag of anybody's
     for table in re.findall(r"(?:^\|.*\n)+", body, re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+STRUCTURE = (
+    "# a",
+    "## a",
+    "- a",
+    "+ a",
+    "* a",
+    "1. a",
+    "1) a",
+    "> a",
+    "---",
+    "===",
+    "~~~",
+    "```",
+    "    a",
+    "a | b",
+    "$a$",
+)
+PARTS = ("<b>a</b>", "<!-- a", f"{card.END} {card.BEGIN}", "![a](b)", "[a](b)", "[a]: b", "**a**", "__a__", "`a`")
+LINKS = (
+    "http://a.b/c",
+    "www.a.b",
+    "a@b.c",
+    "<http://a.b>",
+    "\\[a](b)",
+    "&lt;b&gt;",
+    "&#35; a",
+    "@a",
+    "a\x00\x1b[2J\u202eb",
+)
+HOSTILE = st.one_of(
+    st.sampled_from(STRUCTURE + PARTS + LINKS),
+    st.lists(
+        st.sampled_from(STRUCTURE + PARTS + LINKS + ("\n", "\n\n", "\r", " ", "a", ":", "a.b-c_d")), max_size=5
+    ).map("".join),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    NASTY,
+)
+
+
+def _parsed(text: str) -> list[Any]:
+    """The parts of a card below its YAML, in order, as a reader's Markdown program finds them."""
+    from markdown_it import MarkdownIt
+
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    blocks = reader.parse(text.split("\n---\n", 1)[1])
+    return [token for block in blocks for token in (block, *(block.children or ()))]
+
+
+def _shape(text: str) -> list[tuple[str, str]]:
+    """What stands in a card but its words: each part's kind, and where a link or picture leads."""
+    ends = {"text", "softbreak", "inline", "html_block", "code_inline", "fence"}
+    kept = [token for token in _parsed(text) if token.type not in ends]
+    return [(token.type, str(token.attrs.get("href") or token.attrs.get("src") or "")) for token in kept]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_text_of_others_becomes_a_part_of_a_card(data: st.DataObject) -> None:
+    def manifest(text: Any) -> dict[str, Any]:
+        return {
+            "name": "math", "version": 1, "content_hash": "0" * 64, "model": text(), "model_revision": text(),
+            "tokenizer_hash": text(), "recipe": {"name": text(), f"k{text()}": text()}, "seed": 1,
+            "n_samples": 3, "n_tokens": 9, "pool": {f"k{text()}": text()}, "warnings": [text(), text()],
+            "runs": [{key: text() for key in ("model", "engine", "run_id")} | {"sampling": {f"k{text()}": text()}}],
+            "sources": [], "licences": {"questions": {f"k{text()}": text()}, "model": text()},
+        }  # fmt: skip
+
+    plain = card.render("me/x", [manifest(lambda: "plain")])
+    hostile = card.render("me/x", [manifest(lambda: data.draw(HOSTILE))])
+    assert _shape(hostile) == _shape(plain)
+    html = [token.content.strip() for token in _parsed(hostile) if token.type.startswith("html")]
+    assert html == [card.BEGIN, card.END]
+    outside = re.sub(r"```.*?```|`[^`\n]*`", "", hostile, flags=re.S)
+    assert (
+        len(re.findall(r"://|www\.[a-z]", outside, re.IGNORECASE)) == 2
+    )  # calset's own; some programs make links of them
+    assert not re.search(r"[\x00\x1b\u202e]", hostile)
+
+
+def test_a_text_of_a_card_reads_as_it_was() -> None:
+    from html import unescape
+
+    for text in ("Qwen/Qwen2.5-1.5B_it", "n_tokens > 5 AND source = 'a|b'", "# heading <b>", "1) one", "é 日本 - x"):
+        assert unescape(line(text)) == text
+    assert line("Qwen/Qwen2.5-1.5B_it, 50% (about 3)") == "Qwen/Qwen2.5-1.5B_it, 50% (about 3)"
+    assert len(line("x" * 10**6)) < 2000
 
 
 def test_licences_are_carried_as_the_hub_names_them() -> None:

@@ -17,7 +17,7 @@ from calset.builder.engines.base import Sampling, import_problem
 from calset.builder.families import Family, Traits, recognise
 from calset.builder.reasoning import ReasoningFormat, detect, shared_prefix
 from calset.errors import CalsetError, EngineError, InputError, first_line
-from calset.hubfiles import progress_bar
+from calset.hubfiles import check_token, progress_bar
 from calset.weights import check_weights
 
 # All but the weights, which the engine fetches itself.
@@ -262,6 +262,7 @@ def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
     from huggingface_hub.errors import RevisionNotFoundError
 
     revision = asked or revision
+    check_token()
     try:
         snapshot = Path(
             snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, tqdm_class=progress_bar())

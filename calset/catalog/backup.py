@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from calset.errors import CatalogError
+from calset.files import drafted
 
 _COPY = """
 import os, shutil, sys
@@ -36,18 +36,16 @@ def keep_copy(path: Path, number: int) -> Path:
     target = path.with_name(f"{path.name}.schema{number}.bak")
     if target.exists():
         return target
-    draft = path.with_name(f".{target.name}.part")
     try:
-        command = [sys.executable, "-I", "-S", "-c", _COPY, str(path), str(draft)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise CatalogError(
-                f"{path} must be upgraded, and the copy that is made first, {target}, failed: {reason}; make room or "
-                "check the folder's permissions, then run the same command again: the catalog is as it was"
-            )
-        os.replace(draft, target)
-    finally:
-        with suppress(OSError):
-            draft.unlink()
+        with drafted(target) as draft:
+            command = [sys.executable, "-I", "-S", "-c", _COPY, str(path), str(draft)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise OSError(0, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+            os.replace(draft, target)
+    except OSError as error:
+        raise CatalogError(
+            f"{path} must be upgraded, and the copy that is made first, {target}, failed: {error.strerror}; make room "
+            "or check the folder's permissions, then run the same command again: the catalog is as it was"
+        ) from error
     return target

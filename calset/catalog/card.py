@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calset.catalog import release
+from calset.markdown import code, line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -136,7 +137,7 @@ def _introduction(repo: str, manifests: Sequence[Mapping[str, Any]]) -> str:
             f"`{release.tag_of(m['name'], m['version'])}`",
             m["n_samples"],
             m["n_tokens"],
-            _escape(m["model"]),
+            line(m["model"]),
         )
         for m in manifests
     ]
@@ -156,7 +157,7 @@ Prune with it, with calset (`pip install calset`):
 
 ```bash
 calset pull {reference}
-calset prune {_plain(first["model"])} --calibration {reference} --method sparsegpt --sparsity 0.5 -o pruned
+calset prune {code(first["model"])} --calibration {reference} --method sparsegpt --sparsity 0.5 -o pruned
 ```
 
 With datasets:
@@ -195,42 +196,40 @@ def _section(m: Mapping[str, Any]) -> str:
             "What was selected, and from how many:",
             _table(
                 ("stage", "candidates"),
-                [(_escape(k), v if isinstance(v, int) else _escape(v)) for k, v in pool.items()],
+                [(line(k), v if isinstance(v, int) else line(v)) for k, v in pool.items()],
             ),
         ]
     if warnings := m.get("warnings"):
-        parts.append("\n".join(["Known limits:", "", *(f"- {_escape(w)}" for w in warnings)]))
+        parts.append("\n".join(["Known limits:", "", *(f"- {line(w)}" for w in warnings)]))
     return "\n\n".join(parts)
 
 
 def _how_made(m: Mapping[str, Any]) -> str:
     recipe = m["recipe"]
     chosen = ", ".join(
-        f"{_escape(key)} {_escape(value)}" for key, value in recipe.items() if key != "name" and value is not None
+        f"{line(key)} {line(value)}" for key, value in recipe.items() if key != "name" and value is not None
     )
-    made = [f"Selected by the recipe `{_plain(recipe.get('name'))}`" + (f" ({chosen})" if chosen else "")]
+    made = [f"Selected by the recipe `{code(recipe.get('name'))}`" + (f" ({chosen})" if chosen else "")]
     for run in m.get("runs", ()):
-        sampling = ", ".join(f"{_escape(k)} {_escape(v)}" for k, v in (run.get("sampling") or {}).items())
+        sampling = ", ".join(f"{line(k)} {line(v)}" for k, v in (run.get("sampling") or {}).items())
         made.append(
-            f"from traces of {_escape(run.get('model'))}, generated with {_escape(run.get('engine'))} "
-            f"{_escape(run.get('engine_version'))} ({sampling}; at most {_escape(run.get('max_tokens'))} tokens; seed "
-            f"{_escape(run.get('seed'))}; run `{_plain(run.get('run_id'))[:16]}`)"
+            f"from traces of {line(run.get('model'))}, generated with {line(run.get('engine'))} "
+            f"{line(run.get('engine_version'))} ({sampling}; at most {line(run.get('max_tokens'))} tokens; seed "
+            f"{line(run.get('seed'))}; run `{code(run.get('run_id'))[:16]}`)"
         )
     return ", ".join(made) + "."
 
 
 def _facts(m: Mapping[str, Any]) -> str:
-    licence_rows = [
-        (_escape(what), f"licence {_escape(licence or 'unknown')}") for what, licence in _licences(m).items()
-    ]
+    licence_rows = [(line(what), f"licence {line(licence or 'unknown')}") for what, licence in _licences(m).items()]
     rows = [
         ("version", f"{m['version']} (tag `{release.tag_of(m['name'], m['version'])}`)"),
-        ("content hash", f"`{_plain(m['content_hash'])}`"),
+        ("content hash", f"`{code(m['content_hash'])}`"),
         ("samples", m["n_samples"]),
         ("tokens, prompts and completions", m["n_tokens"]),
         ("problems", m.get("n_problems")),
-        ("model", f"{_escape(m['model'])}, revision `{_plain(m.get('model_revision'))}`"),
-        ("tokenizer and chat template hash", f"`{_plain(m.get('tokenizer_hash'))}`"),
+        ("model", f"{line(m['model'])}, revision `{code(m.get('model_revision'))}`"),
+        ("tokenizer and chat template hash", f"`{code(m.get('tokenizer_hash'))}`"),
         ("seed of the selection", m.get("seed")),
         *licence_rows,
         ("manifest", f"[`{release.manifest_path(m['name'])}`]({release.manifest_path(m['name'])})"),
@@ -249,7 +248,7 @@ def _distributions(m: Mapping[str, Any]) -> str:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _cell(value: Any) -> str:
@@ -262,22 +261,6 @@ def _cell(value: Any) -> str:
 
 def _number(value: Any) -> float | int | None:
     return value if isinstance(value, (int, float)) else None
-
-
-_ENTITIES = (("&", "&amp;"), ("\\", "&#92;"), ("`", "&#96;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"))
-
-
-def _escape(value: Any) -> str:
-    """Text of a manifest as one line of Markdown that starts no table cell, tag, link or picture of its own."""
-    text = " ".join(str(value).split())
-    for sign, instead in _ENTITIES:
-        text = text.replace(sign, instead)
-    return re.sub(r"([\[\]!*])", r"\\\1", text)
-
-
-def _plain(value: Any) -> str:
-    """Text inside backticks or a command: anything that could end them is dropped."""
-    return re.sub(r"[^A-Za-z0-9._/@:+-]", "", str(value))
 
 
 def _list(value: Any) -> list[Any]:

@@ -7,7 +7,9 @@ has its name: a kill at any moment leaves the old or the new file whole. Must no
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +19,10 @@ import duckdb
 
 from calset.catalog import schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.connection import exclusive, quoted
+from calset.catalog.connection import allow_only, exclusive, quoted
 from calset.catalog.values import identifier
 from calset.errors import CatalogError, first_line
-from calset.files import sync
+from calset.files import drafted, sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +54,22 @@ def compact(catalog: Catalog | str | Path) -> Compacted:
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     path = Path(os.path.realpath(catalog.path))  # a link stays a link
-    draft = path.with_name(f".{path.name}.compact")
-    with exclusive(path, catalog.lock_timeout, draft) as con:
+    with exclusive(path, catalog.lock_timeout) as con:
         before = os.path.getsize(path)
         try:
             # Nobody else can be writing one, as only the holder of the lock does: it is what a kill left.
-            _remove(draft)
-            rows = _copy(con, draft)
-            os.chmod(draft, os.stat(path).st_mode & 0o7777)
-            sync(draft)
-            # Before the lock is let go: whoever waits for it then finds that the file has been replaced.
-            os.replace(draft, path)
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.compact"):
+                shutil.rmtree(left, ignore_errors=True)  # which follows no link
+            with drafted(path, ".compact") as draft:
+                allow_only(con, [draft])
+                rows = _copy(con, draft)
+                os.chmod(draft, os.stat(path).st_mode & 0o7777)
+                sync(draft)
+                # Before the lock is let go: whoever waits for it then finds that the file has been replaced.
+                os.replace(draft, path)
             sync(path.parent)
         except OSError as error:
             raise CatalogError(f"{path} cannot be compacted ({error.strerror}): the file is as it was") from error
-        finally:
-            _remove(draft)
         return Compacted(str(catalog.path), before, os.path.getsize(path), rows)
 
 
@@ -214,9 +216,3 @@ def _place(*names: str) -> str:
 def _shown(schema_name: str, table: str) -> str:
     """A table as people call it."""
     return table if schema_name == "main" else f"{schema_name}.{table}"
-
-
-def _remove(draft: Path) -> None:
-    for leftover in (draft, Path(f"{draft}.wal")):
-        with suppress(FileNotFoundError):
-            leftover.unlink()

@@ -29,6 +29,7 @@ from calset.catalog import migrations, walls
 from calset.catalog.interrupts import as_keyboard_interrupt, interruptible
 from calset.catalog.turns import turn
 from calset.errors import CatalogError, CatalogLocked, InputError, first_line
+from calset.files import drafted
 
 _T = TypeVar("_T")
 # "own" is calset's own reading SQL: it joins "read" or "query", whichever is open already, and opens "query" else.
@@ -198,12 +199,13 @@ def _held(
 
 
 @contextmanager
-def exclusive(path: Path, lock_timeout: float, draft: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def exclusive(path: Path, lock_timeout: float) -> Iterator[duckdb.DuckDBPyConnection]:
     """A current catalog attached as ``old`` to a connection that nobody shares, with nothing left in its log.
 
-    The connection can reach no other file than this one and ``draft``. The file may be replaced inside the block:
-    DuckDB touches neither it nor its log when it is let go, since nothing was written through this connection. No code
-    in the block may open the file: closing it would drop the lock, which belongs to the process and not to who took it.
+    Call ``allow_only`` on the connection before any statement over what the file holds. The file may be replaced
+    inside the block: DuckDB touches neither it nor its log when it is let go, since nothing was written through this
+    connection. No code in the block may open the file: closing it would drop the lock, which belongs to the process and
+    not to who took it.
 
     Raises:
         InputError, CatalogLocked, CatalogError: as ``opened``; plain columns that somebody added are no reason.
@@ -213,7 +215,7 @@ def exclusive(path: Path, lock_timeout: float, draft: Path) -> Iterator[duckdb.D
 
     def connect(mode: Mode) -> duckdb.DuckDBPyConnection:
         _connect_current(path, mode, deadline, extra_columns=True).close()
-        return in_memory(path, draft)
+        return duckdb.connect(config=dict(_WALLS))
 
     with _held(path, "write", deadline, connect) as con:
         _attach(con, path, deadline)
@@ -224,7 +226,7 @@ def exclusive(path: Path, lock_timeout: float, draft: Path) -> Iterator[duckdb.D
 def in_memory(*files: Path) -> duckdb.DuckDBPyConnection:
     """A connection to a database in memory that can reach these files, to attach them, and nothing else."""
     con = duckdb.connect(config=dict(_WALLS))
-    _allow_only(con, files)
+    allow_only(con, files)
     return con
 
 
@@ -269,22 +271,18 @@ def _check_path(path: Path, mode: Mode) -> None:
 
 def _create(path: Path) -> None:
     """Make the file complete under another name first: a kill leaves a catalog or none, never half of one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.new")
     try:
-        con = duckdb.connect(_place(draft), config=_CONFIG["write"])
-        try:
-            migrations.migrate(con, str(path))
-        finally:
-            _close(con, draft)
-        _publish(draft, path)
+        with drafted(path) as draft:
+            con = duckdb.connect(_place(draft), config=_CONFIG["write"])
+            try:
+                migrations.migrate(con, str(path))
+            finally:
+                _close(con, draft)
+            _publish(draft, path)
     except duckdb.Error as error:
         raise translate(error, path) from error
     except OSError as error:
-        raise InputError(f"cannot create the catalog {path}: {error.strerror}") from error
-    finally:
-        for leftover in (draft, Path(f"{draft}.wal")):
-            with suppress(OSError):
-                leftover.unlink()
+        raise translate(duckdb.IOException(f"cannot create the catalog: {error.strerror}"), path) from error
 
 
 def _publish(draft: Path, path: Path) -> None:
@@ -373,7 +371,7 @@ def _connect(path: Path, mode: Mode, deadline: float, other: Path | None = None)
         if _inode(path) == found:
             _settle(con, mode)
             if other is not None:
-                _allow_only(con, [other])
+                allow_only(con, [other])
             return con
         con.close()
 
@@ -387,8 +385,8 @@ def _settle(con: duckdb.DuckDBPyConnection, mode: Mode) -> None:
                 con.execute(statement)
 
 
-def _allow_only(con: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
-    """Close off all files, the network and Python's variables, but for what is attached and these."""
+def allow_only(con: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
+    """Close off all files but these and those that are attached, and the network and Python's variables, for good."""
     places = ", ".join(quoted(Path(f"{_place(file)}{end}")) for file in files for end in _BESIDE)
     con.execute(f"SET allowed_paths = [{places}]")
     con.execute("SET enable_external_access = false")

@@ -10,9 +10,7 @@ import json
 import os
 import re
 import shlex
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,12 +18,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.manifest import MANIFEST_SCHEMA, moment, read_manifest
+from calset.catalog.manifest import MANIFEST_SCHEMA, moment, read_manifest, require_size
 from calset.catalog.recipes import Kind
 from calset.catalog.records import Problem, Sample, Subset
-from calset.errors import CatalogError, InputError, first_line
-from calset.files import NO_SPACE
+from calset.errors import InputError, first_line
+from calset.files import drafted, written
 from calset.jsonable import jsonable
+from calset.parquetfiles import Bounds, read_batches
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,18 +97,11 @@ def export(catalog: Catalog | str | Path, subset: Subset | str, directory: str |
         return directory
     table = rows_table(subset, catalog)
     manifest = manifest_of(subset, catalog)
-    draft = None
-    try:
+    with written(directory, "folder"):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        _write(draft, table, manifest)
-        draft.chmod(0o755)  # mkdtemp makes it private
-        draft.replace(directory)
-    except OSError as error:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-        kind = CatalogError if error.errno in NO_SPACE else InputError
-        raise kind(f"cannot write {directory}: {error.strerror or error}; make room or name another folder") from error
+        with drafted(directory) as draft:
+            _write(draft, table, manifest)
+            draft.replace(directory)
     return directory
 
 
@@ -136,7 +128,7 @@ def _holds(directory: Path, subset: Subset) -> bool:
 
 
 def _write(folder: Path, table: pa.Table, manifest: Mapping[str, Any]) -> None:
-    (folder / DATA).parent.mkdir()
+    (folder / DATA).parent.mkdir(parents=True)
     write_rows(table, folder / DATA)
     # The manifest last: a reader that finds it finds everything.
     write_manifest(manifest, folder / MANIFEST)
@@ -157,8 +149,9 @@ def write_rows(table: pa.Table, path: Path) -> None:
 
 
 def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
-    text = json.dumps(jsonable(manifest), indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    text = (json.dumps(jsonable(manifest), indent=2, ensure_ascii=False) + "\n").encode()
+    require_size(f"the manifest of {manifest['name']}", len(text))  # or nobody could read it back
+    path.write_bytes(text)
 
 
 def _schema() -> pa.Schema:
@@ -373,7 +366,7 @@ def read_subset(
     Raises:
         InputError: rows that are none, or that do not have the manifest's content hash and counts.
     """
-    samples = [sample for path in data for sample in _read_samples(path)]
+    samples = list(_read_samples(data, _bounds(manifest, data)))
     subset = Subset(
         name=manifest["name"],
         version=manifest["version"],
@@ -406,15 +399,14 @@ def _origin(manifest: Mapping[str, Any], hub: Mapping[str, str] | None) -> dict[
     return {**({"hub": dict(known)} if known else {}), **listed}
 
 
-def _read_samples(path: Path) -> Sequence[Sample]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(path, columns=list(_REQUIRED)).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}; export the subset again") from error
-    return [_sample(path, number, row) for number, row in enumerate(rows)]
+def _read_samples(data: Sequence[Path], bounds: Bounds) -> Iterator[Sample]:
+    number = 0
+    for batch in read_batches(data, _REQUIRED, bounds):
+        if missing := sorted(set(_REQUIRED) - set(batch.schema.names)):
+            raise InputError(f"cannot read {data[0]}: it has no column {missing[0]}; export the subset again")
+        for row in batch.to_pylist():
+            yield _sample(data[0], number, row)
+            number += 1
 
 
 def _sample(path: Path, number: int, row: Mapping[str, Any]) -> Sample:
@@ -433,25 +425,28 @@ def _sample(path: Path, number: int, row: Mapping[str, Any]) -> Sample:
     return Sample(row["sample_id"], token_ids, n_prompt, row["kind"], row["trace_id"], row["problem_id"])
 
 
-def read_rows(paths: Sequence[Path]) -> pa.Table:
-    """All columns of a subset's Parquet files in order: calset's own with their types, empty where there is none.
+def read_rows(manifest: Mapping[str, Any], data: Sequence[Path]) -> pa.Table:
+    """Read calset's own columns of a subset's Parquet files in order, with their types; a missing one is all nulls.
 
     Raises:
-        InputError: a column of another type.
+        InputError: a column of another type, or more than the manifest says.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    schema = _schema()
+    batches = []
     try:
-        table = pa.concat_tables([pq.read_table(path) for path in paths], promote_options="permissive")
-        for field in _schema():
-            if (at := table.schema.get_field_index(field.name)) >= 0:
-                table = table.set_column(at, field, table.column(at).cast(field.type))
-            else:
-                table = table.append_column(field, pa.nulls(len(table), field.type))
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise InputError(f"cannot read {paths[0]}: {first_line(error)}; export the subset again") from error
-    return table
+        for batch in read_batches(data, schema.names, _bounds(manifest, data)):
+            there = dict(zip(batch.schema.names, batch.columns, strict=True))
+            columns = [there.get(f.name, pa.nulls(len(batch), f.type)).cast(f.type) for f in schema]
+            batches.append(pa.RecordBatch.from_arrays(columns, schema=schema))
+    except pa.ArrowException as error:
+        raise InputError(f"cannot read {data[0]}: {first_line(error)}; export the subset again") from error
+    return pa.Table.from_batches(batches, schema=schema)
+
+
+def _bounds(manifest: Mapping[str, Any], data: Sequence[Path]) -> Bounds:
+    return Bounds.of(data, manifest["n_samples"], manifest["n_tokens"])
 
 
 def _is_count(value: Any, highest: int) -> bool:

@@ -19,6 +19,7 @@ from calset import hubfiles
 from calset.catalog import card, release, subsets
 from calset.catalog.catalog import Catalog
 from calset.catalog.export import export, read_rows
+from calset.catalog.manifest import require_size
 from calset.catalog.publishing import Publishing, writing_to
 from calset.catalog.records import Publication, Subset
 from calset.catalog.release import HubReference, parse_hub
@@ -112,6 +113,7 @@ def _check_login() -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise InputError("publishing needs the Hub: unset HF_HUB_OFFLINE, or see what it would do with --dry-run")
+    hubfiles.check_token()
     if get_token() is None:
         raise InputError(
             "publishing needs a login: run `hf auth login` with a token that may write, then the same again"
@@ -139,8 +141,12 @@ def _model_licence(subset: Subset, catalog: Catalog, *, ask: bool) -> str | None
         if not any(map(os.path.isfile, cards)) and "/" in subset.model and not os.path.exists(subset.model):
             name, revision = subset.model, subset.model_revision
             options = {"local_files_only": not ask, "tqdm_class": hubfiles.progress_bar()}
+            if ask:
+                told = hf_hub_download(name, "README.md", revision=revision, dry_run=True)
+                hubfiles.require_card_size(name, told.file_size)
             cards = [Path(hf_hub_download(name, "README.md", revision=revision, **options))]
-        found = [metadata_load(path) for path in cards if os.path.isfile(path)]
+        small = [path for path in cards if os.path.isfile(path) and path.stat().st_size <= hubfiles.CARD_BYTES]
+        found = [metadata_load(path) for path in small]
     except Exception:  # no such model there, no access, no YAML: unknown, which the warnings say
         return None
     return next(filter(None, (hubfiles.licence_of(metadata or {}) for metadata in found)), None)
@@ -183,14 +189,23 @@ def open_reference(ref: str) -> Subset:
 def _open(ref: HubReference) -> Subset:
     with hubfiles.hub_errors(ref.repo, None if ref.version is None else release.tag_of(ref.name, ref.version), None):
         tag, commit, before = _resolve(ref)
-        folder = _download(ref.repo, commit, [release.manifest_path(ref.name)])
+        path = release.manifest_path(ref.name)
+        require_size(f"{path} of {ref.repo}", hubfiles.sizes(ref.repo, commit, [path]).get(path, 0))
+        folder = _download(ref.repo, commit, [path])
         manifest = release.open_manifest(folder, ref.name)
         if release.tag_of(ref.name, manifest["version"]) != tag:
             raise InputError(
                 f"the tag {tag} of {ref.repo} points to {ref.name}@{manifest['version']}: its owner moved it"
             )
         _check_unmoved(ref, tag, commit, before, manifest)
-        _download(ref.repo, commit, [release.manifest_path(ref.name), *(f["path"] for f in manifest["files"])])
+        wanted = {file["path"]: file["bytes"] for file in manifest["files"]}
+        listed = hubfiles.sizes(ref.repo, commit, list(wanted))
+        if other := next((path for path, n_bytes in listed.items() if n_bytes != wanted[path]), None):
+            raise InputError(
+                f"{other} of {ref.repo} at {tag} is not the file that was published (another size, so it was not "
+                "downloaded): it was changed on the Hub; ask its owner to publish a new version"
+            )
+        _download(ref.repo, commit, [path, *wanted])
         for path in release.damaged(folder, manifest):
             # A cache that was damaged, or a download that was: the library checks sizes only. Once more.
             if not _offline():
@@ -308,7 +323,7 @@ def published(subset: Subset) -> tuple[pa.Table, dict[str, Any]] | None:
         manifest = release.open_manifest(folder, subset.name)
         if release.read(folder, manifest, hub).content_hash != subset.content_hash:
             return None
-        table = read_rows([folder / file["path"] for file in manifest["files"]])
+        table = read_rows(manifest, [folder / file["path"] for file in manifest["files"]])
     except InputError:
         return None
     return table, {key: value for key, value in manifest.items() if key != "files"}

@@ -8,9 +8,11 @@ bounded depth and numbers. Must not know: rows of samples, catalogs, the Hub.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import datetime, timedelta
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,11 +22,14 @@ from msgspec import Meta, Struct
 
 from calset.catalog.recipes import Recipe, RecipeError
 from calset.errors import InputError
+from calset.files import size
 
 MANIFEST_SCHEMA = 1
+MAX_BYTES = 8 << 20  # calset's own have tens of kilobytes, and 3 more for each run; JSON takes 40 times its size
 MAX_DEPTH = 32  # calset's own are 6 deep; Python's stack ends some hundreds down
 LONGEST_REASON = 200  # characters of a fault, which may quote the manifest
 
+_END = object()
 _Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
@@ -112,10 +117,13 @@ def read_manifest(path: Path, *, remedy: str = "export") -> dict[str, Any]:
     Raises:
         InputError: no manifest, one of a newer schema, or of another shape than is read later.
     """
+    if not os.path.isfile(path):  # a pipe or a device would not end
+        raise InputError(f"{path.parent} is not an exported subset: it has no {path.name}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent} is not an exported subset: it has no {path.name}") from error
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        require_size(path, len(text))
+        manifest = json.loads(text.decode("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     except RecursionError as error:
@@ -130,6 +138,16 @@ def read_manifest(path: Path, *, remedy: str = "export") -> dict[str, Any]:
     if wrong := _fault(manifest):
         raise InputError(f"{path} is not a calset manifest ({wrong}): {remedy} the subset again")
     return manifest
+
+
+def require_size(what: Any, n_bytes: int) -> None:
+    """Refuse a manifest that is too long to be parsed, before it is.
+
+    Raises:
+        InputError: it has more than ``MAX_BYTES``.
+    """
+    if n_bytes > MAX_BYTES:
+        raise InputError(f"{what} is too long for a manifest: calset reads {size(MAX_BYTES)}, and writes far less")
 
 
 def _fault(manifest: Mapping[str, Any]) -> str | None:
@@ -163,21 +181,23 @@ def _short(reason: str) -> str:
 
 def _require_plain(manifest: Mapping[str, Any]) -> None:
     """Refuse what JSON can say and a table, a database or a page cannot take, wherever it stands."""
-    left: list[tuple[Any, int]] = [(manifest, 1)]
-    while left:
-        value, depth = left.pop()
-        if depth > MAX_DEPTH:
+    inside: list[Iterator[Any]] = [iter([manifest])]  # iterators and no list of values, which would take as much again
+    while inside:
+        value = next(inside[-1], _END)
+        if value is _END:
+            inside.pop()
+        elif len(inside) > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-        if isinstance(value, str):
+        elif isinstance(value, str):
             value.encode("utf-8")  # a UnicodeError, which is a ValueError, of half a surrogate pair
         elif isinstance(value, float) and not isfinite(value):
             raise ValueError(f"{value} is not a number that JSON has")
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError("a whole number has more than 64 bits")
         elif isinstance(value, dict):
-            left.extend((item, depth + 1) for pair in value.items() for item in pair)
+            inside.append(chain.from_iterable(value.items()))
         elif isinstance(value, list):
-            left.extend((item, depth + 1) for item in value)
+            inside.append(iter(value))
 
 
 def _require_recipe(manifest: _Manifest) -> None:

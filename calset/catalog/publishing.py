@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset import hubfiles
 from calset.catalog import card, release
+from calset.catalog.manifest import require_size
 from calset.catalog.records import Subset
 from calset.catalog.release import Release
 from calset.errors import CalsetError, InputError
@@ -274,11 +275,13 @@ class Publishing:
 
     def _manifest(self, commit: str, name: str) -> dict[str, Any]:
         path = release.manifest_path(name)
+        require_size(f"{path} of {self.repo}", self._tree(commit)[path].size)
         return release.open_manifest(hubfiles.fetch(self.repo, commit, path).parent.parent, name)
 
     def _read_card(self, place: _Place) -> str | None:
         if "README.md" not in place.paths:
             return None
+        hubfiles.require_card_size(self.repo, self._tree(place.head)["README.md"].size)
         return hubfiles.fetch(self.repo, place.head, "README.md").read_text(encoding="utf-8", errors="replace")
 
 

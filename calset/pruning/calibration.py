@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from calset import ids
 from calset.errors import InputError, first_line
+from calset.parquetfiles import Bounds, read_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,13 +167,14 @@ def find_token_weights(folder: Path | None, path: Path | None = None) -> dict[st
     data = path or (folder / DATA if folder is not None else None)
     if data is None:
         return None
-    weights = _read_weights(data)
+    weights = _read_weights(data, is_own=path is not None)
     if weights is None and path is not None:
         raise InputError(f"{path} has no columns sample_id and {WEIGHTS_COLUMN}")
     return weights
 
 
-def _read_weights(path: Path) -> dict[str, list[float]] | None:
+def _read_weights(path: Path, *, is_own: bool) -> dict[str, list[float]] | None:
+    """``is_own``: the user named the file; an exported folder may be anybody's, and is read within bounds."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -180,7 +182,13 @@ def _read_weights(path: Path) -> dict[str, list[float]] | None:
     try:
         if not set(wanted) <= set(pq.read_schema(path).names):
             return None
-        rows = pq.read_table(path, columns=wanted).to_pylist()
+        most = 2**62  # rows and tokens: what a file of its size can hold
+        batches = (
+            [pq.read_table(path, columns=wanted)]
+            if is_own
+            else read_batches([path], wanted, Bounds.of([path], most, most))
+        )
+        rows = [row for batch in batches for row in batch.to_pylist()]
         return {row["sample_id"]: list(map(float, row[WEIGHTS_COLUMN])) for row in rows if row[WEIGHTS_COLUMN]}
     except (OSError, pa.ArrowException, TypeError, ValueError) as error:
         raise InputError(f"cannot read the token weights of {path}: {first_line(error)}") from error

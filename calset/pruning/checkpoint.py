@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset import ids
 from calset.errors import InputError, first_line
-from calset.hubfiles import progress_bar
+from calset.hubfiles import check_token, progress_bar
 from calset.pruning.layout import parameters_on_meta, quiet
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def _download(model: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
     files = [*COPIED, "*.safetensors", "README.md"]
+    check_token()
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=files, tqdm_class=progress_bar()))
     except Exception as error:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calset.markdown import code, line
 from calset.pruning import allocate, checkpoint
 from calset.pruning.layout import label
 from calset.pruning.plan import Plan, device_name, hash_of, versions
@@ -209,19 +210,19 @@ def card_section(report: PruneReport) -> str:
 def card_table(report: PruneReport | DropReport, rows: Mapping[str, str]) -> str:
     """How a card begins: a title, and a table of what was done to what."""
     rows = {
-        "dense model": f"{report.base['model']} (revision `{report.base['revision']}`)",
+        "dense model": f"{line(report.base['model'])} (revision `{code(report.base['revision'])}`)",
         **rows,
         "took": f"{report.seconds:.0f} s on {report.device}",
         "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"# {report.base['model']}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
+    return f"# {line(report.base['model'])}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
 
 
 def named_calibration(calibration: Mapping[str, Any]) -> str:
     """A record's subset, in Markdown."""
     hub = (calibration["origin"] or {}).get("hub")
-    place = f" of the dataset {hub['repo']} (commit `{hub['commit']}`)" if hub else ""
+    place = f" of the dataset {line(hub['repo'])} (commit `{code(hub['commit'])}`)" if hub else ""
     return f"{calibration['subset']}{place}, content hash `{calibration['content_hash']}`"
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +49,32 @@ def check_out(out: Path, n_bytes: int) -> None:
     # The end is a rename to this name.
     if out.is_symlink() or os.path.ismount(out) or (out.exists() and os.path.samefile(out, os.curdir)):
         raise InputError(f"{out} cannot be replaced (a link, a mount or this very folder): name a new folder with -o")
+    check_own(folder_of(out))
     parent = existing_parent(out)
     if not os.access(parent, os.W_OK):
         raise InputError(f"{parent} cannot be written to: name another folder with -o")
     need, free = n_bytes - held_bytes(out) + MARGIN, shutil.disk_usage(parent).free
     if free < need:
         raise CalsetError(f"{out} needs {size(need)} and its disk has {size(free)} free: make room there")
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a work folder that somebody else may have put there: a run writes into it and goes on from its files.
+
+    Raises:
+        InputError: it is a link or a file, it is another user's, or others may write to it.
+    """
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return  # none yet, or a place where none can be made, which making it reports
+    wrong = (
+        "it is no folder but a link or a file" * (not stat.S_ISDIR(found.st_mode))
+        or "it belongs to another user" * (found.st_uid != os.geteuid())
+        or "others may write to it" * bool(found.st_mode & 0o022)
+    )
+    if wrong:
+        raise InputError(f"calset does not work in {folder}: {wrong}; remove it, or name another folder with -o")
 
 
 def held_bytes(out: Path) -> int:
@@ -178,12 +199,15 @@ def opened(
         added: tensors that the source has not, by name.
 
     Raises:
-        InputError: another process works on it, or an interrupted run had other settings.
+        InputError: another process works on it, an interrupted run had other settings, or it is not this user's.
         PruningError: it could not be written.
         Stopped: by Ctrl-C with blocks finished; the same call continues.
     """
     folder = folder_of(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    check_own(folder)
     with _locked(folder, out):
         check_settings(out, settings)  # before anything is touched: another run's work is not this one's to remove
         work = WorkFolder(out, folder)
@@ -297,6 +321,7 @@ def flush(folder: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):
+        # safetensors writes for the owner only, whatever the umask, and a copied folder has its source's mode.
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         if path.is_file():
-            path.chmod(0o666 & ~umask)  # safetensors writes for the owner only, whatever the umask
             sync(path)

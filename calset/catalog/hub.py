@@ -130,7 +130,7 @@ def _licence_warnings(manifest: Mapping[str, Any], public: bool) -> list[str]:
 
 def _model_licence(subset: Subset, catalog: Catalog, *, ask: bool) -> str | None:
     """What the model's card says: of its folder where that is still here, else of the Hub's at the same revision."""
-    from huggingface_hub import hf_hub_download, metadata_load
+    from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
 
     if not subset.model:
         return None
@@ -141,7 +141,7 @@ def _model_licence(subset: Subset, catalog: Catalog, *, ask: bool) -> str | None
         if not any(map(os.path.isfile, cards)) and "/" in subset.model and not os.path.exists(subset.model):
             name, revision = subset.model, subset.model_revision
             options = {"local_files_only": not ask, "tqdm_class": hubfiles.progress_bar()}
-            if ask:
+            if ask and not isinstance(try_to_load_from_cache(name, "README.md", revision=revision), str):
                 told = hf_hub_download(name, "README.md", revision=revision, dry_run=True)
                 hubfiles.require_card_size(name, told.file_size)
             cards = [Path(hf_hub_download(name, "README.md", revision=revision, **options))]

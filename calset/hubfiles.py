@@ -160,7 +160,7 @@ def tags_of(repo: str) -> dict[str, str]:
 
 def sizes(repo: str, commit: str, paths: Sequence[str]) -> dict[str, int]:
     """Bytes of those of a dataset's files that are not in the cache, as the Hub lists them; {} when offline."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, RepoFile, constants, try_to_load_from_cache
 
     def is_cached(path: str) -> bool:
         return isinstance(try_to_load_from_cache(repo, path, repo_type="dataset", revision=commit), str)
@@ -171,16 +171,16 @@ def sizes(repo: str, commit: str, paths: Sequence[str]) -> dict[str, int]:
     listed = patiently(
         lambda: HfApi().get_paths_info(repo, missing, revision=commit, repo_type="dataset"), connecting=True
     )
-    return {entry.path: entry.size for entry in listed if hasattr(entry, "size")}
+    return {entry.path: entry.size for entry in listed if isinstance(entry, RepoFile)}
 
 
-def require_card_size(repo: str, n_bytes: int) -> None:
+def require_card_size(repo: str, n_bytes: int | None) -> None:
     """Refuse a card that is too long to be parsed.
 
     Raises:
         InputError: it has more than ``CARD_BYTES``.
     """
-    if n_bytes > CARD_BYTES:
+    if n_bytes is not None and n_bytes > CARD_BYTES:
         raise InputError(
             f"README.md of {repo} has {size(n_bytes)}, and calset reads cards of up to {size(CARD_BYTES)}: shorten it, "
             "or take another repository"

@@ -1,13 +1,15 @@
 """The weight files of a model folder: which ones a library would load, and that they lie in the folder.
 
 Why apart: transformers joins the names of an index to the folder as they are, so an index can name any file that the
-user may read. What lies in the folder may be a link to elsewhere, as in the Hub's cache, whose snapshots are links, and
-in folders that users put together: only names are refused. Must not know: tensors, models, engines.
+user may read; and a config may name a repository of compiled kernels, which transformers 5 downloads and runs. A file of
+the folder may be a link to elsewhere, as in the Hub's cache, whose snapshots are links, and in folders that users put
+together: only names are refused. Must not know: tensors, models, engines.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -31,22 +33,38 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a folder whose small files lead a library to weights that are not the folder's own.
+    """Refuse a folder whose small files lead a library to weights or code that are not the folder's own.
 
     The weights need not be there: of a Hub model only the small files may have been fetched.
 
     Raises:
         InputError: an index that names something else than files beside it, an adapter (transformers would load the
-            model that it names), or a config that names other weight files.
+            model that it names), or a config that names other weight files or a repository of kernels.
     """
     if (folder / INDEX).is_file():
         _shards(folder / INDEX)
     if (adapter := folder / "adapter_config.json").is_file():
         raise InputError(f"{adapter} makes this an adapter of another model: merge it into that model's weights first")
     config = folder / "config.json"
-    named = _read(config).get("transformers_weights") if config.is_file() else None
-    if named not in (None, SINGLE, INDEX):
+    read = _read(config) if config.is_file() else {}
+    if read.get("transformers_weights") not in (None, SINGLE, INDEX):
         raise InputError(f"{config} names weights of its own (transformers_weights): rename them to {SINGLE}")
+    if (named := next(_kernels(read), None)) is not None:
+        raise InputError(
+            f"{config} names a repository of kernels ({named}), whose code would be run: take that entry out"
+        )
+
+
+def _kernels(config: Any) -> Iterator[str]:
+    """Yield the names of entries, also in the configs of a model's parts, whose value is a repository of kernels."""
+    waiting = [config]
+    while waiting:
+        part = waiting.pop()
+        for name, value in part.items() if isinstance(part, dict) else ():
+            chosen = value.values() if isinstance(value, dict) else [value]
+            if name.endswith("_implementation") and any(isinstance(one, str) and "/" in one for one in chosen):
+                yield name
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def _shards(index: Path) -> list[str]:

@@ -92,3 +92,25 @@ def test_a_config_or_an_adapter_that_names_other_weights_is_refused(sharded: Pat
     (sharded / "adapter_config.json").write_text('{"base_model_name_or_path": "../elsewhere"}')
     with pytest.raises(InputError, match="an adapter of another model: merge it"):
         inspect(sharded)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"attn_implementation": "somebody/kernel"},
+        {"_attn_implementation": "paged|somebody/kernel@main:name"},
+        {"text_config": {"experts_implementation": "somebody/kernel"}},
+        {"attn_implementation": {"": "sdpa", "text_config": "somebody/kernel"}},
+    ],
+)
+def test_a_config_that_names_a_repository_of_kernels_is_refused(
+    tiny_model: Path, tmp_path: Path, entry: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    change(folder / "config.json", attn_implementation="sdpa")
+    inspect(folder)
+    change(folder / "config.json", **entry)
+    for look in (inspect, open_source):
+        with pytest.raises(InputError, match="repository of kernels"):
+            look(folder)

@@ -113,13 +113,15 @@ def main() -> None:
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     for _ in range(asked.rounds):
         for name, folder in checkouts.items():
+            if not (folder / "calset").is_dir():  # an installed calset would be measured instead
+                parser.error(f"{folder} holds no calset")
             command = [sys.executable, __file__, "--json", *sizes]
             environment = {**os.environ, "PYTHONPATH": str(folder)}
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
             rows[name].append(json.loads(done.stdout))
             print(f"{name:6}", *(f"{key} {value:.4g}" for key, value in rows[name][-1].items()), sep="  ", flush=True)
     medians = {
-        name: {key: statistics.median(row[key] for row in found[:]) for key in found[0]} for name, found in rows.items()
+        name: {key: statistics.median(row[key] for row in found) for key in found[0]} for name, found in rows.items()
     }
     for name, figures in medians.items():
         print(f"median of {asked.rounds}, {name}:", *(f"{key} {value:.4g}" for key, value in figures.items()), sep="  ")

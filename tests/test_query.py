@@ -473,17 +473,20 @@ STOPPABLE = """
 def stopped(catalog: Catalog, *arguments: object, times: int = 1) -> tuple[int, str, str]:
     """Exit code and outputs of a process that gets SIGINT while it has the catalog open; somebody then writes to it."""
     with python(STOPPABLE, *arguments) as process:
-        while process.poll() is None:
-            try:
-                with Catalog(catalog.path, lock_timeout=0).transaction():
-                    time.sleep(0.05)
-            except CatalogLocked:
-                break
-        time.sleep(0.5)  # it has opened the file, and begins
-        for _ in range(times):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.02)
-        out, err = process.communicate(timeout=30)
+        try:
+            while process.poll() is None:
+                try:
+                    with Catalog(catalog.path, lock_timeout=0).transaction():
+                        time.sleep(0.05)
+                except CatalogLocked:
+                    break
+            time.sleep(0.5)  # it has opened the file, and begins
+            for _ in range(times):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.02)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     with Catalog(catalog.path, lock_timeout=1).transaction():
         pass
     return process.returncode, out, err

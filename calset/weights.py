@@ -1,9 +1,9 @@
 """The weight files of a model folder: which ones a library would load, and that they lie in the folder.
 
 Why apart: transformers joins the names of an index to the folder as they are, so an index can name any file that the
-user may read; and a config may name a repository of compiled kernels, which transformers 5 downloads and runs. A file of
-the folder may be a link to elsewhere, as in the Hub's cache, whose snapshots are links, and in folders that users put
-together: only names are refused. Must not know: tensors, models, engines.
+user may read; and a config may name a repository of compiled kernels, which transformers 5 downloads and runs. A file
+in the folder may be a link to elsewhere, as in the Hub's cache, whose snapshots are links, and in folders that users
+put together: only names are refused. Must not know: tensors, models, engines.
 """
 
 from __future__ import annotations

@@ -449,7 +449,7 @@ def test_a_broken_config_or_a_missing_folder_is_refused_in_one_line(tiny_model: 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match=r"config\.json is corrupt"):
         inspect(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     with pytest.raises(InputError, match="cannot read"):

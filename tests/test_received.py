@@ -373,3 +373,16 @@ def test_doctor_compares_what_the_views_select_and_compact_mends_them(folder: Pa
     calset.compact(catalog)
     assert problems(catalog) == []
     assert json.dumps(catalog.query("FROM judgement").as_dicts()) == "[]"
+
+
+@pytest.mark.parametrize(
+    "value", ["repeat('[', 3000) || repeat(']', 3000)", "'{\"a\": ' || repeat('9', 5000) || '}'", "'[1]'"]
+)
+@pytest.mark.parametrize("command", ["show", "report", "publish"])
+def test_json_that_calset_did_not_write_is_one_line(
+    folder: Path, value: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tamper(folder, f"UPDATE runs SET sampling = {value}", f"UPDATE problems SET metadata = {value}")
+    code, _, said, _ = run(folder, COMMANDS[command], capsys)
+    assert code == 2
+    assert "that calset did not write" in said.splitlines()[-1]

@@ -217,7 +217,6 @@ _EXECUTE, _WRITE_FILE, _TRUNCATE, _IOCTL_DEVICE = 1 << 0, 1 << 1, 1 << 14, 1 << 
 _REMOVE_AND_MAKE = sum(1 << bit for bit in range(4, 13))
 _LINK_ELSEWHERE = 1 << 13
 _PATH_BENEATH = 1
-_THREADS_TOO = 1 << 3
 
 
 def _protect_files(libc: Any) -> bool:
@@ -242,8 +241,7 @@ def _protect_files(libc: Any) -> bool:
             allowed = struct.pack("=Qi", files & (_WRITE_FILE | _TRUNCATE | _IOCTL_DEVICE), null)
             _call(libc, _ADD_RULE, rules, _PATH_BENEATH, allowed, 0)
             os.close(null)
-        done = _call(libc, _RESTRICT_SELF, rules, _THREADS_TOO if version >= 8 else 0) == 0
-        return done and (version >= 8 or len(os.listdir("/proc/self/task")) == 1)
+        return _call(libc, _RESTRICT_SELF, rules, 0) == 0 and len(os.listdir("/proc/self/task")) == 1
     finally:
         os.close(rules)
 

@@ -272,7 +272,7 @@ STRANGERS = {
     "CREATE TABLE more (x INTEGER)": 'the table more, .*DROP TABLE "more"',
     "CREATE MACRO more(x) AS x": 'the macro more, .*DROP MACRO "more"',
     "CREATE MACRO more() AS TABLE SELECT 1 AS x": 'the macro more, .*DROP MACRO TABLE "more"',
-    "CREATE SCHEMA more": 'the schema more, .*DROP SCHEMA "more" takes it out CASCADE',
+    "CREATE SCHEMA more": 'the schema more, .*DROP SCHEMA "more" CASCADE takes it out',
     "CREATE TYPE more AS ENUM ('a')": 'the type more, .*DROP TYPE "more"',
     "CREATE SEQUENCE more": 'the sequence more, .*DROP SEQUENCE "more"',
     "CREATE INDEX more ON traces (n_tokens)": 'the index more, .*DROP INDEX "more"',
@@ -373,3 +373,22 @@ def test_doctor_compares_what_the_views_select_and_compact_mends_them(folder: Pa
     calset.compact(catalog)
     assert problems(catalog) == []
     assert json.dumps(catalog.query("FROM judgement").as_dicts()) == "[]"
+
+
+@pytest.mark.parametrize(
+    "value", ["repeat('[', 3000) || repeat(']', 3000)", "'{\"a\": ' || repeat('9', 5000) || '}'", "'[1]'"]
+)
+@pytest.mark.parametrize("command", ["show", "report", "publish"])
+def test_json_that_calset_did_not_write_is_one_line(
+    folder: Path, value: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tamper(folder, f"UPDATE runs SET sampling = {value}", f"UPDATE problems SET metadata = {value}")
+    code, _, said, _ = run(folder, COMMANDS[command], capsys)
+    assert code == 2
+    assert "that calset did not write" in said.splitlines()[-1]
+
+
+def test_the_statement_that_takes_a_schema_out_is_said_whole(folder: Path) -> None:
+    other = tamper(folder, "CREATE SCHEMA more", "CREATE TABLE more.t (x INTEGER)")
+    with pytest.raises(InputError, match='DROP SCHEMA "more" CASCADE takes it out'):
+        calset.merge(folder / "new.duckdb", other)

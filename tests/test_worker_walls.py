@@ -26,7 +26,7 @@ MARKER = 51  # a descriptor of the test's, inheritable
 
 # Each attempt ends with what it brought, or with the name of the error that kept it from it.
 GRADER = """
-import json, os, socket, subprocess, sys, threading
+import json, os, resource, socket, subprocess, sys, threading
 from pathlib import Path
 
 from calset.builder.grading import Outcome
@@ -72,6 +72,9 @@ ATTEMPTS = {
     "link": lambda to: os.link(to["kept"], to["kept"] + "3"),
     "folder": lambda to: os.mkdir(to["folder"] + "/made"),
     "mode": lambda to: os.chmod(to["kept"], 0o777),
+    "times": lambda to: os.utime(to["kept"], (1, 1)),
+    "group": lambda to: os.setpgid(0, os.getpgid(os.getppid())),
+    "limits": lambda to: resource.prlimit(os.getppid(), resource.RLIMIT_CORE),
     "program": lambda to: subprocess.run([sys.executable, "-c", "pass"]).returncode,
     "process": lambda to: os.waitpid(os.fork() or os._exit(0), 0)[1],
     "tcp": lambda to: connected(socket.AF_INET, ("127.0.0.1", to["port"])),
@@ -101,7 +104,7 @@ REFUSED = {
     "connect to local services": {"unix"},
     "write files": {"new", "here", "append"},
     "empty and delete files": {"empty", "overwrite", "delete", "rename", "link", "folder"},
-    "change the permissions of files": {"truncate", "mode"},
+    "change the permissions of files": {"truncate", "mode", "times", "group", "limits"},
     "start processes": {"program", "process"},
     "read the environment of calset's process": {"parent"},
 }
@@ -354,6 +357,32 @@ def test_a_process_that_an_import_started_ends_with_its_worker(tmp_path: Path, m
         second = int(str(graded("1").extracted))
         assert alive(second)
     wait_for(lambda: not alive(second), 20)
+
+
+@pytest.mark.skipif(not LINUX, reason="process groups as Linux has them")
+def test_a_worker_that_left_its_process_group_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os\nif os.environ.get('HOME') == os.getcwd():\n    os.setpgid(0, os.getpgid(os.getppid()))\n"
+    bring(
+        tmp_path / "site",
+        "astray",
+        code + GRADER.replace('if response == "memory":', "while True:\n        pass\n    if True:"),
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    with GradingPool(1, deadline_seconds=1) as pool:
+        assert pool.submit("astray", "1", "all", {}).result(timeout=60).verdict == "timeout"
+
+
+@pytest.mark.skipif(not LINUX, reason="Landlock is Linux'")
+def test_a_thread_that_an_import_started_is_not_said_to_have_walls_that_it_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
+    code = f"\nif os.environ.get('HOME') == os.getcwd():\n    {begun}\n"
+    bring(tmp_path / "site", "threaded", GRADER + code)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    with GradingPool(1) as pool:
+        assert pool.submit("threaded", "1", "memory", {}).result(timeout=60).verdict == "correct"
+        assert "empty and delete files" in pool.gaps
 
 
 def test_what_a_killed_parent_leaves_is_one_empty_folder(site: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = "calset.duckdb"
 _JSON_COLUMNS = {name for columns in TABLES.values() for name, kind in columns.items() if kind == "JSON"}
+_MAY_BE_NULL = ("sampling_from", "template_options", "engine_options", "origin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +150,22 @@ class Catalog:
             names = [column[0] for column in cursor.description or []]
             rows = cursor.fetchall()
         return [
-            {n: json.loads(v) if n in _JSON_COLUMNS and v is not None else v for n, v in zip(names, row, strict=True)}
+            {
+                n: self._parsed(n, v) if n in _JSON_COLUMNS and v is not None else v
+                for n, v in zip(names, row, strict=True)
+            }
             for row in rows
         ]
+
+    def _parsed(self, column: str, text: str) -> Any:
+        """A JSON column's value, which calset writes as an object, or a list of warnings."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):  # numbers of thousands of digits, lists in lists in lists
+            value = text
+        if isinstance(value, list if column == "warnings" else dict) or (value is None and column in _MAY_BE_NULL):
+            return value
+        raise InputError(f"{self.path} holds a {column} that calset did not write: use another copy of the file")
 
     # -- writing ----------------------------------------------------------------------------------------------------
 

@@ -192,7 +192,8 @@ def _drop(kind: str, entry: _Entry) -> str:
     """The statement that takes an entry out of the file, in words."""
     on = f" ON {identifier(entry.table)}" if kind == "TRIGGER" and entry.table else ""
     place = identifier(entry.name) if entry.schema in ("main", entry.name) else _place(entry)
-    return f"in DuckDB, {_printable(f'DROP {kind} {place}{on}')} takes it out"
+    cascade = " CASCADE" if kind == "SCHEMA" else ""
+    return f"in DuckDB, {_printable(f'DROP {kind} {place}{on}{cascade}')} takes it out"
 
 
 def _place(entry: _Entry) -> str:
@@ -268,8 +269,7 @@ def _strangers(entries: Collection[_Entry]) -> Iterator[Finding]:
         if _of_calset(entry, schema.TABLES, "table") or _of_calset(entry, views, "view"):
             continue
         what = f"the {entry.kind} {_shown(entry.name)}, which is not calset's"
-        cascade = " CASCADE" if entry.kind == "schema" else ""
-        yield Finding(what, f"{_drop(_dropped(entry), entry)}{cascade}")
+        yield Finding(what, _drop(_dropped(entry), entry))
 
 
 # --- views -------------------------------------------------------------------------------------------------------

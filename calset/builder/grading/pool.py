@@ -411,6 +411,7 @@ class _Worker:
             self._killed = True
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()  # it may have left its group
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:

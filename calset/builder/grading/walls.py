@@ -89,6 +89,8 @@ def before_answers() -> list[str]:
             gaps.append("start processes")
     if libc is None or not _protect_files(libc):
         gaps.append("empty and delete files")
+    elif _call(libc, _CREATE_RULESET, None, 0, 1) < 3:
+        gaps.append("empty files")
     if libc is None or _readable(f"/proc/{os.getppid()}/environ"):
         gaps.append("read the environment of calset's process")
     return gaps
@@ -135,25 +137,43 @@ def _drop_capabilities(libc: Any) -> None:
 
 
 class _Architecture(NamedTuple):
-    """Numbers of one architecture: of its ABI, of seccomp and clone, and of the calls that a wall refuses."""
+    """Numbers of one architecture: of its ABI, of seccomp, clone and prlimit, and of the calls that a wall refuses."""
 
     audit: int
     seccomp: int
     clone: int
     refused: dict[str, tuple[int, ...]]
+    prlimit: int
 
 
 _CLONE3 = 435  # on every architecture
 _ARCHITECTURES = {
     "x86_64": _Architecture(
         0xC000003E, 317, 56,
-        # socket, io_uring_setup (a ring opens sockets too); fork, vfork, truncate, chmod, fchmod, fchmodat, fchmodat2
-        {"network": (41, 425), "changes": (57, 58, 76, 90, 91, 268, 452)},
+        {
+            "network": (41, 425),  # socket, io_uring_setup (a ring opens sockets too)
+            "changes": (
+                57, 58, 76, 90, 91, 268, 452,  # fork, vfork, truncate, chmod, fchmod, fchmodat, fchmodat2
+                109, 112, 101, 310, 311,  # setpgid, setsid, ptrace, process_vm_readv, process_vm_writev
+                62, 129, 200, 234, 297, 424,  # kill, tkill, tgkill and the other calls that send a signal
+                141, 144, 203, 251,  # setpriority, sched_setscheduler, sched_setaffinity, ioprio_set
+                92, 93, 94, 260, 132, 235, 261, 280,  # chown, utime and their kin
+                188, 189, 190, 197, 198, 199, 463, 466,  # setxattr, removexattr and their kin
+                29, 64, 68, 240, 248, 249, 250,  # shmget, semget, msgget, mq_open, add_key, request_key, keyctl
+            ),
+        },
+        302,
     ),
     "aarch64": _Architecture(
         0xC00000B7, 277, 220,
-        # the same; this architecture has no fork, vfork and chmod
-        {"network": (198, 425), "changes": (45, 52, 53, 452)},
+        {
+            "network": (198, 425),
+            "changes": (  # the same; this architecture has no fork, vfork, chmod, chown, utime
+                45, 52, 53, 452, 154, 157, 117, 270, 271, 129, 138, 130, 131, 240, 424, 140, 119, 122, 30,
+                54, 55, 88, 5, 6, 7, 14, 15, 16, 463, 466, 194, 190, 186, 180, 217, 218, 219,
+            ),
+        },
+        261,
     ),
 }  # fmt: skip
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # the instructions of a filter (bpf)
@@ -185,6 +205,8 @@ def _program(machine: _Architecture, wall: str) -> list[tuple[int, int, int, int
         # A filter cannot see the flags of clone3; without it the C library takes clone, whose flags are an argument.
         program += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
         program += [(_EQUAL, 0, 3, machine.clone), (_LOAD, 0, 0, 16), (_ANY_BIT, 1, 0, _CLONE_THREAD), refusal]
+        # Its own limits alone, as process 0: those of calset's process are another's. The number is read again.
+        program += [(_LOAD, 0, 0, 0), (_EQUAL, 0, 3, machine.prlimit), (_LOAD, 0, 0, 16), (_EQUAL, 1, 0, 0), refusal]
     return [*program, (_RETURN, 0, 0, _ALLOW)]
 
 
@@ -198,9 +220,10 @@ _PATH_BENEATH = 1
 
 
 def _protect_files(libc: Any) -> bool:
-    """Let this thread run no program, and make, change or remove no file but /dev/null; reading stays as it is.
+    """Let this process run no program, and make, change or remove no file but /dev/null; reading stays as it is.
 
-    Where the kernel can, also: no TCP, no sockets of other processes, no signals to them. False without Landlock.
+    Where the kernel can, also: no TCP, no sockets of other processes, no signals to them. False without Landlock, and
+    where it holds for this thread alone while there are others, which an import has started.
     """
     version = _call(libc, _CREATE_RULESET, None, 0, 1)
     if version < 1:
@@ -218,7 +241,7 @@ def _protect_files(libc: Any) -> bool:
             allowed = struct.pack("=Qi", files & (_WRITE_FILE | _TRUNCATE | _IOCTL_DEVICE), null)
             _call(libc, _ADD_RULE, rules, _PATH_BENEATH, allowed, 0)
             os.close(null)
-        return _call(libc, _RESTRICT_SELF, rules, 0) == 0
+        return _call(libc, _RESTRICT_SELF, rules, 0) == 0 and len(os.listdir("/proc/self/task")) == 1
     finally:
         os.close(rules)
 

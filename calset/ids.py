@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calset.errors import InputError
+
 ID_DIGITS = 24
 
 
@@ -125,13 +127,22 @@ def content_hash(samples: Iterable[tuple[str, Sequence[int], int]]) -> str:
 
     Args:
         samples: (sample id, input ids as int32, number of prompt tokens) in the subset's order.
+
+    Raises:
+        InputError: a sample that has none of these: an id that is NULL, a negative number of prompt tokens.
     """
     total = hashlib.sha256(b"calset-content-v1\0")
     for sample, input_ids, n_prompt_tokens in samples:
         name = sample.encode("utf-8")
-        total.update(struct.pack("<III", len(name), n_prompt_tokens, len(input_ids)))
-        total.update(name)
-        total.update(_little_endian_int32(input_ids))
+        try:
+            total.update(struct.pack("<III", len(name), n_prompt_tokens, len(input_ids)))
+            total.update(name)
+            total.update(_little_endian_int32(input_ids))
+        except (TypeError, OverflowError, struct.error) as error:
+            raise InputError(
+                f"the sample {sample[:80]!r} has token ids or a number of prompt tokens that calset did not write: use "
+                "another copy of the catalog or folder"
+            ) from error
     return total.hexdigest()
 
 

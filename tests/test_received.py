@@ -104,6 +104,9 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "an index on an expression": (
         ("CREATE INDEX odd ON traces ((n_tokens + 1))",), "the index odd on an expression",
     ),
+    "an index that refuses rows": (
+        ("CREATE UNIQUE INDEX one ON subsets (name, version)",), 'the UNIQUE index one',
+    ),
     "another type": (("ALTER TABLE traces ALTER seconds TYPE VARCHAR",), "column seconds is VARCHAR and not DOUBLE"),
     "a missing column": (("ALTER TABLE prunings DROP COLUMN record",), "a table prunings without the column record"),
     "a column more": (("ALTER TABLE problems ADD COLUMN mine INTEGER",), "a column mine in the table problems"),
@@ -386,6 +389,29 @@ def test_json_that_calset_did_not_write_is_one_line(
     code, _, said, _ = run(folder, COMMANDS[command], capsys)
     assert code == 2
     assert "that calset did not write" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("statement", "command"),
+    [
+        ("UPDATE subsets SET created_at = '290000-01-01'", "export"),
+        ("UPDATE trace_tokens SET completion_ids = list_prepend(NULL, completion_ids)", "select"),
+        ("UPDATE traces SET n_prompt_tokens = -1", "select"),
+        ("UPDATE trace_tokens SET prompt_ids = NULL", "select"),
+        ("UPDATE traces SET n_tokens = -5", "select"),
+        ("DELETE FROM trace_tokens", "select"),
+        ("DELETE FROM trace_tokens", "show"),
+        ("UPDATE subset_items SET n_prompt_tokens = -1", "export"),
+    ],
+)
+def test_rows_that_calset_did_not_write_are_one_line_or_harmless(
+    folder: Path, statement: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tamper(folder, statement)
+    code, _, said, _ = run(folder, COMMANDS[command], capsys)
+    assert code in (0, 1, 2)
+    assert "Traceback" not in said
+    assert not code or said.splitlines()[-1].startswith("calset: ")
 
 
 def test_the_statement_that_takes_a_schema_out_is_said_whole(folder: Path) -> None:

@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DEFAULT_PATH = "calset.duckdb"
-_JSON_COLUMNS = {name for columns in TABLES.values() for name, kind in columns.items() if kind == "JSON"}
+_JSON_COLUMNS, _TIME_COLUMNS = (
+    {name for columns in TABLES.values() for name, kind in columns.items() if kind == wanted}
+    for wanted in ("JSON", "TIMESTAMP")
+)
 _MAY_BE_NULL = ("sampling_from", "template_options", "engine_options", "origin")
 
 
@@ -149,23 +152,26 @@ class Catalog:
             cursor = con.execute(sql, clean_params(params))
             names = [column[0] for column in cursor.description or []]
             rows = cursor.fetchall()
-        return [
-            {
-                n: self._parsed(n, v) if n in _JSON_COLUMNS and v is not None else v
-                for n, v in zip(names, row, strict=True)
-            }
-            for row in rows
-        ]
+        return [{n: self._parsed(n, v) for n, v in zip(names, row, strict=True)} for row in rows]
 
-    def _parsed(self, column: str, text: str) -> Any:
-        """A JSON column's value, which calset writes as an object, or a list of warnings."""
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):  # numbers of thousands of digits, lists in lists in lists
-            value = text
-        if isinstance(value, list if column == "warnings" else dict) or (value is None and column in _MAY_BE_NULL):
-            return value
-        raise InputError(f"{self.path} holds a {column} that calset did not write: use another copy of the file")
+    def _parsed(self, column: str, value: Any) -> Any:
+        """A column's value: JSON parsed, which calset writes as an object or a list of warnings; times as datetimes.
+
+        Raises:
+            InputError: the column holds what calset would not have written.
+        """
+        if column in _JSON_COLUMNS and value is not None:
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):  # numbers of thousands of digits, lists in lists in lists
+                value = ""
+            strange = not isinstance(value, list if column == "warnings" else dict)
+            strange = strange and not (value is None and column in _MAY_BE_NULL)
+        else:  # of a moment beyond Python's years DuckDB gives the text
+            strange = column in _TIME_COLUMNS and isinstance(value, str)
+        if strange:
+            raise InputError(f"{self.path} holds a {column} that calset did not write: use another copy of the file")
+        return value
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -391,7 +397,11 @@ class Catalog:
         return {row["trace_id"]: Trace(**row) for row in self.rows(sql, [list(trace_ids)])}
 
     def tokens(self, attempts: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[list[int], list[int]]]:
-        """Prompt and completion ids by (trace id, attempt); unknown ones are left out."""
+        """Prompt and completion ids by (trace id, attempt).
+
+        Raises:
+            InputError: an attempt without token ids: a damaged catalog, or one that calset did not write.
+        """
         sql = """
             SELECT k.trace_id, k.attempt, k.prompt_ids, k.completion_ids FROM trace_tokens k
             JOIN (SELECT unnest(?::VARCHAR[]) AS trace_id, unnest(?::INTEGER[]) AS attempt) w
@@ -399,7 +409,11 @@ class Catalog:
         """
         with self._open("own") as con:
             rows = con.execute(sql, [[t for t, _ in attempts], [a for _, a in attempts]]).fetchall()
-        return {(trace, attempt): (prompt, completion) for trace, attempt, prompt, completion in rows}
+        found = {(trace, attempt): (prompt, completion) for trace, attempt, prompt, completion in rows}
+        for trace, attempt in attempts:
+            if None in found.get((trace, attempt), (None,)):
+                raise InputError(f"{self.path} has no token ids of the trace {trace}: use another copy of the file")
+        return found
 
     def trace(self, trace_id: str) -> dict[str, Any]:
         """Everything about one trace, found by its id or a prefix that only it has.

@@ -138,8 +138,7 @@ def load(catalog: Catalog, ref: str) -> Subset:
     """
     name, version = parse_reference(ref)
     with catalog.reading() as con:
-        heads = con.execute("SELECT * FROM subsets WHERE name = ? ORDER BY version DESC", [name]).fetchall()
-        heads = [dict(zip(TABLES["subsets"], row, strict=True)) for row in heads]
+        heads = catalog.rows("SELECT * FROM subsets WHERE name = ? ORDER BY version DESC", [name])
         head = next((h for h in heads if version in (None, h["version"])), None)
         if head is None:
             raise InputError(_not_found(name, version, [h["version"] for h in heads], catalog))
@@ -164,22 +163,13 @@ def _not_found(name: str, version: int | None, versions: Sequence[int], catalog:
 
 
 def _subset(head: dict[str, Any], samples: Sequence[Sample]) -> Subset:
-    values = {key: head[key] for key in head if key not in ("n_samples", "n_tokens")}
-    for key in ("recipe", "pool", "warnings", "origin"):
-        values[key] = json.loads(values[key] or "null")
-    return Subset(**values, samples=samples)
+    return Subset(**{key: head[key] for key in head if key not in ("n_samples", "n_tokens")}, samples=samples)
 
 
 def list_subsets(catalog: Catalog) -> list[dict[str, Any]]:
     """All subsets without their samples, by name and version: the columns of the table, JSON parsed, and ``ref``."""
-    with catalog.reading() as con:
-        rows = con.execute("SELECT * FROM subsets ORDER BY name, version").fetchall()
-    heads = [dict(zip(TABLES["subsets"], row, strict=True)) for row in rows]
-    for head in heads:
-        head["ref"] = f"{head['name']}@{head['version']}"
-        for key in ("recipe", "pool", "warnings", "origin"):
-            head[key] = json.loads(head[key] or "null")
-    return heads
+    heads = catalog.rows("SELECT * FROM subsets ORDER BY name, version")
+    return [{**head, "ref": f"{head['name']}@{head['version']}"} for head in heads]
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,10 @@ _LISTED: Mapping[str, str] = {
     "view": "SELECT 'view', schema_name, view_name, NULL, sql FROM duckdb_views() WHERE NOT internal",
     "type": "SELECT 'type', schema_name, type_name, NULL, '' FROM duckdb_types() WHERE NOT internal",
     "sequence": "SELECT 'sequence', schema_name, sequence_name, NULL, '' FROM duckdb_sequences() WHERE true",
-    "index": "SELECT 'index', schema_name, index_name, table_name, expressions FROM duckdb_indexes() WHERE true",
+    # Of an index no more is needed than whether it refuses rows, or has an expression to run.
+    "index": "SELECT 'index', schema_name, index_name, table_name, "
+    "CASE WHEN is_unique THEN 'UNIQUE' WHEN contains(expressions, '(') THEN 'an expression' ELSE '' END "
+    "FROM duckdb_indexes() WHERE true",
     "macro": "SELECT 'macro', schema_name, function_name, NULL, function_type FROM duckdb_functions() "
     "WHERE NOT internal",
     "trigger": "SELECT 'trigger', schema_name, trigger_name, table_name, '' FROM duckdb_triggers() WHERE NOT temporary",
@@ -161,8 +164,9 @@ def _running(con: duckdb.DuckDBPyConnection, entries: Collection[_Entry]) -> Ite
                 yield Finding(f"SQL in the definition of the table {shown} ({odd})", _DAMAGED)
         elif entry.kind == "trigger":
             yield Finding(f"the trigger {shown}", f"{_drop('TRIGGER', entry)}, or {_DAMAGED}")
-        elif entry.kind == "index" and entry.table in schema.TABLES and entry.schema == "main" and "(" in entry.sql:
-            yield Finding(f"the index {shown} on an expression", f"{_drop('INDEX', entry)}, or {_DAMAGED}")
+        elif entry.kind == "index" and entry.table in schema.TABLES and entry.schema == "main" and entry.sql:
+            what = f"the UNIQUE index {shown}" if entry.sql == "UNIQUE" else f"the index {shown} on an expression"
+            yield Finding(what, f"{_drop('INDEX', entry)}, or {_DAMAGED}")
     yield from _shadows(con, entries)
 
 

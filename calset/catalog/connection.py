@@ -6,9 +6,9 @@ Inside one process DuckDB refuses to open a file twice with different settings, 
 returns other threads' rows: a gate a path serialises that.
 
 A file may be somebody else's. So every connection of calset's own can reach no other file and no network, and what the
-file holds is checked before anything of it could run (``walls``): once a process and version of the file, as listing a
-catalog's macros takes longer than all else that an open does. Must not know: tables, except through ``migrations`` and
-``walls``.
+file holds is checked (``definitions``) before anything of it could run: once a process and version of the file, as
+listing a catalog's macros takes longer than all else that an open does. Must not know: tables, except through
+``migrations`` and ``definitions``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import duckdb
 
-from calset.catalog import migrations, walls
+from calset.catalog import definitions, migrations
 from calset.catalog.interrupts import as_keyboard_interrupt, interruptible
 from calset.catalog.turns import turn
 from calset.errors import CatalogError, CatalogLocked, InputError, first_line
@@ -310,11 +310,11 @@ def _connect_current(
                 con.close()
                 _connect_current(path, "write", deadline).close()
                 return _connect_current(path, mode, deadline, extra_columns=extra_columns)
-            known = _Checked(_content(path), migrations.SCHEMA_VERSION, walls.views_differ(con))
+            known = _Checked(_content(path), migrations.SCHEMA_VERSION, definitions.views_differ(con))
             if not extra_columns:
                 _checked[_place(path)] = known
         if known.views_differ and mode != "write":
-            walls.create_own_views(con)
+            definitions.create_own_views(con)
         return con
     except BaseException as error:
         _close(con, path)
@@ -325,10 +325,10 @@ def _connect_current(
 
 def _is_current(con: duckdb.DuckDBPyConnection, path: Path, mode: Mode, extra_columns: bool) -> bool:
     """Check what the file holds, and upgrade it where it can be written; returns False for an older schema."""
-    current = walls.check(con, str(path), extra_columns=extra_columns) == migrations.SCHEMA_VERSION
+    current = definitions.check(con, str(path), extra_columns=extra_columns) == migrations.SCHEMA_VERSION
     if not current and mode == "write":
         migrations.migrate(con, str(path))
-        walls.check(con, str(path), extra_columns=extra_columns)
+        definitions.check(con, str(path), extra_columns=extra_columns)
     return current or mode == "write"
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import duckdb
 
-from calset.catalog import migrations, schema, subsets, walls
+from calset.catalog import definitions, migrations, schema, subsets
 from calset.catalog.catalog import Catalog
 from calset.catalog.connection import in_memory, opened_as_it_is, translate
 from calset.catalog.merge import KEYS
@@ -145,7 +145,7 @@ def _leftovers(path: Path, folder: Path) -> Check:
 
 
 def _inside(con: duckdb.DuckDBPyConnection, store: Catalog, full: bool) -> Iterator[Check]:
-    refused = [Check("schema", "problem", f"the file holds {f.what}", f.remedy) for f in walls.findings(con)]
+    refused = [Check("schema", "problem", f"the file holds {f.what}", f.remedy) for f in definitions.findings(con)]
     if refused:  # looking at the rows would run it
         yield from refused
         return
@@ -186,7 +186,7 @@ def _schema(con: duckdb.DuckDBPyConnection, version: int, path: Path) -> Check:
         model.close()
     missing = sorted(wanted.keys() - found.keys())
     changed = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    changed += [f"view {view}" for view in walls.changed_views(con) if f"view {view}" not in missing]
+    changed += [f"view {view}" for view in definitions.changed_views(con) if f"view {view}" not in missing]
     if missing or changed:
         said = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(changed)} changed"] * bool(changed)
         only_views = all(name.startswith("view ") for name in (*missing, *changed))

@@ -23,7 +23,7 @@ from typing import Any
 
 import duckdb
 
-from calset.catalog import migrations, walls
+from calset.catalog import definitions, migrations
 from calset.catalog.catalog import Catalog
 from calset.catalog.connection import in_memory, opened, opened_as_it_is, quoted, translate
 from calset.catalog.schema import TABLES
@@ -167,7 +167,7 @@ def _readable(store: Catalog, other: Path) -> Iterator[tuple[Path, int]]:
     The other is held open for reading all the while: nobody writes to it between the first look and the last row.
     """
     with opened_as_it_is(other, store.lock_timeout) as con:
-        version = walls.check(con, str(other), foreign=True)
+        version = definitions.check(con, str(other), foreign=True)
         if version == 0:
             raise InputError(f"{other} is an empty database, not a calset catalog")
         if version == migrations.SCHEMA_VERSION:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 MAX_CHARS = 10_000
 MAX_DEPTH = 100  # parentheses and signs within one another, a pair of parentheses as two
-MAX_DIGITS = 60  # of a number
+CALL_DEPTH = 9  # a function within a function counts as so many levels: sympy takes seconds for some dozens
+MAX_DIGITS = 200  # of a number
 MAX_TEN_POWER = 99  # of a number like 1e99
 
 _TOKEN = re.compile(
@@ -227,7 +228,10 @@ class _Parser:
         if text in self._grammar.functions:
             if not self._sign(("(",)):
                 raise self._error()
-            return Call(text, self._closed())
+            self._deeper(CALL_DEPTH)
+            call = Call(text, self._closed())
+            self._depth -= CALL_DEPTH
+            return call
         if self._grammar.names is None or not self._grammar.names.fullmatch(text):
             raise Unreadable(f"{text!r} is no symbol of it")
         return Name(text)

@@ -16,8 +16,8 @@ from typing import Any
 
 from calset.builder.grading import Outcome, last_boxed
 from calset.builder.grading.answers import last_tagged
-from calset.builder.grading.checks import UnreadableEntry
 from calset.builder.grading.formulas import Unreadable
+from calset.builder.grading.gym_checks import UnreadableEntry
 from calset.builder.grading.scorers import SCORERS, Scorer, why_refused
 
 RULES = "3"  # raise when a change here can change a verdict

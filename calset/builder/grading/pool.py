@@ -3,7 +3,7 @@
 Why it exists: sympy can loop for ever inside one C call (a power tower), where neither an alarm nor a
 ProcessPoolExecutor can reach it. Each worker is a bare interpreter that imports nothing but the grader it is asked
 for, talks JSON lines over pipes, and is killed and replaced when it passes the deadline or dies. It works within walls
-(walls.py): what a model wrote is all that it has to lose.
+(sandbox.py): what a model wrote is all that it has to lose.
 
 Beside a generation, workers run at a low priority, so a deadline counts the time that a worker ran or slept, not the
 time it stood in line for a CPU: a busy machine must not turn into ``timeout`` verdicts. A second worker costs up to a
@@ -31,12 +31,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from calset.builder.background import do_not_interrupt
-from calset.builder.grading import MAX_RESPONSE_CHARS, Outcome, check_grader, walls
+from calset.builder.grading import MAX_RESPONSE_CHARS, Outcome, check_grader, sandbox
 from calset.catalog.records import VERDICTS
 from calset.errors import CalsetError
 
 START_SECONDS = 120.0  # importing sympy; not counted against a grade's deadline
 MAX_REPLY_BYTES = 2**22  # of a verdict, its extracted answer and its detail
+LONGEST_WAIT = 60  # deadlines of a clock's time after which waiting for a CPU is no excuse
 BACKLOG = 32  # jobs waiting for each worker that make it worth starting another
 PATIENCE_SECONDS = 1.0  # or one job waiting that long
 MAX_WAITING = 4096  # then submit() waits: jobs hold their responses
@@ -289,7 +290,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=walls.environment(folder),
+            env=sandbox.environment(folder),
             cwd=folder,
             process_group=0,
         )
@@ -363,7 +364,8 @@ class _Worker:
                 selector.register(stdin, selectors.EVENT_WRITE)
                 while b"\n" not in self._buffer:
                     elapsed = time.monotonic() - began
-                    if elapsed >= seconds and elapsed - (self._seconds_in_line() - in_line) >= seconds:
+                    waited = self._seconds_in_line() - in_line if seconds <= elapsed < LONGEST_WAIT * seconds else 0
+                    if elapsed - waited >= seconds:
                         raise TimeoutError
                     ready = selector.select(min(POLL_SECONDS, seconds))
                     if not ready:
@@ -429,13 +431,13 @@ def work(nice: int) -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # stopping is the parent's, which closes the pipes
-    gaps = walls.before_imports()
+    gaps = sandbox.before_imports()
     for line in sys.stdin.buffer:
         job = json.loads(line)
         # If the parent is killed while this hangs in C, nobody is left to kill it: CPU time will, by SIGVTALRM.
         signal.setitimer(signal.ITIMER_VIRTUAL, 2 * job["seconds"] + 5)
         if "load" in job:  # the first job, and no other
-            reply = {"errors": _import(job["load"]), "gaps": [*gaps, *walls.before_answers()]}
+            reply = {"errors": _import(job["load"]), "gaps": [*gaps, *sandbox.before_answers()]}
         else:
             reply = _verdict(job)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

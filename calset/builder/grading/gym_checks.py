@@ -46,7 +46,7 @@ _FUNCTIONS = {name: name for name in (*_CIRCULAR, *_HYPERBOLIC, "exp", "log", "s
 _FUNCTIONS |= {"ln": "log", "abs": "Abs"}  # sympy's names for them
 _CONSTANTS = ("pi", "E", "I")
 _CALCULUS = Grammar(
-    _SUMS, ("+", "-"), power=True, decimals=True, names=_SYMBOL, functions=frozenset(_FUNCTIONS), max_chars=4_000
+    _SUMS, ("+", "-"), power=True, decimals=True, names=_SYMBOL, functions=frozenset(_FUNCTIONS), max_chars=1_000
 )
 _LOGIC = Grammar((("↔",), ("→",), ("∨",), ("∧",)), ("¬",), numbers=False, names=re.compile("[A-Z]"), max_chars=500)
 _DIGITS = r"(?:[0-9]{1,60}(?:\.[0-9]{0,60})?|\.[0-9]{1,60})(?:[eE][-+]?0{0,9}[0-9]{1,2})?"

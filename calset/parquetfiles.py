@@ -73,7 +73,12 @@ def read_batches(paths: Sequence[Path], columns: Collection[str], bounds: Bounds
     checked = [_check(path, columns, used) for path in paths]
     for path, names in zip(paths, checked, strict=True):
         with _errors(path), _open(path, bounds) as file:
-            yield from file.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
+            n_rows = 0
+            for batch in file.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
+                n_rows += len(batch)
+                yield batch
+            if n_rows != file.metadata.num_rows:  # pyarrow 26 loses rows of some files without a word
+                raise Excess(f"it gave {n_rows:,} of the {file.metadata.num_rows:,} rows that its footer counts")
 
 
 @contextmanager

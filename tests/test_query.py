@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -527,3 +528,14 @@ def test_signals_reach_whoever_waited_for_them_before(catalog: Catalog) -> None:
         signal.set_wakeup_fd(before)
         reader.close()
         writer.close()
+
+
+def test_streams_may_end_in_the_order_in_which_they_began(catalog: Catalog) -> None:
+    first, second = ExitStack(), ExitStack()
+    with first, second:
+        _, ones = first.enter_context(catalog.stream("FROM range(3)"))
+        _, others = second.enter_context(catalog.stream("FROM range(4)"))
+        assert len(next(ones)) == 3
+        first.close()
+        assert len(next(others)) == 4
+    assert signal.set_wakeup_fd(-1) == -1

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,3 +146,21 @@ def test_a_process_that_somebody_ends_is_replaced(info: ModelInfo) -> None:
         if b"calset.builder.templates" in Path(f"/proc/{child}/cmdline").read_bytes():
             os.kill(int(child), signal.SIGKILL)
     assert info.prompt_ids("1 + 1") == before
+
+
+def test_an_interrupted_rendering_leaves_no_prompt_to_the_next(tmp_path: Path, info: ModelInfo) -> None:
+    slow = inspect(model_with(tmp_path / "m", WHEN_ASKED.replace("99999", "200")))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            slow.prompts(["A PUZZLE"] * 1000)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert "1 + 1" in info.decode(info.prompt_ids("1 + 1"))

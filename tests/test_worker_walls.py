@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -22,7 +23,6 @@ from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
 
 LINUX = sys.platform == "linux"
-MARKER = 51  # a descriptor of the test's, inheritable
 
 # Each attempt ends with what it brought, or with the name of the error that kept it from it.
 GRADER = """
@@ -138,7 +138,7 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     kept = folder / "kept"
     kept.write_text("kept")
     opened = os.open(kept, os.O_RDWR)
-    os.dup2(opened, MARKER, inheritable=True)
+    marker = fcntl.fcntl(opened, fcntl.F_DUPFD, 51)  # inheritable, and no number that a worker has by itself
     with (
         socket.create_server(("127.0.0.1", 0)) as tcp,
         socket.socket(socket.AF_UNIX) as unix,
@@ -149,11 +149,11 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
         yield {
             "folder": str(folder),
             "kept": str(kept),
-            "descriptor": MARKER,
+            "descriptor": marker,
             "port": tcp.getsockname()[1],
             "socket": f"{short}/s",
         }
-    os.close(MARKER)
+    os.close(marker)
     os.close(opened)
 
 

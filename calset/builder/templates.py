@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,13 +25,16 @@ from typing import Any
 
 from calset.errors import CalsetError, InputError, first_line
 
-CPU_SECONDS = 5.0  # of one rendering; a template takes a millisecond, its first rendering 50
-WALL_SECONDS = 120.0  # for a reply, the child's start included, on a machine that is busy
+CPU_SECONDS = 5.0  # of one rendering; a template takes a tenth of a millisecond, its first rendering 50
+WALL_SECONDS = 120.0  # for one prompt, and for the child's start, on a machine that is busy
 MEMORY_BYTES = 1 << 30  # on top of what the child has when it is ready
 # Characters of a rendered conversation at most: what a template adds, and how often it may repeat what it is given.
 OWN_CHARS, REPEATS = 1 << 20, 4
 # HOME, because transformers looks for its cache there; TZ, because templates write the date.
-KEPT = ("PATH", "HOME", "TZ", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
+KEPT = (
+    "PATH", "HOME", "TZ", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME",
+)  # fmt: skip
 
 MAX_REASON = 1000  # characters of a template's own error
 
@@ -62,25 +66,16 @@ def render(
         InputError: the template did not end in time, or takes too much memory or text.
         CalsetError: no child process can be started.
     """
-    from transformers import PreTrainedTokenizerBase
-
-    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-        # mistral-common's tokenizers build the prompt in Python of their own and run no template of the model.
-        return [
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
-            )
-            for messages in conversations
-        ]
     whose = f"the chat template of {model}" if model else "the chat template"
     program = (tokenizer.get_chat_template(), json.dumps({**_special_tokens(tokenizer), **(options or {})}))
-    message = {"conversations": list(conversations), "add_generation_prompt": add_generation_prompt}
-    reply = _ask(program, message, whose)
-    if "texts" in reply:
-        return reply["texts"]
-    if "refused" in reply:
-        raise TemplateRefusal(f"{whose} refuses the prompt: {reply['refused']}")
-    raise InputError(f"{whose} {reply['error']}; take another revision of the model, or correct its template")
+    texts = []
+    for reply in _ask(program, conversations, add_generation_prompt, whose):
+        if "refused" in reply:
+            raise TemplateRefusal(f"{whose} refuses the prompt: {reply['refused']}")
+        if "error" in reply:
+            raise InputError(f"{whose} {reply['error']}; take another revision of the model, or correct its template")
+        texts.append(reply["text"])
+    return texts
 
 
 def prepare() -> None:
@@ -94,19 +89,25 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
     return {name: [str(v) for v in value] if isinstance(value, list) else str(value) for name, value in found}
 
 
-def _ask(program: tuple[str, str], message: Mapping[str, Any], whose: str) -> dict[str, Any]:
+def _ask(
+    program: tuple[str, str], conversations: Sequence[Sequence[Message]], add_generation_prompt: bool, whose: str
+) -> list[dict[str, Any]]:
+    """The child's replies, one a conversation, up to the first that is no text."""
     global _child
     with _lock:
         why = ""
         for _ in range(2):  # a child may have been killed from outside, which is not the template's fault at once
             child = _running()
             try:
-                return child.ask(program, message)
-            except _Ended as error:
-                _child, why = None, str(error)
+                return child.ask(program, conversations, add_generation_prompt)
+            except BaseException as error:  # Ctrl-C too: what the child has yet to say would be taken for other prompts
+                _child = None
                 child.end()
-                if error.too_long:
-                    return {"error": f"does not end: no prompt after {CPU_SECONDS:g} seconds of computing"}
+                if not isinstance(error, _Ended):
+                    raise
+                if error.endless:
+                    return [{"error": f"does not end: no prompt after {CPU_SECONDS:g} seconds of computing"}]
+                why = str(error)
     raise CalsetError(f"the process that renders {whose} ended twice ({why}); free some memory, then try again")
 
 
@@ -117,11 +118,11 @@ def _running() -> _Child:
 
 
 class _Ended(Exception):
-    """The child process ended without an answer; ``too_long``: because of a deadline."""
+    """The child process ended without a reply; ``endless``: because of the deadline of processor time."""
 
-    def __init__(self, why: str, *, too_long: bool = False) -> None:
+    def __init__(self, why: str, *, endless: bool = False) -> None:
         super().__init__(why)
-        self.too_long = too_long
+        self.endless = endless
 
 
 class _TooMuch(Exception):
@@ -135,23 +136,29 @@ class _Child:
         path = [str(Path(__file__).parents[2]), *map(str, sys.path)]
         code = f"import sys; sys.path[:] = {path!r}; from calset.builder.templates import work; work()"
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-        # A group of its own, or Ctrl-C at a terminal would end it, too.
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            process_group=0,
-        )
+        try:
+            # A group of its own, or Ctrl-C at a terminal would end it, too.
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                process_group=0,
+            )
+        except OSError as error:
+            raise CalsetError(f"the process that renders chat templates does not start: {error.strerror}") from error
         assert process.stdin is not None
         assert process.stdout is not None
         self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
         self._known: dict[tuple[str, str], int] = {}
+        self._buffer, self._ready = b"", False
         self.end = weakref.finalize(self, _end, process, os.getpid())
 
-    def ask(self, program: tuple[str, str], message: Mapping[str, Any]) -> dict[str, Any]:
-        """Have conversations rendered.
+    def ask(
+        self, program: tuple[str, str], conversations: Sequence[Sequence[Message]], add_generation_prompt: bool
+    ) -> list[dict[str, Any]]:
+        """Have conversations rendered; the replies end with the first that is no text.
 
         Args:
             program: template, and its variables as JSON; sent once, then named by a number.
@@ -162,18 +169,33 @@ class _Child:
         number = self._known.get(program)
         new = {} if number is not None else {"template": program[0], "variables": program[1]}
         number = self._known.setdefault(program, len(self._known))
+        job = {"conversations": list(conversations), "add_generation_prompt": add_generation_prompt, **new}
         try:
-            line = json.dumps({**message, **new, "program": number, "seconds": CPU_SECONDS})
-            self._stdin.write(line.encode() + b"\n")
+            if not self._ready:
+                self._ready = self._reply() == {}
+            self._stdin.write(json.dumps({**job, "program": number, "seconds": CPU_SECONDS}).encode() + b"\n")
             self._stdin.flush()
-            if not select.select([self._stdout], [], [], WALL_SECONDS)[0]:
-                raise _Ended("no answer", too_long=True)
-            if reply := self._stdout.readline():
-                return json.loads(reply)
-            code = self._process.wait()
+            replies: list[dict[str, Any]] = []
+            while len(replies) < len(conversations) and (not replies or "text" in replies[-1]):
+                replies.append(self._reply())
         except (OSError, ValueError) as error:
             raise _Ended(first_line(error)) from error
-        raise _Ended(f"exit code {code}", too_long=code == -signal.SIGPROF)
+        return replies
+
+    def _reply(self) -> dict[str, Any]:
+        """The child's next line."""
+        deadline, pieces = time.monotonic() + WALL_SECONDS, [self._buffer]
+        with selectors.PollSelector() as selector:
+            selector.register(self._stdout, selectors.EVENT_READ)
+            while b"\n" not in pieces[-1]:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise _Ended(f"no answer within {WALL_SECONDS:g} seconds")
+                pieces.append(os.read(self._stdout.fileno(), 1 << 16))
+                if not pieces[-1]:
+                    code = self._process.wait()
+                    raise _Ended(f"exit code {code}", endless=code == -signal.SIGPROF)
+        line, _, self._buffer = b"".join(pieces).partition(b"\n")
+        return json.loads(line)
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
@@ -209,9 +231,16 @@ def work() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit()
-    replies = os.fdopen(os.dup(1), "wb")
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     programs: dict[int, tuple[str, dict[str, Any]]] = {}
+
+    def say(reply: dict[str, Any]) -> None:
+        left = memoryview(json.dumps(reply).encode() + b"\n")
+        while left:
+            left = left[replies.write(left) :]
+
+    say({})  # ready
     for line in sys.stdin.buffer:
         job = json.loads(line)
         if "template" in job:
@@ -219,7 +248,6 @@ def work() -> None:
         template, variables = programs[job["program"]]
         variables["add_generation_prompt"] = job["add_generation_prompt"]
         try:
-            texts = []
             for messages in job["conversations"]:
                 # The kernel's default for SIGPROF ends the process: also inside a C call, where no Python would run.
                 signal.setitimer(signal.ITIMER_PROF, job["seconds"])
@@ -227,17 +255,17 @@ def work() -> None:
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 if len(text) > OWN_CHARS + REPEATS * sum(len(message["content"]) for message in messages):
                     raise _TooMuch(f"makes a prompt of {len(text):,} characters")
-                texts.append(text)
-            reply: dict[str, Any] = {"texts": texts}
+                say({"text": text})
         except MemoryError:
-            reply = {"error": f"takes more than {MEMORY_BYTES >> 30} GiB of memory"}
+            reason = {"error": f"takes more than {MEMORY_BYTES >> 30} GiB of memory"}
         except _TooMuch as error:
-            reply = {"error": str(error)}
+            reason = {"error": str(error)}
         except Exception as error:  # Jinja's, or whatever the template raises
-            reply = {"refused": first_line(error)[:MAX_REASON]}
+            reason = {"refused": first_line(error)[:MAX_REASON]}
+        else:
+            continue
         signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write(json.dumps(reply).encode() + b"\n")
-        replies.flush()
+        say(reason)
 
 
 def _limit() -> None:

@@ -58,7 +58,7 @@ def compact(catalog: Catalog | str | Path) -> Compacted:
         before = os.path.getsize(path)
         try:
             # Nobody else can be writing one, as only the holder of the lock does: it is what a kill left.
-            for left in path.parent.glob(f".{glob.escape(path.name)}.*.compact"):
+            for left in path.parent.glob(f".{glob.escape(path.name)}.????????.compact"):
                 shutil.rmtree(left, ignore_errors=True)  # which follows no link
             with drafted(path, ".compact") as draft:
                 allow_only(con, [draft])

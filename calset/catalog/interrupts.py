@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import ClassVar
 
 import duckdb
 
@@ -44,12 +45,8 @@ def interruptible(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
     if not ours or threading.current_thread() is not threading.main_thread():
         yield
         return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    ended = threading.Event()
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader, before, con, ended), daemon=True)
-    watcher.start()
+    watch = _Watch.current or _Watch()
+    watch.connections.append(con)
     try:
         yield
     except BaseException:
@@ -57,21 +54,47 @@ def interruptible(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
             con.interrupt()  # closing it would wait for what its threads are still doing
         raise
     finally:
-        signal.set_wakeup_fd(before, warn_on_full_buffer=False)
-        ended.set()
-        os.close(writer)
-        watcher.join()
-        os.close(reader)
+        watch.leave(con)
 
 
-def _watch(reader: int, before: int, con: duckdb.DuckDBPyConnection, ended: threading.Event) -> None:
-    """Interrupt the connection when a SIGINT comes, and pass all signals on to whoever was waiting for them."""
-    while signals := os.read(reader, 512):
-        if before >= 0:
-            with suppress(OSError):
-                os.write(before, signals)
-        until = time.monotonic() + _TELLING_SECONDS
-        while signal.SIGINT in signals and not ended.is_set() and time.monotonic() < until:
-            with suppress(duckdb.Error):
-                con.interrupt()
-            ended.wait(_PAUSE_SECONDS)
+class _Watch:
+    """The thread that a signal wakes, for all connections that are open: streams end in any order."""
+
+    current: ClassVar[_Watch | None] = None
+
+    def __init__(self) -> None:
+        self.connections: list[duckdb.DuckDBPyConnection] = []
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        _Watch.current = self
+
+    def leave(self, con: duckdb.DuckDBPyConnection) -> None:
+        """Forget a connection; after the last one whoever waited for signals before does so again."""
+        self.connections = [other for other in self.connections if other is not con]
+        if self.connections:
+            return
+        _Watch.current = None
+        with suppress(ValueError):  # a stream that another thread lets go
+            signal.set_wakeup_fd(self._before, warn_on_full_buffer=False)
+        os.close(self._writer)
+        self._thread.join()
+        os.close(self._reader)
+
+    def _run(self) -> None:
+        """Interrupt the connections when a SIGINT comes, and pass all signals on to whoever was waiting for them."""
+        while signals := os.read(self._reader, 512):
+            if self._before >= 0:
+                with suppress(OSError):
+                    os.write(self._before, signals)
+            until, told = time.monotonic() + _TELLING_SECONDS, list(self.connections)
+            while signal.SIGINT in signals and time.monotonic() < until:
+                told = [con for con in told if any(con is other for other in self.connections)]
+                if not told:
+                    break
+                for con in told:
+                    with suppress(duckdb.Error):
+                        con.interrupt()
+                time.sleep(_PAUSE_SECONDS)

@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,10 +72,22 @@ def check_own(folder: Path) -> None:
     wrong = (
         "it is no folder but a link or a file" * (not stat.S_ISDIR(found.st_mode))
         or "it belongs to another user" * (found.st_uid != os.geteuid())
-        or "others may write to it" * bool(found.st_mode & 0o022)
+        or "others may write to it" * (bool(found.st_mode & 0o022) and _keeps_modes(folder.parent))
     )
     if wrong:
-        raise InputError(f"calset does not work in {folder}: {wrong}; remove it, or name another folder with -o")
+        remedy = f"if it is yours, chmod go-w {folder}; else " if wrong.startswith("others") else ""
+        raise InputError(
+            f"calset does not work in {folder}: {wrong}; {remedy}remove it, or name another folder with -o"
+        )
+
+
+def _keeps_modes(folder: Path) -> bool:
+    """Return False on a file system that gives every folder the same mode, as those of Windows do."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".calset-", dir=folder) as made:
+            return not os.stat(made).st_mode & 0o022
+    except OSError:
+        return True
 
 
 def held_bytes(out: Path) -> int:
@@ -205,9 +218,10 @@ def opened(
     """
     folder = folder_of(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700)
-    check_own(folder)
+    except FileExistsError:
+        check_own(folder)
     with _locked(folder, out):
         check_settings(out, settings)  # before anything is touched: another run's work is not this one's to remove
         work = WorkFolder(out, folder)

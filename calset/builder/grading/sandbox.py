@@ -110,6 +110,13 @@ def _limit(name: str, value: int) -> bool:
     return True
 
 
+def _threads() -> int:
+    """The threads of this process; 0 where the system does not say."""
+    with suppress(OSError):
+        return len(os.listdir("/proc/self/task"))
+    return 0
+
+
 def _readable(path: str) -> bool:
     with suppress(OSError), open(path, "rb"):
         return True
@@ -241,7 +248,7 @@ def _protect_files(libc: Any) -> bool:
             allowed = struct.pack("=Qi", files & (_WRITE_FILE | _TRUNCATE | _IOCTL_DEVICE), null)
             _call(libc, _ADD_RULE, rules, _PATH_BENEATH, allowed, 0)
             os.close(null)
-        return _call(libc, _RESTRICT_SELF, rules, 0) == 0 and len(os.listdir("/proc/self/task")) == 1
+        return _call(libc, _RESTRICT_SELF, rules, 0) == 0 and _threads() == 1
     finally:
         os.close(rules)
 

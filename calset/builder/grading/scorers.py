@@ -58,8 +58,8 @@ def why_refused(task: str) -> str | None:
         return None
     return (
         f"reasoning-gym {package_version('reasoning-gym')} scores the task {task[:100]!r} by code that calset does not "
-        f"know, and that may run an answer as a program; install reasoning-gym {VERSION}, take another grader, or let "
-        "it with --unsafe-scorers (unsafe_scorers=True)"
+        f"know, and that may run an answer as a program; install reasoning-gym {VERSION}, take another grader, or "
+        "allow it with --unsafe-scorers (unsafe_scorers=True)"
     )
 
 

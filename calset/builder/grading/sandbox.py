@@ -21,8 +21,8 @@ import sys
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-# Of address space, which is more than what is used: math takes 66 MB, gym 197 MB, an imported torch 0.6 GB, and each
-# thread of a library of many threads 72 MB.
+# Of address space beside what the import has mapped (math 66 MB, gym 197 MB, torch for a CPU 0.6 GB, for CUDA more).
+# Address space is more than what is used: each thread takes 72 MB of it.
 MEMORY_BYTES = 4 * 2**30
 OPEN_FILES = 64
 
@@ -48,36 +48,37 @@ def environment(folder: str) -> dict[str, str]:
 
 
 def before_imports() -> list[str]:
-    """Raise the walls that imports live within: memory, core dumps, privileges, network.
+    """Raise the walls that imports live within: core dumps, privileges, network.
 
     To be called while the process has one thread: a process of several cannot enter a user namespace.
 
     Returns:
         What this machine still lets a worker do, as verb phrases.
     """
-    gaps = [] if _limit("AS", MEMORY_BYTES) else [f"take more than {MEMORY_BYTES >> 30} GiB of memory"]
     _limit("CORE", 0)
     libc = _libc()
     if libc is None:
-        return [*gaps, "use the network"]
+        return ["use the network"]
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     # Whoever may, enters a network namespace alone: in a user namespace root cannot read what belongs to others any
     # more, such as an environment in a user's home.
     alone = libc.unshare(_CLONE_NEWNET) == 0 or libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0
     _drop_capabilities(libc)
     # Namespaces do not hide sockets that are files, of which one may belong to a service that runs programs.
-    if not _refuse(libc, "network"):
-        gaps.append("connect to local services" if alone else "use the network")
-    return gaps
+    if _refuse(libc, "network"):
+        return []
+    return ["connect to local services" if alone else "use the network"]
 
 
 def before_answers() -> list[str]:
-    """Raise the other walls: files, processes, open descriptors. None of them can be taken down again.
+    """Raise the other walls: memory, files, processes, open descriptors. None of them can be taken down again.
 
     Returns:
         What this machine still lets a worker do, as verb phrases.
     """
     gaps = []
+    if not _limit("AS", _mapped_bytes() + MEMORY_BYTES):
+        gaps.append(f"take more than {MEMORY_BYTES >> 30} GiB of memory")
     if not _limit("FSIZE", 0):
         gaps.append("write files")
     _limit("NOFILE", OPEN_FILES)
@@ -108,6 +109,13 @@ def _limit(name: str, value: int) -> bool:
     except (ImportError, AttributeError, ValueError, OSError):
         return False
     return True
+
+
+def _mapped_bytes() -> int:
+    """The address space of this process; 0 where the system does not say."""
+    with suppress(OSError), open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _threads() -> int:

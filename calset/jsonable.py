@@ -1,4 +1,4 @@
-"""Values as JSON knows them, for what the command line prints and for what the catalog hands out.
+"""Values as JSON knows them, for what the command line prints and for what the catalog hands out; JSON files.
 
 Why apart: both need the same answer, and the command line must start without numpy, which is why arrays and scalars of
 numpy and torch are told by their ``tolist``.
@@ -7,12 +7,16 @@ numpy and torch are told by their ``tolist``.
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
+
+from calset.errors import InputError, first_line
 
 
 def jsonable(value: Any) -> Any:
@@ -41,3 +45,18 @@ def jsonable(value: Any) -> Any:
         return [jsonable(item) for item in sorted(value, key=repr)]
     plain = getattr(value, "tolist", None)
     return str(value) if plain is None else jsonable(plain())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is corrupt: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is corrupt: it is no JSON object")
+    return found

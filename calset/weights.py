@@ -8,12 +8,12 @@ put together: only names are refused. Must not know: tensors, models, engines.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from calset.errors import InputError, first_line
+from calset.jsonable import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,7 +46,7 @@ def check_weights(folder: Path) -> None:
     if (adapter := folder / "adapter_config.json").is_file():
         raise InputError(f"{adapter} makes this an adapter of another model: merge it into that model's weights first")
     config = folder / "config.json"
-    read = _read(config) if config.is_file() else {}
+    read = read_object(config) if config.is_file() else {}
     if read.get("transformers_weights") not in (None, SINGLE, INDEX):
         raise InputError(f"{config} names weights of its own (transformers_weights): rename them to {SINGLE}")
     if (named := next(_kernels(read), None)) is not None:
@@ -69,7 +69,7 @@ def _kernels(config: Any) -> Iterator[str]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = sorted(set(_read(index)["weight_map"].values()))
+        names = sorted(set(read_object(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} is corrupt: {first_line(error)}") from error
     if not names or not all(map(_is_shard, names)):
@@ -80,13 +80,3 @@ def _shards(index: Path) -> list[str]:
 def _is_shard(name: Any) -> bool:
     plain = isinstance(name, str) and PurePosixPath(name).name == name == PureWindowsPath(name).name
     return plain and name.endswith(".safetensors") and "\0" not in name
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is corrupt: {first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is corrupt: it is no JSON object")
-    return found

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -212,23 +213,22 @@ def test_a_check_gives_the_verdict_a_careful_person_gives(
 
 # --- nothing is run ----------------------------------------------------------------------------------------------
 
-_WATCHED: list[tuple[str, tuple[Any, ...]]] | None = None
+_WATCHED: dict[int, list[tuple[str, tuple[Any, ...]]]] = {}  # by thread: another test's may still open files
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _WATCHED is not None and event in ("compile", "exec", "open", "import"):
-        _WATCHED.append((event, arguments))
+    if event in ("compile", "exec", "open", "import") and (found := _WATCHED.get(threading.get_ident())) is not None:
+        found.append((event, arguments))
 
 
 @contextmanager
 def watched() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """What Python compiles, runs, imports and opens meanwhile, as its audit hooks tell."""
-    global _WATCHED
-    _WATCHED = []
+    """What this thread compiles, runs, imports and opens meanwhile, as Python's audit hooks tell."""
+    me = threading.get_ident()
     try:
-        yield _WATCHED
+        yield _WATCHED.setdefault(me, [])
     finally:
-        _WATCHED = None
+        del _WATCHED[me]
 
 
 sys.addaudithook(_audit)

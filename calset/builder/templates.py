@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calset.builder import child
 from calset.errors import CalsetError, InputError, first_line
 
 CPU_SECONDS = 5.0  # of one rendering; a template takes a tenth of a millisecond, its first rendering 50
@@ -31,10 +32,7 @@ MEMORY_BYTES = 1 << 30  # on top of what the child has when it is ready
 # Characters of a rendered conversation at most: what a template adds, and how often it may repeat what it is given.
 OWN_CHARS, REPEATS = 1 << 20, 4
 # HOME, because transformers looks for its cache there; TZ, because templates write the date.
-KEPT = (
-    "PATH", "HOME", "TZ", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV",
-    "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME",
-)  # fmt: skip
+KEPT = ("HOME", "TZ", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV")
 
 MAX_REASON = 1000  # characters of a template's own error
 
@@ -97,12 +95,12 @@ def _ask(
     with _lock:
         why = ""
         for _ in range(2):  # a child may have been killed from outside, which is not the template's fault at once
-            child = _running()
+            renderer = _running()
             try:
-                return child.ask(program, conversations, add_generation_prompt)
+                return renderer.ask(program, conversations, add_generation_prompt)
             except BaseException as error:  # Ctrl-C too: what the child has yet to say would be taken for other prompts
                 _child = None
-                child.end()
+                renderer.end()
                 if not isinstance(error, _Ended):
                     raise
                 if error.endless:
@@ -133,17 +131,14 @@ class _Child:
     """One process that renders; used by one thread at a time."""
 
     def __init__(self) -> None:
-        path = [str(Path(__file__).parents[2]), *map(str, sys.path)]
-        code = f"import sys; sys.path[:] = {path!r}; from calset.builder.templates import work; work()"
-        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         try:
             # A group of its own, or Ctrl-C at a terminal would end it, too.
             process = subprocess.Popen(
-                [sys.executable, "-c", code],
+                child.command("calset.builder.templates", "work()"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=environment | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env=child.environment(KEPT),
                 process_group=0,
             )
         except OSError as error:
@@ -230,7 +225,9 @@ def work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _limit()
+    child.limit_memory(MEMORY_BYTES)
+    for name in ("FSIZE", "CORE"):  # pipes are no files
+        child.limit(name, 0)
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     programs: dict[int, tuple[str, dict[str, Any]]] = {}
@@ -266,14 +263,3 @@ def work() -> None:
             continue
         signal.setitimer(signal.ITIMER_PROF, 0)
         say(reason)
-
-
-def _limit() -> None:
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc/self/statm") else None
-    if pages is not None:
-        limit = pages * resource.getpagesize() + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for name in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # pipes are no files
-        resource.setrlimit(name, (0, 0))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from calset import ids
 from calset.errors import InputError, first_line
 from calset.hubfiles import check_token, progress_bar
+from calset.jsonable import read_object
 from calset.pruning.layout import parameters_on_meta, quiet
 
 if TYPE_CHECKING:
@@ -174,12 +175,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
         raise InputError(f"{folder} has no {RECORD}: it is no checkpoint that calset pruned")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is corrupt: {first_line(error)}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{path} is corrupt: it is no JSON object")
+    record = read_object(path)
     version, matrices = record.get("schema_version"), record.get("matrices")
     if not isinstance(version, int) or isinstance(version, bool):
         raise InputError(f"{path} is corrupt: it has no schema_version")

@@ -26,10 +26,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from calset.builder import child
 from calset.builder.background import do_not_interrupt
 from calset.builder.grading import MAX_RESPONSE_CHARS, Outcome, check_grader, sandbox
 from calset.catalog.records import VERDICTS
@@ -277,20 +277,14 @@ class _Worker:
     """One process; used by one thread at a time."""
 
     def __init__(self, nice: int, folder: str) -> None:
-        # The parent's own path: a third-party grader is where the parent found it.
-        path = [str(Path(__file__).parents[3]), *(os.path.abspath(entry) for entry in sys.path)]
-        # What the parent's variables said of compiled modules holds, although the worker does not see them.
-        flags = ["-B"] if sys.dont_write_bytecode else []
-        flags += ["-X", f"pycache_prefix={os.path.abspath(sys.pycache_prefix)}"] if sys.pycache_prefix else []
-        code = f"import sys; sys.path[:] = {path!r}; from calset.builder.grading.pool import work; work({nice})"
-        # Not multiprocessing: its children import the caller's main module again. A group of its own, since Ctrl-C goes
-        # to the terminal's whole group and would end a worker that has not come to ignore it yet.
+        # The command has the parent's own path: a third-party grader is where the parent found it. A group of its own,
+        # since Ctrl-C goes to the terminal's whole group and would end a worker that has not come to ignore it yet.
         self._process = subprocess.Popen(
-            [sys.executable, *flags, "-c", code],
+            child.command("calset.builder.grading.pool", f"work({nice})"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=sandbox.environment(folder),
+            env=child.environment(HOME=folder, TMPDIR=folder, LC_ALL="C.UTF-8"),
             cwd=folder,
             process_group=0,
         )

@@ -21,30 +21,16 @@ import sys
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from calset.builder.child import limit, limit_memory
+
 # Of address space beside what the import has mapped (math 66 MB, gym 197 MB, torch for a CPU 0.6 GB, for CUDA more).
 # Address space is more than what is used: each thread takes 72 MB of it.
 MEMORY_BYTES = 4 * 2**30
 OPEN_FILES = 64
 
-# Variables of the parent that the interpreter and its libraries may need to start: where programs are, where shared
-# libraries are (module systems of clusters, some conda environments), where an interpreter that was moved has its
-# library, and Windows' own folder.
-PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT")
-
 _CLONE_THREAD, _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000, 0x10000000, 0x40000000
 _PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITIES_VERSION_3, _DAC_OVERRIDE, _DAC_READ_SEARCH = 0x20080522, 1 << 1, 1 << 2
-
-
-def environment(folder: str) -> dict[str, str]:
-    """Environment variables of a worker whose working folder is ``folder``."""
-    return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {
-        "HOME": folder,
-        "TMPDIR": folder,
-        "LC_ALL": "C.UTF-8",
-        "PYTHONUTF8": "1",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def before_imports() -> list[str]:
@@ -55,7 +41,7 @@ def before_imports() -> list[str]:
     Returns:
         What this machine still lets a worker do, as verb phrases.
     """
-    _limit("CORE", 0)
+    limit("CORE", 0)
     libc = _libc()
     if libc is None:
         return ["use the network"]
@@ -77,16 +63,16 @@ def before_answers() -> list[str]:
         What this machine still lets a worker do, as verb phrases.
     """
     gaps = []
-    if not _limit("AS", _mapped_bytes() + MEMORY_BYTES):
+    if not limit_memory(MEMORY_BYTES):
         gaps.append(f"take more than {MEMORY_BYTES >> 30} GiB of memory")
-    if not _limit("FSIZE", 0):
+    if not limit("FSIZE", 0):
         gaps.append("write files")
-    _limit("NOFILE", OPEN_FILES)
+    limit("NOFILE", OPEN_FILES)
     libc = _libc()
     if libc is None or not _refuse(libc, "changes"):
         gaps.append("change the permissions of files")
         # Only here: on Linux this limit counts threads, which a grader may have. Root is not bound by it.
-        if not _limit("NPROC", 0) or os.geteuid() == 0:
+        if not limit("NPROC", 0) or os.geteuid() == 0:
             gaps.append("start processes")
     if libc is None or not _protect_files(libc):
         gaps.append("empty and delete files")
@@ -95,27 +81,6 @@ def before_answers() -> list[str]:
     if libc is None or _readable(f"/proc/{os.getppid()}/environ"):
         gaps.append("read the environment of calset's process")
     return gaps
-
-
-def _limit(name: str, value: int) -> bool:
-    """Lower both limits of a resource. False where the system does not have the limit or does not let it be set."""
-    try:
-        import resource
-
-        kind = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
-    except (ImportError, AttributeError, ValueError, OSError):
-        return False
-    return True
-
-
-def _mapped_bytes() -> int:
-    """The address space of this process; 0 where the system does not say."""
-    with suppress(OSError), open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 def _threads() -> int:

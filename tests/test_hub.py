@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from factories import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_hub import TOKEN, Client, LocalHub, hurry
+from warm import calset, warm
 
 from calset import hubfiles
 from calset.catalog import card, release
@@ -638,7 +638,6 @@ def test_a_private_repository_without_a_token_is_one_clear_line(
 
 @pytest.mark.slow
 def test_the_command_line_says_in_one_line_what_is_wrong(hub: LocalHub, published: Path, tmp_path: Path) -> None:
-    env = {key: value for key, value in os.environ.items() if key != "CALSET_CATALOG"}
     for arguments, code, words in [
         (("pull", "hub:me/published/math@1"), 2, "if it is private, log in with `hf auth login`"),
         (("pull", "hub:me/published/../x"), 2, "write hub:ORG/REPO/NAME"),
@@ -646,10 +645,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong(hub: LocalHub, publishe
         (("publish", "../x", "me/x", "--catalog", published), 2, "cannot name a subset"),
         (("export", "hub:me/nowhere/math", "-o", "out"), 2, "no dataset me/nowhere"),
     ]:
-        done = subprocess.run(
-            [sys.executable, "-m", "calset.cli", *map(str, arguments)],
-            cwd=tmp_path, env=env | hub.settings(tmp_path / "home"), capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = calset(*arguments, cwd=tmp_path, **hub.settings(tmp_path / "home"))
         assert done.returncode == code, done.stderr
         (line,) = done.stderr.splitlines()
         assert line.startswith("calset: ")
@@ -845,9 +841,9 @@ def test_the_page_about_the_hub_runs_against_one(hub: LocalHub, tmp_path: Path) 
     assert len(snippets) == 4
     env = {key: value for key, value in os.environ.items() if key != "CALSET_CATALOG"}
     env |= hub.settings(tmp_path / "home", token=TOKEN) | {"CALSET_ENGINE": "transformers"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env["PATH"] = f"{warm().programs()}{os.pathsep}{env['PATH']}"
     for language, code in snippets:
-        runner = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        runner = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else ["python", "-c"]
         done = subprocess.run([*runner, code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         assert TOKEN not in done.stdout + done.stderr

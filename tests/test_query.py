@@ -23,6 +23,7 @@ from factories import fill, make_grade, make_problem, make_run, make_source, mak
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import python
+from warm import calset
 
 from calset import answers
 from calset.answers import Question, print_answer, save_answer
@@ -33,7 +34,6 @@ from calset.errors import CatalogError, CatalogLocked, InputError
 
 ROOT = Path(__file__).parent.parent
 OLDER = Path(sys.prefix) / "duckdb-1.5"
-CALSET = [sys.executable, "-m", "calset.cli"]
 
 
 @pytest.fixture(scope="module")
@@ -335,13 +335,6 @@ def test_a_slow_reader_does_not_keep_the_catalog_open(catalog: Catalog, monkeypa
 
 
 # -- the command line -----------------------------------------------------------------------------------------------
-
-
-def calset(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*CALSET, *map(str, arguments)], cwd=cwd, env={k: v for k, v in os.environ.items() if k != "CALSET_CATALOG"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
 
 
 def test_filters_on_the_command_line(catalog: Catalog, tmp_path: Path) -> None:

@@ -61,11 +61,7 @@ def measure(folder: Path, arms: list[str], asked: dict, recipe: str, seed: int, 
             seconds = report.phases["pruning"] + report.phases.get("allocation", 0.0)
             # Methods that keep no Gram do not measure their error.
             error = sum(float("nan") if m.error is None else m.error for m in report.matrices)
-            # Added biases are other shapes than the running engine's, and vLLM's Qwen3 would drop o_proj's.
-            own = open_engine("transformers", inspect(out), max_model_len=run.MODEL_LENGTH) if report.biases else None
-            result = run.evaluate_model(out, out.name, catalog, own or engine, seed, settings)
-            if own:
-                own.close()
+            result = run.evaluate_model(out, out.name, catalog, engine, seed, settings)
             show(arm, seconds, error, loss(out, held_out), result)
     finally:
         engine.close()

@@ -16,7 +16,7 @@ import pytest
 from factories import fill
 
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import export
+from calset.catalog.references import export
 from calset.catalog.selection import select
 
 CALSET = [sys.executable, "-m", "calset.cli"]

@@ -97,7 +97,7 @@ def vllm_engine(tiny_model: Path) -> Iterator[object]:
     from calset.builder.engines import open_engine
     from calset.builder.model_info import inspect
 
-    engine = open_engine("vllm", inspect(tiny_model), max_model_len=1024, concurrency=32)
+    engine = open_engine("vllm", inspect(tiny_model), max_model_len=2048, concurrency=32)
     yield engine
     engine.close()
 

@@ -188,7 +188,7 @@ def test_a_swap_equals_a_fresh_vllm_and_a_dead_one_says_how_to_go_on(vllm_engine
     swapped = run(vllm_engine, requests_for(info, 5), GREEDY)
     vllm_engine.load_weights(tiny_model, info.revision)
     older = set(multiprocessing.active_children())
-    fresh = open_engine("vllm", altered, max_model_len=1024, concurrency=32)
+    fresh = open_engine("vllm", altered, max_model_len=2048, concurrency=32)
     try:
         started = run(fresh, requests_for(info, 5), GREEDY)
         assert {k: c.token_ids for k, c in swapped.items()} == {k: c.token_ids for k, c in started.items()}

@@ -353,13 +353,12 @@ def test_judgements_keep_whatever_a_judge_writes(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path):
+def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path, vllm_engine):
     """The bundled model has no opinion, but what it writes under the schema is JSON with one of the verdicts."""
     import jsonschema
 
     catalog = fill(tmp_path / "c.duckdb", [("correct", f"The answer is {2 * n}.", {}) for n in range(8)] + UNFINISHED)
-    options = {"max_model_len": 2048, "max_num_seqs": 8}
-    report = judge(catalog, tiny_model, engine="vllm", engine_options=options)
+    report = judge(catalog, tiny_model, engine=vllm_engine)
     assert (report.n_judged, report.n_sent) == (12, 8)
     replies = catalog.query("SELECT raw, judge_verdict, extracted FROM judgement WHERE raw <> ''").rows
     whole = [(json.loads(raw, strict=False), judged) for raw, judged, _ in replies if judged != "error"]

@@ -451,8 +451,7 @@ def test_an_answer_never_takes_the_place_of_a_catalog(catalog: Catalog) -> None:
 
 ENDLESS = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range + b.range = 7"
 STOPPABLE = """
-    import signal, sys
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background ignores it
+    import sys
     from calset.catalog.catalog import Catalog
     from calset.cli import main
     if sys.argv[1:2] != ["api"]:

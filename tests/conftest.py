@@ -28,11 +28,15 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 # HYPOTHESIS_PROFILE chooses. The default draws the same examples in every run, so that a red run is the change's fault;
 # the nightly suite looks for new ones. A busy machine is slow and breaks no law.
-settings.register_profile(
-    "ci", max_examples=50, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile("nightly", max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=100, derandomize=True, **CALM)
+settings.register_profile("nightly", max_examples=1000, **CALM)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def fewer(n: int) -> settings:
+    """One in ``n`` of the profile's examples, for a law whose examples take long."""
+    return settings(max_examples=settings().max_examples // n)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import textbook
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_models import make_model, make_samples, make_subset, save_model
 
@@ -28,7 +28,6 @@ SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=40)
 # --- pure rules -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.data(), SIZES, st.floats(0.02, 0.98))
 def test_owl_keeps_the_mean_by_parameters_and_its_bounds(data, sizes, sparsity):
     shares = data.draw(st.lists(st.floats(0, 0.2), min_size=len(sizes), max_size=len(sizes)))
@@ -57,7 +56,6 @@ def test_outliers_are_counted_over_a_whole_block():
     assert allocate.outlier_share(scores, times=5.9 / mean) == 0.1
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.data(), st.integers(1, 12), st.floats(0.05, 0.95), st.sampled_from(["row", "block", "matrix"]))
 def test_shares_become_whole_weights_of_the_asked_total(data, n, sparsity, group):
     matrices = [
@@ -85,7 +83,6 @@ def convex(data, n: int) -> list[float]:
     return list(itertools.accumulate(steps))
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.data(), st.integers(2, 4))
 def test_the_search_is_as_good_as_trying_every_combination(data, n_blocks):
     tried = [0.3, 0.4, 0.5, 0.6, 0.7]
@@ -105,7 +102,6 @@ def test_the_search_is_as_good_as_trying_every_combination(data, n_blocks):
     assert total(found) <= best + 1e-9
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.data(), st.lists(st.integers(1, 10**6), min_size=1, max_size=10), st.floats(0.05, 0.95))
 def test_the_search_keeps_the_total_whatever_the_curves(data, sizes, sparsity):
     tried = allocate.grid(sparsity)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.builder import background
@@ -218,7 +218,6 @@ def test_what_a_request_samples_does_not_depend_on_its_neighbours(tiny_model: Pa
     assert found[0] == found[1] == found[2]
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.floats(0.1, 2),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HAS_VLLM
 from factories import make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import given
 from hypothesis import strategies as st
@@ -367,6 +368,13 @@ def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path, vllm
         jsonschema.validate(value, SCHEMA)
         assert value["verdict"] == judged
     assert report.unparsable == (len(replies) - len(whole)) / 8
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+def test_a_context_too_short_for_a_judge_is_refused_before_vllm_starts(tiny_model: Path, tmp_path: Path):
+    catalog = fill(tmp_path / "c.duckdb", [("correct", "2", {})])
+    with pytest.raises(InputError, match="20 is too short: a judge's answer and its question take at least 1,024"):
+        judge(catalog, tiny_model, engine="vllm", engine_options={"max_model_len": 20})
 
 
 def test_the_command_line_judges_and_reports(tiny_model: Path, tmp_path: Path):

@@ -180,7 +180,7 @@ class SlowJudge(ScriptedJudge):
 def test_what_needs_no_engine_is_saved_while_the_engine_is_at_work_and_never_gathers(
     info: ModelInfo, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    rows = [("truncated", "2", {"finish_reason": "length"}) for _ in range(300)]
+    rows = [("truncated", "2", {"finish_reason": "length"}) for _ in range(100)]
     catalog = fill(tmp_path / "c.duckdb", [*rows, ("correct", "0", {})])
     # The one to be sent comes first, whatever its id.
     seen: list[str] = []
@@ -203,13 +203,13 @@ def test_what_needs_no_engine_is_saved_while_the_engine_is_at_work_and_never_gat
     def progress(done: int, total: int) -> None:
         saved.append(done)
         assert len(seen) - done <= 2 * 8 + 2
-        if done >= 280:
+        if done >= 80:
             go_on.set()
 
     report = judge(catalog, tiny_model, engine=SlowJudge(info, go_on), commit_size=8, progress=progress)
-    assert dict(report.verdicts) == {"truncated": 300, "correct": 1}
-    assert saved == [*range(8, 301, 8), 301]
-    assert catalog.query("SELECT count(*) FROM judgements").rows == [(301,)]
+    assert dict(report.verdicts) == {"truncated": 100, "correct": 1}
+    assert saved == [*range(8, 101, 8), 101]
+    assert catalog.query("SELECT count(*) FROM judgements").rows == [(101,)]
 
 
 @pytest.mark.parametrize("stray", [-1, 512, 2**31, True])

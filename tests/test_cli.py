@@ -13,6 +13,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+from processes import heeding
 
 from calset import demo
 
@@ -155,7 +156,7 @@ def test_engine_options_are_named_values(tmp_path: Path) -> None:
 
 def test_a_build_stopped_while_it_looks_at_problems_says_how_to_go_on(tmp_path: Path) -> None:
     spec = "gym:chain_sum?size=1000000000"
-    command = [*CALSET, "build", "--model", str(demo.MODEL), "--problems", spec, "--engine", "transformers"]
+    command = [*heeding(*CALSET), "build", "--model", str(demo.MODEL), "--problems", spec, "--engine", "transformers"]
     command += ["--progress", "json"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from factories import fill
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import TOKEN, Client, LocalHub, hurry
 
@@ -927,7 +927,6 @@ MANIFESTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(MANIFESTS, NASTY)
 def test_a_card_reads_back_whatever_the_texts_are(manifests: list[dict[str, Any]], before: str) -> None:
     text = card.render("me/x", manifests, before)
@@ -997,7 +996,6 @@ def _shape(text: str) -> list[tuple[str, str]]:
     return [(token.type, str(token.attrs.get("href") or token.attrs.get("src") or "")) for token in kept]
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_text_of_others_becomes_a_part_of_a_card(data: st.DataObject) -> None:
     def manifest(text: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from hypothesis import given, settings
+from conftest import fewer
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.errors import InputError, PruningError
@@ -231,7 +232,7 @@ def test_conjugate_gradients_err_less_with_every_step():
 
 
 @pytest.mark.parametrize("name", EVERY)
-@settings(deadline=None, max_examples=25)
+@fewer(4)
 @given(data=st.data())
 def test_every_method_prunes_exactly_what_was_asked(name, data):
     rows, groups = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 20))
@@ -263,7 +264,7 @@ def test_every_method_prunes_exactly_what_was_asked(name, data):
 
 
 @pytest.mark.parametrize("name", [n for n in EVERY if find(n).update])
-@settings(deadline=None, max_examples=40)
+@fewer(2)
 @given(data=st.data())
 def test_no_update_errs_more_than_magnitude_on_its_calibration_data(name, data):
     width = 4 * data.draw(st.integers(1, 16))
@@ -293,7 +294,7 @@ def test_where_magnitude_errs_less_its_result_is_kept_and_says_so():
     assert run("sparsegpt", make_weight(24, 128), make_inputs(400, 128), sparsity=0.5).instead is None
 
 
-@settings(deadline=None, max_examples=40)
+@fewer(2)
 @given(data=st.data())
 def test_dsnot_keeps_every_count_and_never_moves_a_mean_further_off(data):
     width, rows = 8 * data.draw(st.integers(1, 12)), data.draw(st.integers(1, 10))

@@ -198,7 +198,7 @@ def test_an_upgrade_killed_at_any_step_is_carried_on_by_the_next_open(older: Pat
 # -- DuckDB 1.5 -----------------------------------------------------------------------------------------------------
 
 needs_older = pytest.mark.skipif(
-    not OLDER_DUCKDB.is_dir(), reason="no DuckDB 1.5 in .venv/duckdb-1.5: make test-slow puts it there"
+    not OLDER_DUCKDB.is_dir(), reason="no DuckDB 1.5 in .venv/duckdb-1.5: make test-ci puts it there"
 )
 
 
@@ -269,12 +269,14 @@ def test_a_file_made_by_the_older_duckdb_is_the_same_catalog(tmp_path: Path) -> 
 
 
 @needs_older
-@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_the_catalogs_own_tests_pass_on_the_older_duckdb() -> None:
     files = ["test_catalog.py", "test_migrations.py", "test_compact.py", "test_subsets.py", "test_select.py",
              "test_received.py"]  # fmt: skip
     said = with_older_duckdb(
-        "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow and not vllm", "-k", "not both_duckdbs",
+        "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow and not nightly and not vllm",
+        "-k", "not both_duckdbs",
         *(str(ROOT / "tests" / file) for file in files if (ROOT / "tests" / file).exists()),
     )  # fmt: skip
     assert " passed" in said

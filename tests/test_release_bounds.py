@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import fewer
 from factories import fill
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import TOKEN, LocalHub
 from test_hub import pull
@@ -210,7 +211,7 @@ def test_what_other_programs_write_is_read(source: Path, folder: Path, writer: s
 TEXTS = st.lists(st.one_of(st.none(), st.text(max_size=20)), min_size=1, max_size=30)
 
 
-@settings(max_examples=25, deadline=None)
+@fewer(4)
 @given(
     texts=TEXTS,
     version=st.sampled_from(["1.0", "2.0"]),

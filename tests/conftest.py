@@ -6,12 +6,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from local_hub import TOKEN, Client, LocalHub, hurry
 
 # Before torch, tokenizers or vLLM are imported by any test.
@@ -21,14 +21,34 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and OpenMP's threads spin while they wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A script's background jobs ignore Ctrl-C, and whatever they start does, too: tests that send it to a child would wait.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 from calset import demo
 from calset.builder.engines.base import Completion, Request, Sampling
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+# HYPOTHESIS_PROFILE chooses. The default draws the same examples in every run, so that a red run is the change's fault;
+# the nightly suite looks for new ones. A busy machine is slow and breaks no law.
+CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=100, derandomize=True, **CALM)
+settings.register_profile("nightly", max_examples=1000, **CALM)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def fewer(n: int) -> settings:
+    """One in ``n`` of the profile's examples, for a law whose examples take long."""
+    return settings(max_examples=settings().max_examples // n)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each process whole files, but all tests that use vLLM to one process, which begins with them.
+
+    Two vLLM engines on two cores would wait for each other, and one process starts the shared engine once.
+    """
+    for item in items:
+        uses_vllm = item.get_closest_marker("vllm") is not None
+        item.add_marker(pytest.mark.xdist_group("vllm" if uses_vllm else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +101,7 @@ def vllm_engine(tiny_model: Path) -> Iterator[object]:
     from calset.builder.engines import open_engine
     from calset.builder.model_info import inspect
 
-    engine = open_engine("vllm", inspect(tiny_model), max_model_len=1024, concurrency=32)
+    engine = open_engine("vllm", inspect(tiny_model), max_model_len=2048, concurrency=32)
     yield engine
     engine.close()
 

@@ -21,10 +21,11 @@ from processes import python
 from calset import ids
 from calset.catalog import connection, migrations, schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import export
+from calset.catalog.compare import diff
+from calset.catalog.references import export
 from calset.catalog.selection import select
 from calset.catalog.stats import stats
-from calset.catalog.subsets import diff, load
+from calset.catalog.subsets import load
 from calset.catalog.values import clean, dump_json
 from calset.errors import CatalogError, CatalogLocked, InputError, SchemaTooNew
 from calset.jsonable import jsonable

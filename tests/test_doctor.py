@@ -13,7 +13,7 @@ from typing import Any
 
 import duckdb
 import pytest
-from factories import START, fill
+from factories import START, fill, keep_as_pulled
 from local_hub import TOKEN, LocalHub
 from processes import holding, python
 
@@ -23,6 +23,8 @@ from calset.catalog import migrations, schema
 from calset.catalog.catalog import Catalog
 from calset.catalog.doctor import Check, examine
 from calset.catalog.selection import select
+from calset.catalog.subsets import load
+from calset.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,6 +84,29 @@ def test_damage_is_named_with_a_remedy(catalog: Catalog, damage: str, name: str,
     check = found(catalog)[name]
     assert (check.state, words in check.message) == (state, True), check
     assert check.remedy
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("DELETE FROM published_rows WHERE position = 0", "1 pulled subsets with more or fewer published rows"),
+        ("INSERT INTO published_rows FROM published_rows LIMIT 1", "1 published_rows twice"),
+        ("DELETE FROM subsets", "3 published rows without a subset"),
+    ],
+)
+def test_damage_of_a_pulled_subset_is_named_and_not_merged(
+    catalog: Catalog, tmp_path: Path, damage: str, words: str
+) -> None:
+    pulled = keep_as_pulled(catalog, load(catalog, "all@1"), tmp_path / "pulled.duckdb")
+    assert "rows" not in found(pulled)
+    with pulled.transaction() as con:
+        con.execute(damage)
+    assert words in found(pulled)["rows"].message
+    if "subset" in damage:
+        assert sum(calset.merge(tmp_path / "new.duckdb", pulled).added.values()) == 0
+    else:
+        with pytest.raises(InputError, match="published"):
+            calset.merge(tmp_path / "new.duckdb", pulled)
 
 
 def test_parts_of_what_is_gone_are_left_behind_by_the_merge_that_is_advised(catalog: Catalog, tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_template_options_are_part_of_a_traces_identity() -> None:
 WORDS = st.text(alphabet="ab 7\n\\é😀<>/[]|", max_size=12).filter(
     lambda t: not any(mark in t for made in MADE.values() for mark in made.marks)
 )
-LAWS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LAWS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -268,23 +268,6 @@ def test_matrices_that_transformers_does_not_load_are_counted_and_kept(tmp_path,
     assert not any("of the checkpoint" in w for w in plain.warnings)
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_a_pruned_mixture_of_experts_generates_through_vllm(tmp_path):
-    pytest.importorskip("vllm")
-    import calset
-
-    shape = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 32, "max_position_embeddings": 1024}
-    dense = save_model(tmp_path / "dense", "Qwen3Moe", dtype=torch.bfloat16, **shape)
-    prune(dense, make_subset(), tmp_path / "out", method="wanda", pattern="2:4")
-    catalog = calset.Catalog(tmp_path / "calset.duckdb")
-    report = calset.evaluate(
-        tmp_path / "out", "demo", engine="vllm", max_tokens=16, limit=2, temperature=0.0, catalog=catalog
-    )
-    assert report.n_traces == 2
-    assert report.mean_tokens > 0
-
-
 # --- what is not understood -------------------------------------------------------------------------------------
 
 

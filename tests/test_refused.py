@@ -14,7 +14,7 @@ from factories import fill
 from warm import calset
 
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import export
+from calset.catalog.references import export
 from calset.catalog.selection import select
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from small_models import make_samples, make_subset
 
 from calset.catalog import subsets
-from calset.catalog.export import DATA, export, read_directory
+from calset.catalog.export import DATA, read_directory
+from calset.catalog.references import export
 from calset.cli import cli
 from calset.errors import InputError
 from calset.pruning.calibration import find_token_weights, read

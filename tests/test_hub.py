@@ -22,7 +22,8 @@ from factories import fill
 from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import TOKEN, Client, LocalHub, hurry
-from warm import calset, warm
+from warm import calset as run_calset
+from warm import warm
 
 import calset
 from calset import hubfiles
@@ -688,7 +689,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong(hub: LocalHub, publishe
         (("publish", "../x", "me/x", "--catalog", published), 2, "cannot name a subset"),
         (("export", "hub:me/nowhere/math", "-o", "out"), 2, "no dataset me/nowhere"),
     ]:
-        done = calset(*arguments, cwd=tmp_path, **hub.settings(tmp_path / "home"))
+        done = run_calset(*arguments, cwd=tmp_path, **hub.settings(tmp_path / "home"))
         assert done.returncode == code, done.stderr
         (line,) = done.stderr.splitlines()
         assert line.startswith("calset: ")

@@ -1008,7 +1008,7 @@ def test_a_real_servers_greedy_ids_are_those_of_vllm_in_process(real_server, vll
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_real_server_follows_the_seed_and_the_sampling_not_its_own_defaults(real_server, info):
+def test_a_real_vllm_server_follows_the_seed_and_the_sampling_not_its_own_defaults(real_server, info):
     server = open_engine(f"http://127.0.0.1:{real_server.port}", info, max_model_len=1024)
     prompt = info.prompt_ids("12 + 34 =")
     try:
@@ -1025,7 +1025,7 @@ def test_a_real_server_follows_the_seed_and_the_sampling_not_its_own_defaults(re
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_real_server_holds_a_completion_to_a_schema(real_server, info):
+def test_a_real_vllm_server_holds_a_completion_to_a_schema(real_server, info):
     schema = {"type": "object", "properties": {"verdict": {"enum": ["yes", "no"]}}, "required": ["verdict"]}
     server = open_engine(f"http://127.0.0.1:{real_server.port}", info, max_model_len=1024)
     try:
@@ -1038,7 +1038,7 @@ def test_a_real_server_holds_a_completion_to_a_schema(real_server, info):
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_build_through_a_real_server_under_two_names_stores_what_was_served_and_survives_its_death(
+def test_a_build_through_a_real_vllm_server_under_two_names_stores_what_was_served_and_survives_its_death(
     real_server, tiny_model, tmp_path, monkeypatch
 ):
     import vllm

@@ -31,6 +31,7 @@ from calset.builder.engines.base import (
     Sampling,
     check_same_shapes,
     import_problem,
+    tensor_shapes,
     wait_on,
 )
 from calset.errors import EngineError, InputError, first_line
@@ -273,9 +274,16 @@ class VllmEngine:
         """Swap the weights in place, in a fraction of a second for a small model; a start takes most of a minute.
 
         Raises:
-            EngineError: the tensors' names or shapes differ, or requests are running.
+            EngineError: the tensors' names or shapes differ, requests are running, or it is a mixture of experts on a
+                CPU.
         """
         check_same_shapes(self._folder, model)
+        # vLLM 0.32 packs experts for its CPU kernels when it loads them first, and not when it loads them again: the
+        # engine would answer with garbage.
+        if self.shares_cores and any(".experts." in name for name in tensor_shapes(model)):
+            raise EngineError(
+                f"vLLM on a CPU cannot swap the weights of a mixture of experts; start a new engine on {model}"
+            )
 
         async def swap() -> None:
             # The prefix cache holds keys and values of the old weights.

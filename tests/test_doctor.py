@@ -227,9 +227,9 @@ def run_doctor(catalog: Path, environment: dict[str, str]) -> subprocess.Complet
 
 def look_at_hub() -> list[Check]:
     """Runs in the client's process."""
-    from calset.diagnosis import _hub
+    from calset.diagnosis import hub
 
-    return list(_hub())
+    return list(hub())
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_a_version_that_calset_does_not_take_is_a_problem(monkeypatch: pytest.Mo
     from calset import diagnosis
 
     monkeypatch.setattr("importlib.metadata.requires", lambda name: ["click>=99", "no-such-package", "rich>=13"])
-    _, check = diagnosis._packages()
+    _, check = diagnosis.packages()
     assert check.state == "problem"
     assert "click is " in check.message
     assert "no-such-package is not installed" in check.message

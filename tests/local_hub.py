@@ -15,6 +15,7 @@ import re
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ class Answer:
 class Fault:
     """What is to go wrong with the next ``times`` requests whose ``METHOD path`` the pattern is found in.
 
+    With ``seconds`` it lasts as long from the first of them, however many there are.
     ``kind`` is "status" (with ``status`` and ``headers``), "drop" (the connection closes without an answer), "lost" (it
     is done, then the connection closes without an answer), "truncate" (half of the body, then it closes) or "garble"
     (one byte of what is sent or received is another).
@@ -96,6 +98,8 @@ class Fault:
     times: int = 1
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b"{}"
+    seconds: float | None = None
+    until: float | None = None
 
 
 class LocalHub:
@@ -195,8 +199,12 @@ class LocalHub:
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.pattern, f"{request.method} {request.path}"):
-                    fault.times -= 1
-                    return fault
+                    if fault.seconds is None:
+                        fault.times -= 1
+                        return fault
+                    fault.until = fault.until or time.monotonic() + fault.seconds
+                    if time.monotonic() < fault.until:
+                        return fault
         return None
 
     def find(self, request: Request, kind: str, name: str, revision: str | None) -> tuple[Repo, str] | Answer:

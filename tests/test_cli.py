@@ -79,6 +79,20 @@ def test_help_and_what_asks_the_catalog_import_nothing_heavy(built: Path) -> Non
     assert not {"torch", "vllm", "transformers", "pyarrow"} & set(asked.split())
 
 
+@pytest.mark.parametrize("kind", ["BuildWarning", "CatalogUpgraded", "EngineWarning"])
+def test_a_warning_of_calsets_own_is_one_line_without_code(kind: str, tmp_path: Path) -> None:
+    code = f"""
+        import contextlib, warnings
+        from calset.cli import main
+        from calset.errors import {kind}
+        with contextlib.suppress(SystemExit):
+            main(["--version"])
+        warnings.warn("look\\x1b[2J there", {kind})
+    """
+    done = warm.warm().run("python", "-c", textwrap.dedent(code), cwd=tmp_path)
+    assert done.stderr == "Warning: look\N{REPLACEMENT CHARACTER}[2J there\n"
+
+
 def test_a_finished_build_has_nothing_left_to_do(built: Path) -> None:
     done = calset("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
                   "--json", cwd=built)  # fmt: skip

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairs import pairwise
 from processes import die, killed
 from safetensors.torch import load_file
 from small_models import make_subset, save_model
 
 from calset.errors import InputError, PruningError, Stopped
-from calset.pruning import prune as pruner
 from calset.pruning import survey
 from calset.pruning.layout import Layout, cut
 from calset.pruning.masks import nearest
@@ -108,7 +108,7 @@ def test_what_was_surveyed_is_not_surveyed_again(tmp_path, models, monkeypatch):
         raise KeyboardInterrupt
 
     options = {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}
-    monkeypatch.setattr(pruner, "_work_on", stop)
+    monkeypatch.setattr(WorkFolder, "finish_block", stop)
     with pytest.raises(Stopped, match="0 blocks done; the same command continues"):
         prune(models("Llama"), SUBSET, tmp_path / "out", **options)
     monkeypatch.undo()
@@ -170,28 +170,27 @@ def test_another_allocation_or_weights_do_not_continue_an_interrupted_run(
 # --- experts ----------------------------------------------------------------------------------------------------
 
 
-def moe_arms():
-    """Fused experts (gpt-oss), experts stored apart (Mixtral), fused and stored apart (Qwen3-MoE)."""
-    for method in (*METHODS, "wanda+dsnot", "alps+dsnot"):
-        for kind in ("GptOss", "Mixtral", "Qwen3Moe"):
-            fast = (kind, method) in (("GptOss", "ria"), ("Qwen3Moe", "admm"))
-            yield pytest.param(kind, method, marks=[] if fast else [SLOW])
-
-
-@pytest.mark.parametrize(("kind", "method"), moe_arms())
-def test_each_expert_gets_its_share_by_every_method_and_allocation(tmp_path, models, kind, method):
-    for allocation in ("owl", "uniform"):
-        out = tmp_path / allocation
-        report = prune(models(kind), SUBSET, out, method=method, sparsity=0.5, allocation=allocation)
-        weights = weights_of(out)
-        for m in report.matrices:
-            matrix = cut(weights[m.name], m.expert, m.rows, m.transposed)
-            assert m.n_zeros == int((matrix == 0).sum()) >= m.n_pruned
-        size = sum(m.shape[0] * m.shape[1] for m in report.matrices)
-        step = max(m.shape[0] for m in report.matrices) if report.group == "row" else 0
-        assert abs(sum(m.n_pruned for m in report.matrices) - nearest(0.5 * size)) <= step
-        assert len([m for m in report.matrices if "experts" in m.name]) >= 2 * 4 * 2
-        assert verify(out, base=models(kind)).n_untouched is not None
+@pytest.mark.parametrize(
+    ("kind", "method", "allocation"),
+    pairwise(
+        ("GptOss", "Mixtral", "Qwen3Moe"),  # fused experts, experts stored apart, fused and stored apart
+        (*METHODS, "wanda+dsnot", "alps+dsnot"),
+        ("owl", "uniform"),
+        fast=[("GptOss", "ria", "owl"), ("Qwen3Moe", "admm", "uniform")],
+    ),
+)
+def test_each_expert_gets_its_share_by_every_method_and_allocation(tmp_path, models, kind, method, allocation):
+    out = tmp_path / "out"
+    report = prune(models(kind), SUBSET, out, method=method, sparsity=0.5, allocation=allocation)
+    weights = weights_of(out)
+    for m in report.matrices:
+        matrix = cut(weights[m.name], m.expert, m.rows, m.transposed)
+        assert m.n_zeros == int((matrix == 0).sum()) >= m.n_pruned
+    size = sum(m.shape[0] * m.shape[1] for m in report.matrices)
+    step = max(m.shape[0] for m in report.matrices) if report.group == "row" else 0
+    assert abs(sum(m.n_pruned for m in report.matrices) - nearest(0.5 * size)) <= step
+    assert len([m for m in report.matrices if "experts" in m.name]) >= 2 * 4 * 2
+    assert verify(out, base=models(kind)).n_untouched is not None
 
 
 def test_a_file_of_ratios_names_experts_as_the_checkpoint_or_the_model_calls_them(tmp_path, models):

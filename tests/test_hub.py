@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -287,7 +288,7 @@ def test_without_a_login_it_says_how_to_log_in(hub: LocalHub, stranger: Client, 
 
 def _ask(what: str, token: str, catalog: Path, cache: Path) -> Any:
     from calset.builder.model_info import inspect
-    from calset.diagnosis import _hub
+    from calset.diagnosis import hub
     from calset.hubfiles import open_dataset
 
     os.environ["HF_TOKEN"] = token
@@ -297,7 +298,7 @@ def _ask(what: str, token: str, catalog: Path, cache: Path) -> Any:
         "search": search,
         "problems": lambda: open_dataset("me/token", types=(".jsonl",)),
         "model": lambda: inspect("me/token"),
-        "doctor": lambda: list(_hub()),
+        "doctor": lambda: list(hub()),
     }
     return asked[what]()
 
@@ -378,10 +379,10 @@ def test_a_busy_hub_is_asked_again(
 
 @pytest.mark.slow
 def test_it_waits_as_long_as_the_hub_says(hub: LocalHub, client: Client, catalog: Path, repo: str) -> None:
-    hub.fail("POST .*/commit/", status=429, headers={"Retry-After": "1"})
-    began = time.monotonic()
+    hub.fail("POST .*/commit/", status=429, headers={"Retry-After": "1"}, seconds=1)
+    asked = len(hub.asked("POST .*/commit/"))
     client(publish, "math@1", repo, catalog)
-    assert time.monotonic() - began > 1
+    assert len(hub.asked("POST .*/commit/")) == asked + 2
     hub.fail("POST .*/commit/", status=429, headers={"Retry-After": "3600"})  # nobody waits for that
     with pytest.raises(CalsetError, match="answers 429") as caught:
         client(publish, "math@2", repo, catalog)
@@ -1036,11 +1037,24 @@ def test_licences_are_carried_as_the_hub_names_them() -> None:
     assert card.unknown_licences(manifest(None, a="mit", b=None)) == ["questions of b", "model m"]
 
 
-def test_the_wait_is_the_one_that_the_hub_names() -> None:
-    assert hubfiles._retry_after({"retry-after": "7"}) == 7
-    assert hubfiles._retry_after({"ratelimit": '"api";r=0;t=55'}) == 55
-    assert hubfiles._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) is None
-    assert hubfiles._retry_after({}) is None
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7),
+        ({"ratelimit": '"api";r=0;t=55'}, 55),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({}, 0),
+    ],
+)
+def test_the_wait_is_the_one_that_the_hub_names(
+    headers: dict[str, str], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    error = Exception()
+    error.response = SimpleNamespace(headers=headers)  # type: ignore[attr-defined]
+    assert hubfiles.wait(error, 0.0)
+    assert waited == [seconds]
 
 
 def test_versions_are_read_from_tags() -> None:

@@ -306,7 +306,8 @@ def test_a_question_is_found_under_a_system_prompt_that_nobody_named(info: Model
         assert recover.question(draft) == ("What is\n1 + 2?", system, True)
     named = Recovery(info, "Think first.").question(Draft(prompt_ids=info.prompt_ids("Why?", "Think first.")))
     assert named == ("Why?", "Think first.", True)
-    free = recover.question(Draft(prompt_ids=recover._encode("just a text"), completion_ids=(19, 2)))
+    just_text = tuple(info.tokenizer("just a text", add_special_tokens=False)["input_ids"])
+    free = recover.question(Draft(prompt_ids=just_text, completion_ids=(19, 2)))
     assert free == ("just a text", None, False)
 
 

@@ -981,8 +981,8 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--method",
     default="sparsegpt",
     show_default=True,
-    help="magnitude, wanda, ria, sparsegpt, admm or alps; with +dsnot after it, the mask is refined. reap drops "
-    "experts, depth drops blocks.",
+    help="magnitude, wanda, ria, sparsegpt, admm or alps; magnitude+dsnot and sparsegpt+dsnot refine the mask. "
+    "reap drops experts, depth drops blocks.",
 )
 @click.option(
     "--sparsity",

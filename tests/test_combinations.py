@@ -17,7 +17,7 @@ from calset.errors import InputError, PruningError, Stopped
 from calset.pruning import survey
 from calset.pruning.layout import Layout, cut
 from calset.pruning.masks import nearest
-from calset.pruning.methods import METHODS
+from calset.pruning.methods import METHODS, REFINED
 from calset.pruning.prune import plan_pruning, prune
 from calset.pruning.verify import verify
 from calset.pruning.workfolder import WorkFolder, folder_of
@@ -77,7 +77,7 @@ SLOW = pytest.mark.slow
         ("Llama", {"method": "sparsegpt", "sparsity": 0.6, "allocation": "owl"}),
         ("Qwen2", {"method": "wanda", "sparsity": 0.5, "propagate": "dense"}),
         pytest.param("Qwen3Moe", {"method": "admm", "sparsity": 0.5, "allocation": "owl"}, marks=SLOW),
-        pytest.param("Mixtral", {"method": "ria+dsnot", "sparsity": 0.5, "allocation": "owl"}, marks=SLOW),
+        pytest.param("Mixtral", {"method": "magnitude+dsnot", "sparsity": 0.5, "allocation": "owl"}, marks=SLOW),
         pytest.param("Qwen3Moe", {"method": "magnitude", "sparsity": 0.5, "allocation": "owl"}, marks=SLOW),
         pytest.param("Llama", {"method": "alps", "pattern": "2:4", "token_weights": HEAVY_ENDS}, marks=SLOW),
     ],
@@ -174,7 +174,7 @@ def test_another_allocation_or_weights_do_not_continue_an_interrupted_run(
     ("kind", "method", "allocation"),
     pairwise(
         ("GptOss", "Mixtral", "Qwen3Moe"),  # fused experts, experts stored apart, fused and stored apart
-        (*METHODS, "wanda+dsnot", "alps+dsnot"),
+        (*METHODS, *REFINED),
         ("owl", "uniform"),
         fast=[("GptOss", "ria", "owl"), ("Qwen3Moe", "admm", "uniform")],
     ),
@@ -274,5 +274,5 @@ def test_a_plan_counts_the_pass_of_a_survey_and_loads_nothing(tmp_path, models, 
     assert (surveyed.n_positions, surveyed.forward_flops) == (uniform.n_positions, uniform.forward_flops / 2)
     gpt, admm, alps = (plan(method=m).solve_flops for m in ("sparsegpt", "admm", "alps"))
     assert gpt < admm < alps
-    assert plan(method="admm+dsnot").solve_flops > admm
+    assert plan(method="sparsegpt+dsnot").solve_flops > gpt
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from calset.builder.model_info import folder_revision
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
 from calset.pruning import checkpoint, phases, workfolder
 from calset.pruning.layout import Layout
-from calset.pruning.methods import METHODS
+from calset.pruning.methods import METHODS, REFINED
 from calset.pruning.prune import prune
 from calset.pruning.tensorfiles import INDEX
 from calset.pruning.verify import verify
@@ -419,7 +419,7 @@ def test_a_config_that_names_another_dtype_does_not_retype_the_weights(tmp_path,
         assert torch.equal(sparse[sparse != 0], dense[sparse != 0])
 
 
-@pytest.mark.parametrize("method", [*METHODS, "sparsegpt+dsnot"])
+@pytest.mark.parametrize("method", [*METHODS, *REFINED])
 def test_a_float64_checkpoint_is_pruned_and_stays_one(tmp_path, method):
     folder = save_model(tmp_path / "dense", dtype=torch.float64)
     report = prune(folder, make_subset(), tmp_path / "out", method=method, sparsity=0.5)

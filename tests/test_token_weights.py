@@ -61,7 +61,7 @@ def test_the_column_reaches_the_pruning_and_leaves_the_subset_what_it_was(tmp_pa
     assert hashes[1] is None
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "ria+dsnot"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "magnitude+dsnot"])
 def test_weights_of_one_change_nothing_and_of_a_half_only_the_scale(tmp_path, llama, method):
     options = {"method": method, "sparsity": 0.5}
     prune(llama, SUBSET, tmp_path / "none", **options)

@@ -229,9 +229,9 @@ class Client:
         with self._lock:
             self._process.send((function, args, options))
             assert self._process.poll(120)
-            result, error = self._process.recv()
+            result, error, where = self._process.recv()
         if error is not None:
-            raise error
+            raise error from Exception(where)
         return result
 
 
@@ -244,10 +244,9 @@ def serve_calls() -> None:
         except EOFError:
             return
         try:
-            answer = function(*args, **options), None
+            answer = function(*args, **options), None, None
         except BaseException as error:
-            error.add_note(traceback.format_exc())
-            answer = None, error
+            answer = None, error, traceback.format_exc()
         calls.send(answer)
 
 

@@ -26,6 +26,7 @@ from calset.errors import (
     EngineWarning,
     InputError,
     Stopped,
+    TextsMissing,
 )
 
 SEED = click.IntRange(-(2**63), 2**63 - 1)
@@ -760,7 +761,7 @@ def doctor(full: bool, catalog: Path, progress_mode: str, as_json: bool) -> None
 @json_option
 def select(name: str, catalog: Path, as_json: bool, evaluations: tuple[str, ...], **options: Any) -> None:
     """Take a subset from the catalog by a recipe, as a new immutable version of NAME."""
-    from calset.catalog.export import resolve
+    from calset.catalog.references import resolve
     from calset.catalog.selection import select as run
     from calset.catalog.selection import tables
 
@@ -836,8 +837,8 @@ def subsets(catalog: Path, as_json: bool) -> None:
 @json_option
 def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
     """Compare two subsets: what they share, what only one holds, distributions side by side."""
-    from calset.catalog.export import resolve
-    from calset.catalog.subsets import diff as compare
+    from calset.catalog.compare import diff as compare
+    from calset.catalog.references import resolve
 
     store = _open(catalog)
     result = compare(store, resolve(a, store), resolve(b, store))
@@ -854,7 +855,7 @@ def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
 @json_option
 def export(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
     """Write a subset (NAME, NAME@VERSION or hub:ORG/REPO/NAME@VERSION) to a folder: Parquet rows and a manifest."""
-    from calset.catalog.export import export as write
+    from calset.catalog.references import export as write
 
     path = write(_open(catalog) if reference.startswith("hub:") else _existing(catalog), reference, out)
     if as_json:
@@ -980,8 +981,8 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--method",
     default="sparsegpt",
     show_default=True,
-    help="magnitude, wanda, ria, stade, sparsegpt, admm or alps; with +dsnot after it, the mask is refined. reap drops "
-    "experts, depth drops blocks.",
+    help="magnitude, wanda, ria, sparsegpt, admm or alps; magnitude+dsnot and sparsegpt+dsnot refine the mask. "
+    "reap drops experts, depth drops blocks.",
 )
 @click.option(
     "--sparsity",
@@ -997,8 +998,7 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--allocation",
     default="uniform",
     show_default=True,
-    help="How zeros are shared out: uniform, owl (blocks with outliers keep more), search (where it errs least), or a "
-    "JSON file of ratios.",
+    help="How zeros are shared out: uniform, owl (blocks with outliers keep more), or a JSON file of ratios.",
 )
 @click.option(
     "--token-weights",
@@ -1042,7 +1042,7 @@ def prune(
 
     Killed or stopped, the same command continues where it was.
     """
-    from calset.catalog.export import locate
+    from calset.catalog.references import locate
     from calset.pruning.calibration import find_token_weights
     from calset.pruning.distributed import is_first
     from calset.pruning.prune import plan_pruning
@@ -1108,7 +1108,7 @@ def verify(
 
     Of one without some experts or blocks: counts, config, finite logits, and that every tensor is the dense model's.
     """
-    from calset.catalog.export import resolve
+    from calset.catalog.references import resolve
     from calset.pruning.verify import verify as check
 
     for name in ("max_length", "batch_tokens"):
@@ -1211,7 +1211,7 @@ def _print_trace(row: dict[str, Any], *, full: bool) -> None:
 
 # --- entry ------------------------------------------------------------------------------------------------------
 
-WARNINGS = (BuildWarning, CatalogUpgraded, EngineWarning)  # calset's own
+WARNINGS = (BuildWarning, CatalogUpgraded, EngineWarning, TextsMissing)  # calset's own
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from calset.catalog import card, release, subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import MANIFEST, export, read_directory
+from calset.catalog.export import MANIFEST, read_directory
 from calset.catalog.records import Subset
+from calset.catalog.references import export
 from calset.catalog.report import report
 from calset.catalog.selection import select, tables
 from calset.errors import InputError

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from calset.builder.model_info import folder_revision
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
 from calset.pruning import checkpoint, phases, workfolder
 from calset.pruning.layout import Layout
-from calset.pruning.methods import METHODS
+from calset.pruning.methods import METHODS, REFINED
 from calset.pruning.prune import prune
 from calset.pruning.tensorfiles import INDEX
 from calset.pruning.verify import verify
@@ -49,15 +50,11 @@ def copy_of_pruned(tmp_path, pruned) -> Path:
 # --- what comes out ---------------------------------------------------------------------------------------------
 
 
-# What changes biases has tests of its own (test_biases.py); what takes seconds on the bundled model is slow.
-ONLY_MATRICES = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in ("admm", "alps") else [])
-    for name, method in METHODS.items()
-    if not method.biased
-]
+# What takes seconds on the bundled model is slow.
+EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in ("admm", "alps") else []) for name in METHODS]
 
 
-@pytest.mark.parametrize("method", ONLY_MATRICES)
+@pytest.mark.parametrize("method", EACH)
 @pytest.mark.parametrize("how", [{"sparsity": 0.65}, {"pattern": "2:4"}])
 def test_the_bundled_model_gets_exactly_the_asked_sparsity_and_nothing_else_changes(tmp_path, tiny_model, method, how):
     out = tmp_path / "pruned"
@@ -316,7 +313,7 @@ def test_an_empty_output_folder_is_used(tmp_path, llama):
 
 def test_too_little_disk_is_said_before_weights_load(tmp_path, llama, monkeypatch):
     monkeypatch.setattr(Layout, "load", lambda *a: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: SimpleNamespace(free=10**6))
     with pytest.raises(CalsetError, match="make room"):
         prune(llama, make_subset(), tmp_path / "out", sparsity=0.5)
 
@@ -406,7 +403,7 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_kept_as_it_is(
     assert (tmp_path / "out/generation_config.json").read_text() == text
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.biased])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_config_that_names_another_dtype_does_not_retype_the_weights(tmp_path, method):
     narrow = save_model(tmp_path / "narrow", dtype=torch.bfloat16)
     set_config(narrow, dtype="float32")
@@ -422,7 +419,7 @@ def test_a_config_that_names_another_dtype_does_not_retype_the_weights(tmp_path,
         assert torch.equal(sparse[sparse != 0], dense[sparse != 0])
 
 
-@pytest.mark.parametrize("method", [*METHODS, "sparsegpt+dsnot"])
+@pytest.mark.parametrize("method", [*METHODS, *REFINED])
 def test_a_float64_checkpoint_is_pruned_and_stays_one(tmp_path, method):
     folder = save_model(tmp_path / "dense", dtype=torch.float64)
     report = prune(folder, make_subset(), tmp_path / "out", method=method, sparsity=0.5)

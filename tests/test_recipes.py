@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import export
 from calset.catalog.recipes import (
     RECIPES,
     Candidate,
@@ -28,6 +27,7 @@ from calset.catalog.recipes import (
     window_start,
 )
 from calset.catalog.records import Sample, Subset
+from calset.catalog.references import export
 from calset.catalog.selection import UNNAMED, select, tables
 from calset.errors import InputError
 from calset.overlap import Decontaminator

@@ -157,7 +157,7 @@ def find_token_weights(folder: Path | None, path: Path | None = None) -> dict[st
     sample's first on); rows without weights are left out.
 
     Args:
-        folder: see ``calset.catalog.export.locate``; None for a subset from elsewhere.
+        folder: see ``calset.catalog.references.locate``; None for a subset from elsewhere.
 
     Raises:
         InputError: a file that cannot be read or has no such columns.

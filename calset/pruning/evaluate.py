@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,11 @@ import numpy as np
 
 from calset.catalog.records import JUDGED
 from calset.errors import CalsetError, Stopped
+from calset.io.progress import OnProgress
 from calset.pruning.checkpoint import RECORD, read_record
 
 if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
-    from calset.builder.pipeline import BuildProgress
     from calset.catalog.catalog import Catalog
 
 MAX_PERIOD = 256  # tokens; longer cycles are re-derivations rather than loops
@@ -95,7 +95,7 @@ def evaluate(
     concurrency: int | None = None,
     engine_options: Mapping[str, Any] | None = None,
     unsafe_scorers: bool = False,
-    progress: Callable[[BuildProgress], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> EvaluationReport:
     """Generate ``samples`` traces a problem with ``model``, grade them, and summarise; recorded in the catalog.
 
@@ -103,7 +103,7 @@ def evaluate(
         model: a checkpoint folder or Hub id, as ``build`` takes it.
         problems: problem sources, as ``build`` takes them; keep them apart from the calibration problems.
         engine: an engine's name, or a running engine that already holds ``model``'s weights.
-        unsafe_scorers: see ``build``.
+        unsafe_scorers, progress: see ``build``.
 
     Raises:
         InputError: bad problems, model or options.

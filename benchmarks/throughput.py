@@ -5,8 +5,8 @@ machine hits all; before them a quarter of the problems is run and not counted, 
 half minute. The figure to read is the ratio. Beside it stands the CPU time of this process for each request, which
 moves less from one round to the next: what it takes on a machine without spare cores comes out of the engine's time.
 Ten times more requests than slots (``--times``); ``--tail`` draws heavy-tailed lengths: nine problems of ten are short,
-the tenth is several times as long. ``--ablate`` also builds without each thing that ``calset.builder.background``
-does beside an engine on the same cores.
+the tenth is several times as long. ``--ablate`` also builds without each thing that
+``calset.builder.engines.cpu_sharing`` does beside an engine on the same cores.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --tail
@@ -31,8 +31,7 @@ from smollm2 import convert
 
 import calset
 from calset import ids
-from calset.builder import background
-from calset.builder.engines import open_engine
+from calset.builder.engines import cpu_sharing, open_engine
 from calset.builder.model_info import inspect
 from calset.demo import MODEL
 
@@ -43,16 +42,14 @@ TAIL = [
 ]
 
 
-def interrupt(thread: int = 0) -> None:
-    """The usual policy again: an engine's thread keeps what an earlier build gave it."""
-    os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
-
-
-# Of ``calset.builder.background``, and what it is without. The graders, in their own processes, keep their policy.
+# Of ``cpu_sharing``, and what it is without.
 ABLATIONS = {
     "patience": ("STEP_SECONDS", 0.0),
     "linger": ("LINGER_SECONDS", 0.0),
-    "policy": ("do_not_interrupt", interrupt),
+    "policy": (
+        "POLICY",
+        getattr(os, "SCHED_OTHER", None),
+    ),  # sets it: an engine's thread would keep what an earlier build gave it
 }
 
 
@@ -102,7 +99,7 @@ def run(args: argparse.Namespace, problems: Path) -> None:
         return report.n_tokens / report.seconds, 1000 * (time.process_time() - began) / report.n_new
 
     def without(name: str, value: object, seed: int) -> tuple[float, float]:
-        with mock.patch.object(background, name, value):
+        with mock.patch.object(cpu_sharing, name, value):
             return built(seed)
 
     kinds = {"bare": bare, "build": built}

@@ -980,7 +980,7 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--method",
     default="sparsegpt",
     show_default=True,
-    help="magnitude, wanda, ria, stade, sparsegpt, admm or alps; with +dsnot after it, the mask is refined. reap drops "
+    help="magnitude, wanda, ria, sparsegpt, admm or alps; with +dsnot after it, the mask is refined. reap drops "
     "experts, depth drops blocks.",
 )
 @click.option(
@@ -997,8 +997,7 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--allocation",
     default="uniform",
     show_default=True,
-    help="How zeros are shared out: uniform, owl (blocks with outliers keep more), search (where it errs least), or a "
-    "JSON file of ratios.",
+    help="How zeros are shared out: uniform, owl (blocks with outliers keep more), or a JSON file of ratios.",
 )
 @click.option(
     "--token-weights",

@@ -20,8 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calset.builder import background
-from calset.builder.engines import Completion, Engine, Request, Sampling, open_engine, resolve_engine
+from calset.builder.engines import Completion, Engine, Request, Sampling, cpu_sharing, open_engine, resolve_engine
 from calset.builder.engines.vllm import VllmEngine
 from calset.builder.generate import build
 from calset.builder.model_info import ModelInfo, inspect
@@ -167,15 +166,11 @@ def test_weights_of_another_shape_are_refused_and_the_old_ones_stay(
 
 
 @pytest.mark.vllm
-def test_beside_vllm_on_these_cores_a_steps_outputs_are_left_for_a_moment(vllm_engine, info, monkeypatch):
-    if not vllm_engine.shares_cores:
-        pytest.skip("this vLLM computes elsewhere")
-    monkeypatch.setattr(background, "STEP_SECONDS", 4.0)
-    (left,) = run(vllm_engine, requests_for(info, 1, max_tokens=1), GREEDY).values()
-    monkeypatch.setattr(background, "STEP_SECONDS", 0.0)
-    (taken,) = run(vllm_engine, requests_for(info, 1, max_tokens=1), GREEDY).values()
-    assert left.seconds >= 3.9 > taken.seconds
-    assert left.token_ids == taken.token_ids
+def test_beside_vllm_on_these_cores_what_comes_is_left_for_a_moment(vllm_engine, info, monkeypatch):
+    waits: set[float] = set()
+    monkeypatch.setattr(cpu_sharing, "sleep", waits.add)
+    assert len(run(vllm_engine, requests_for(info, 1), GREEDY)) == 1
+    assert waits == ({cpu_sharing.STEP_SECONDS, cpu_sharing.LINGER_SECONDS} if vllm_engine.shares_cores else set())
 
 
 @pytest.mark.slow

@@ -49,15 +49,11 @@ def copy_of_pruned(tmp_path, pruned) -> Path:
 # --- what comes out ---------------------------------------------------------------------------------------------
 
 
-# What changes biases has tests of its own (test_biases.py); what takes seconds on the bundled model is slow.
-ONLY_MATRICES = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in ("admm", "alps") else [])
-    for name, method in METHODS.items()
-    if not method.biased
-]
+# What takes seconds on the bundled model is slow.
+EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in ("admm", "alps") else []) for name in METHODS]
 
 
-@pytest.mark.parametrize("method", ONLY_MATRICES)
+@pytest.mark.parametrize("method", EACH)
 @pytest.mark.parametrize("how", [{"sparsity": 0.65}, {"pattern": "2:4"}])
 def test_the_bundled_model_gets_exactly_the_asked_sparsity_and_nothing_else_changes(tmp_path, tiny_model, method, how):
     out = tmp_path / "pruned"
@@ -406,7 +402,7 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_kept_as_it_is(
     assert (tmp_path / "out/generation_config.json").read_text() == text
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.biased])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_config_that_names_another_dtype_does_not_retype_the_weights(tmp_path, method):
     narrow = save_model(tmp_path / "narrow", dtype=torch.bfloat16)
     set_config(narrow, dtype="float32")

@@ -327,56 +327,35 @@ def _window(condition: str) -> str:
 @pytest.mark.parametrize(
     ("where", "named"),
     [
-        ("trace_id IN (SELECT trace_id FROM trace USING SAMPLE 50 ROWS)", "SAMPLE"),
-        ("trace_id IN (SELECT trace_id FROM trace TABLESAMPLE 10%)", "SAMPLE"),
-        ("trace_id IN (SELECT trace_id FROM trace LIMIT 5)", "LIMIT"),
-        ("trace_id IN (SELECT trace_id FROM trace ORDER BY 1 FETCH FIRST 5 ROWS ONLY)", "LIMIT"),
-        ("trace_id IN (SELECT trace_id FROM trace OFFSET 5)", "LIMIT"),
-        ("trace_id IN (SELECT DISTINCT ON (problem_id) trace_id FROM trace)", "DISTINCT ON"),
-        ("trace_id IN (SELECT trace_id FROM traces WHERE rowid < 50)", "rowid"),
-        ("trace_id IN (SELECT any_value(trace_id) FROM trace GROUP BY problem_id)", "any_value"),
-        ("trace_id = (SELECT arg_max(trace_id, k) FROM trace)", "arg_max"),
-        ("trace_id = (SELECT list(trace_id ORDER BY k)[1] FROM trace)", "list"),
-        ("hash(problem_id) % 2 = 0", "hash"),
-        ("trace_id IN (SELECT trace_id FROM trace QUALIFY row_number() OVER () < 9)", "row_number"),
-        (_window("row_number() OVER (PARTITION BY model ORDER BY k) < 9"), "row_number"),
-        (_window("first_value(trace_id) OVER (ORDER BY k) = trace_id"), "first_value"),
-        (_window("lag(k) OVER (ORDER BY n_tokens) > 1"), "lag"),
-        (_window("ntile(4) OVER (ORDER BY k) = 1"), "ntile"),
-        (_window("list(k) OVER (ORDER BY k)[1] = 1"), "list"),
-        (_window("count(*) OVER (ORDER BY k ROWS UNBOUNDED PRECEDING) < 9"), "a window of ROWS"),
-        (_window("max(k) OVER (ORDER BY k ROWS BETWEEN 1 PRECEDING AND 1 FOLLOWING) < 9"), "a window of ROWS"),
-        ("trace_id IN (SELECT a.trace_id FROM trace a ASOF JOIN trace b ON a.k >= b.k)", "ASOF JOIN"),
-        ("trace_id IN (SELECT a.trace_id FROM trace a POSITIONAL JOIN trace b)", "POSITIONAL JOIN"),
-        ("difficulty > (SELECT avg(difficulty) FROM trace)", "avg"),
-        ("k > (WITH t AS (SELECT difficulty AS k FROM trace) SELECT sum(k) FROM t)", "sum"),
-        ("k > (WITH t(k) AS (SELECT difficulty FROM trace) SELECT sum(k) FROM t)", "sum"),
-        ("n_tokens > (SELECT stddev(n_tokens) FROM trace)", "stddev"),
-        ("n_tokens > (SELECT geomean(n_tokens) FROM trace)", "geomean"),
-        ("version() <> ''", "version"),
-        ("created_at::TIMESTAMPTZ::VARCHAR < '2026'", "a time zone"),
-        ("created_at < to_timestamp(n_tokens)", "to_timestamp"),
-        ("created_at AT TIME ZONE 'UTC' > '2020-01-01'", "timezone"),
-        ("k > (SELECT count(*) FROM information_schema.tables)", "the view or table tables"),
-        ("k > (SELECT count(*) FROM duckdb_tables)", "the view or table duckdb_tables"),
-        ("k > (SELECT count(*) FROM Migrations)", "the view or table migrations"),
-        ("age(created_at) > INTERVAL 1 DAY", "age"),
-        ("created_at < localtimestamp", "localtimestamp"),
+        ("created_at < now()::TIMESTAMP", r"now \(write the value itself\)"),
+        ('"Now"() > created_at', "now"),
+        ("created_at < ago(INTERVAL 1 DAY)", "ago"),
         ('created_at::TIME < "localtime"', "localtime"),
         ("created_at < current_timestamp::TIMESTAMP", "current_timestamp"),
-        ("created_at < current_localtimestamp()", "current_localtimestamp"),
-        ("created_at < ago(INTERVAL 1 DAY)", "ago"),
-        ('"Now"() > created_at', "now"),
         ("trace_id > main.uuidv4()::VARCHAR", "uuidv4"),
-        ("trace_id > uuidv7()::VARCHAR", "uuidv7"),
         ("length('it''s') > random/* */()", "random"),
         ("(SELECT count(*) FROM query('SELECT random()')) > 0", "query"),
         ("n_tokens > (SELECT count(*) FROM duckdb_memory())", "duckdb_memory"),
+        (
+            "trace_id IN (SELECT any_value(trace_id) FROM trace GROUP BY problem_id)",
+            r"any_value over rows in no order \(write ORDER BY inside its parentheses\)",
+        ),
+        ("trace_id = (SELECT arg_max(trace_id, k) FROM trace)", "arg_max"),
+        ("trace_id = (SELECT list(trace_id)[1] FROM trace)", "list"),
+        ("'4' IN (SELECT json_group_array(k)::VARCHAR FROM trace)", "json_group_array"),
+        (_window("row_number() OVER () < 9"), r"row_number over rows in no order \(write ORDER BY inside OVER\)"),
+        (_window("lag(k) OVER (PARTITION BY model) > 1"), "lag"),
+        (_window("first_value(trace_id) OVER () = trace_id"), "first"),
+        (_window("list(k) OVER () = [1]"), "list"),
+        (_window("sum(k) OVER (ROWS UNBOUNDED PRECEDING) < 9"), "sum"),
     ],
 )
-def test_a_condition_that_may_differ_tomorrow_is_refused(few: Catalog, where: str, named: str) -> None:
-    with pytest.raises(InputError, match=rf"--where may not use {named}.*: a selection must be the same tomorrow"):
+def test_a_condition_that_changes_or_depends_on_the_order_of_rows_is_refused(
+    few: Catalog, where: str, named: str
+) -> None:
+    with pytest.raises(InputError, match=rf"--where may not use {named}.*: a selection must be the same") as caught:
         select(few, "bad", "random", where=where)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -387,12 +366,15 @@ def test_a_condition_that_may_differ_tomorrow_is_refused(few: Catalog, where: st
         "text NOT IN ('using sample', 'it''s now()')",
         "n_tokens > (SELECT min(n_tokens) FROM trace) OR source = 'demo'",
         _window("rank() OVER (PARTITION BY model ORDER BY trace_id) < 9"),
+        _window("row_number() OVER (PARTITION BY model ORDER BY trace_id) < 9"),
+        _window("lag(n_tokens, 1, 0) OVER (ORDER BY trace_id ROWS UNBOUNDED PRECEDING) < 900"),
         _window("n_tokens <= median(n_tokens) OVER (PARTITION BY problem_id)"),
         _window("sum(n_tokens) OVER (PARTITION BY problem_id ORDER BY sample_index) < 900"),
+        "trace_id IN (SELECT first(trace_id ORDER BY trace_id) FROM trace GROUP BY problem_id)",
         "n_tokens > (SELECT avg(t.n_tokens) FROM trace t)",
-        "n_tokens < (SELECT avg(n_tokens::INT) + sum(1) FROM trace)",
-        "n_tokens + 1 > 2 AND n_tokens - 1 >= 0",  # operators that DuckDB has for moments, too
-        "difficulty <= (SELECT avg(difficulty::DECIMAL(18, 9)) FROM trace)",
+        "difficulty <= (SELECT avg(difficulty) FROM trace)",
+        "n_tokens + 1 > 2 AND n_tokens - 1 >= 0 AND created_at + INTERVAL 1 DAY > created_at",
+        "(SELECT count(*) FROM json_each('[1]')) + (SELECT count(*) FROM range(2)) + (SELECT unnest([1])) = 4",
         " OR ".join(f"n_tokens = {n}" for n in range(400)),
     ],
 )
@@ -407,9 +389,9 @@ def test_a_condition_rests_on_what_calset_keeps_and_not_on_views_and_macros_of_o
         con.execute("CREATE VIEW few AS SELECT trace_id FROM trace LIMIT 2; CREATE TABLE chosen AS FROM few")
         con.execute("CREATE MACRO draw() AS random(); CREATE MACRO twice(x) AS 2 * x")
     for where, named in (
-        ("trace_id IN (FROM Few)", "the view or table few"),
-        ("draw() < 0.5", "draw"),
-        ("twice(n_tokens) < 10", "twice"),
+        ("trace_id IN (FROM Few)", "the view few"),
+        ("draw() < 0.5", "the macro draw"),
+        ("twice(n_tokens) < 10", "the macro twice"),
     ):
         with pytest.raises(InputError, match=f"--where may not use {named}"):
             select(catalog, "bad", "random", where=where)

@@ -24,7 +24,7 @@ from calset.pruning.hidden import HiddenStates
 from calset.pruning.layout import Layout
 from calset.pruning.memory import free_in_groups, free_memory
 from calset.pruning.prune import plan_pruning, prune
-from calset.pruning.tensorfiles import Added, TensorFiles, read_headers, write_tensor
+from calset.pruning.tensorfiles import TensorFiles, read_headers, write_tensor
 from calset.pruning.verify import verify
 from calset.pruning.workfolder import WorkFolder, folder_of
 
@@ -325,32 +325,6 @@ def test_a_tensor_is_replaced_in_its_file_and_nothing_else(tmp_path):
     with TensorFiles(tmp_path) as files:
         assert torch.equal(files.read("b"), torch.full((5,), 2.0, dtype=torch.bfloat16))
         assert torch.equal(files.read("a"), tensors["a"])
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_copy_can_have_tensors_that_the_dense_model_has_not(tmp_path, sharded):
-    """What a method that gives a linear a bias needs of the files, and of transformers."""
-    from transformers import AutoModelForCausalLM
-
-    dense, record = tmp_path / "dense", {"matrices": []}
-    save_model(dense, dtype=torch.bfloat16)
-    if sharded:
-        AutoModelForCausalLM.from_pretrained(dense).save_pretrained(dense, max_shard_size="20KB")
-        (dense / "model.safetensors").unlink()
-    before = read_headers(dense)
-    added = {n.replace(".weight", ".bias"): Added(n, (s.shape[0],)) for n, s in before.items() if "self_attn" in n}
-    with workfolder.opened(tmp_path / "out", dense, {"a": 1}, added) as work:
-        name = "model.layers.1.self_attn.q_proj.bias"
-        work.finish_block([(name, torch.arange(32.0))], {})
-        work.complete(dense, record, "", {"attention_bias": True})
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert torch.equal(model.get_parameter(name), torch.arange(32.0, dtype=torch.bfloat16))
-    with TensorFiles(dense) as old, TensorFiles(tmp_path / "out") as new:
-        assert new.stored.keys() == old.stored.keys() | added.keys()
-        assert all(torch.equal(old.read(n), new.read(n)) for n in old.stored)
-        assert not any(new.read(n).any() for n in added if n != name)
 
 
 @pytest.mark.slow

@@ -224,11 +224,6 @@ def ria(weight: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     return scores
 
 
-def stade(weight: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """Coello de Portugal Mecke et al. 2025: size times the input's standard deviation."""
-    return np.abs(weight) * inputs.std(axis=0)
-
-
 def dsnot(
     weight: np.ndarray, inputs: np.ndarray, mask: np.ndarray, pattern: tuple[int, int] | None = None, swaps: int = 50
 ) -> np.ndarray:

@@ -17,13 +17,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from calset import ids
-from calset.builder.background import drain, linger_seconds, not_interrupting, shares_cores
-from calset.builder.engines import Completion, Engine, Request
+from calset.builder.engines import Completion, Engine, Request, cpu_sharing
 from calset.builder.engines.base import RESUME_HINT
 from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
@@ -72,7 +71,7 @@ class Excluded:
         self._found.put((problem, evidence))
 
     def drain(self) -> list[tuple[Problem, list[Contamination]]]:
-        return list(drain(self._found, timeout=0))
+        return [self._found.get() for _ in range(self._found.qsize())]  # nobody else takes from it
 
 
 class Pipeline:
@@ -138,7 +137,7 @@ class Pipeline:
         patiently(lambda: self.store.add_run(run))
         self._meter.begin(self.schedule.facts().get("met", 0))
         self.emit("generating")
-        with _interruptible(self._stop), not_interrupting() if shares_cores(engine) else nullcontext():
+        with _interruptible(self._stop), cpu_sharing.beside(engine).giving_way():
             try:
                 while self._round(engine, pool):
                     pass
@@ -221,8 +220,9 @@ class Pipeline:
     def _collect(self, engine: Engine, pool: GradingPool) -> None:
         end: _End | None = None
         committed, pause = time.monotonic(), self._every
+        sharing = cpu_sharing.beside(engine)
         while end is None or self._waiting or self._unsaved():
-            for item in drain(self._inbox, timeout=0.1, linger=linger_seconds(engine)):
+            for item in sharing.drain(self._inbox, timeout=0.1):
                 if isinstance(item, Completion):
                     # An engine that was interrupted with us aborts what it runs; that is no trace.
                     if not (self._stop.is_set() and item.finish_reason in BROKEN):

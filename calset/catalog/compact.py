@@ -17,11 +17,11 @@ from typing import Any
 
 import duckdb
 
-from calset.catalog import schema
+from calset.catalog import definitions, schema
 from calset.catalog.catalog import Catalog
 from calset.catalog.connection import allow_only, exclusive, quoted
 from calset.catalog.values import identifier
-from calset.errors import CatalogError, first_line
+from calset.errors import CatalogError, InputError, first_line
 from calset.files import drafted, sync
 
 
@@ -41,13 +41,14 @@ class Compacted:
 def compact(catalog: Catalog | str | Path) -> Compacted:
     """Rewrite a catalog without the space that it no longer needs. It needs as much free space as the result.
 
-    What somebody added to the file (tables, views, macros, sequences, indexes, types, schemas) stays in it, but not a
-    view that reads another file.
+    Tables, views, sequences and schemas that somebody added to the file stay in it, but not a view that reads another
+    file. A file with macros, types or indexes is refused.
 
     Nobody can write to the catalog or open it meanwhile; who waits longer than its own lock timeout is told the PID.
 
     Raises:
-        InputError: no catalog, or a folder that cannot be written.
+        InputError: no catalog, a folder that cannot be written, or a file with a macro, type or index; the message
+            has the statement that drops it.
         CatalogLocked: others held the file for ``lock_timeout`` seconds.
         CatalogError: no space left, something added that cannot be copied, or a copy that does not hold what the file
             does; the old file stays.
@@ -62,6 +63,7 @@ def compact(catalog: Catalog | str | Path) -> Compacted:
                 shutil.rmtree(left, ignore_errors=True)  # which follows no link
             with drafted(path, ".compact") as draft:
                 allow_only(con, [draft])
+                _refuse(con, path)
                 rows = _copy(con, draft)
                 os.chmod(draft, os.stat(path).st_mode & 0o7777)
                 sync(draft)
@@ -71,6 +73,15 @@ def compact(catalog: Catalog | str | Path) -> Compacted:
         except OSError as error:
             raise CatalogError(f"{path} cannot be compacted ({error.strerror}): the file is as it was") from error
         return Compacted(str(catalog.path), before, os.path.getsize(path), rows)
+
+
+def _refuse(con: duckdb.DuckDBPyConnection, path: Path) -> None:
+    """
+    Raises:
+        InputError: naming something in the attached ``old`` that would not be copied, and how to take it out.
+    """
+    for finding in definitions.strangers(con, "old", ("macro", "type", "index")):
+        raise InputError(f"{path} holds {finding.what} and which compact would lose: {finding.remedy}")
 
 
 def _copy(con: duckdb.DuckDBPyConnection, draft: Path) -> dict[str, int]:
@@ -112,56 +123,39 @@ def _copy_schema(con: duckdb.DuckDBPyConnection) -> None:
         for view in schema.VIEWS:
             con.execute(schema.create_view(view))
         con.execute("USE memory")
-        kept = _entries(con, "new")
-        # Those on calset's own tables went with the tables' old form.
-        for entry, sql in _entries(con, "old").items():
-            if entry not in kept and entry[0] == "index" and sql:
-                con.execute("USE new")
-                con.execute(sql)
-                con.execute("USE memory")
     except (duckdb.IOException, duckdb.FatalException):  # a full disk is nothing that somebody added
         raise
     except duckdb.Error as error:
         raise CatalogError(f"{_added(con)}, and it cannot be copied ({first_line(error)}): {_ADVICE}") from error
-    lost = sorted(_entries(con, "old").keys() - _entries(con, "new").keys())
-    if lost:
-        kind, name, _ = lost[0]
+    if lost := sorted(_entries(con, "old") - _entries(con, "new")):
+        kind, name = lost[0]
         raise CatalogError(f"the {kind} {name}, which is not calset's, cannot be kept: {_ADVICE}")
 
 
 _ADVICE = "drop it, or leave the catalog as it is; nothing was changed"
-# What a database may hold besides rows: (kind, name, which of several of one name) -> its SQL, where DuckDB has it.
+# What is copied besides rows: (kind, name).
 _ENTRIES = """
-    SELECT 'schema', schema_name, '', NULL FROM duckdb_schemas() WHERE database_name = $db AND NOT internal
-    UNION ALL SELECT 'table', concat_ws('.', schema_name, table_name), '', sql
+    SELECT 'schema', schema_name FROM duckdb_schemas() WHERE database_name = $db AND NOT internal
+    UNION ALL SELECT 'table', concat_ws('.', schema_name, table_name)
     FROM duckdb_tables() WHERE database_name = $db AND NOT internal
-    UNION ALL SELECT 'column', concat_ws('.', schema_name, table_name, column_name), '', NULL
+    UNION ALL SELECT 'column', concat_ws('.', schema_name, table_name, column_name)
     FROM duckdb_columns() SEMI JOIN duckdb_tables() USING (database_name, schema_name, table_name)
     WHERE database_name = $db AND NOT internal
-    UNION ALL SELECT 'view', concat_ws('.', schema_name, view_name), '', sql
+    UNION ALL SELECT 'view', concat_ws('.', schema_name, view_name)
     FROM duckdb_views() WHERE database_name = $db AND NOT internal
-    UNION ALL SELECT 'macro', concat_ws('.', schema_name, function_name),
-        concat_ws(' ', function_type, parameters, macro_definition), NULL
-    FROM duckdb_functions() WHERE database_name = $db AND NOT internal
-    UNION ALL SELECT 'sequence', concat_ws('.', schema_name, sequence_name), '', sql
+    UNION ALL SELECT 'sequence', concat_ws('.', schema_name, sequence_name)
     FROM duckdb_sequences() WHERE database_name = $db
-    UNION ALL SELECT 'index', concat_ws('.', schema_name, index_name), '', sql
-    FROM duckdb_indexes() WHERE database_name = $db
-    UNION ALL SELECT 'type', concat_ws('.', schema_name, type_name), '', NULL
-    FROM duckdb_types() WHERE database_name = $db AND NOT internal
 """
 
 
-def _entries(con: duckdb.DuckDBPyConnection, database: str) -> dict[tuple[str, str, str], str | None]:
-    rows = con.execute(_ENTRIES, {"db": database}).fetchall()
-    return {(kind, name, which): sql for kind, name, which, sql in rows}
+def _entries(con: duckdb.DuckDBPyConnection, database: str) -> set[tuple[str, str]]:
+    return set(con.execute(_ENTRIES, {"db": database}).fetchall())
 
 
 def _added(con: duckdb.DuckDBPyConnection) -> str:
     """What somebody added to the catalog, in words."""
     calsets = {f"main.{name}" for name in (*schema.TABLES, *schema.VIEWS)}
-    entries = (entry for entry in _entries(con, "old") if entry[0] != "column")
-    added = sorted({f"the {kind} {name}" for kind, name, _ in entries if name not in calsets})
+    added = sorted(f"the {k} {name}" for k, name in _entries(con, "old") if k != "column" and name not in calsets)
     return f"the catalog holds more than calset made: {', '.join(added[:5])}{', ...' if len(added) > 5 else ''}"
 
 

@@ -73,6 +73,15 @@ def findings(con: duckdb.DuckDBPyConnection) -> list[Finding]:
         return list(_running(con, _entries(con, database)))
 
 
+def strangers(con: duckdb.DuckDBPyConnection, database: str, kinds: Collection[str]) -> list[Finding]:
+    """Whatever calset did not make in an attached database, of these kinds.
+
+    Args:
+        con: whose current database is another one, so that nothing of the attached one takes a name of DuckDB's.
+    """
+    return list(_strangers(_entries(con, database, kinds)))
+
+
 def changed_views(con: duckdb.DuckDBPyConnection) -> list[str]:
     """calset's views that the file defines in another way or not at all.
 

@@ -296,7 +296,7 @@ def _matching(con: duckdb.DuckDBPyConnection, where: str) -> set[str]:
         duckdb.SQLExpression(where)  # one expression: "true) UNION ..." does not parse
         sql = f"SELECT trace_id FROM trace WHERE (\n{where}\n)"
         check_select(con, sql)
-        require_stable(con, sql, views=VIEWS, not_content=("meta", "migrations"))
+        require_stable(con, sql, views=VIEWS)
         return {trace for (trace,) in con.execute(sql).fetchall()}
     except duckdb.InterruptException:  # Ctrl-C
         raise

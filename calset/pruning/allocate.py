@@ -6,7 +6,6 @@ file; who measures blocks on a model is ``prune``. It must not know methods.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,11 +19,9 @@ from calset.pruning.masks import Group, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-MEASURED = ("owl", "search")
-RULES = ("uniform", *MEASURED)
+RULES = ("uniform", "owl")
 OWL_OUTLIER = 5.0  # times the mean score: M, of 3 to 10 in the paper
 OWL_LIMIT = 0.08  # either side of the asked sparsity: lambda
-SEARCH_STEPS = (-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15)  # around the asked sparsity, tried in every block
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,68 +94,17 @@ def settle(wanted: Sequence[float], sizes: Sequence[int], sparsity: float) -> li
     return moved(most)
 
 
-def grid(sparsity: float) -> list[float]:
-    """The sparsities that the search tries in each block; the asked one is among them."""
-    low, high = bounds(sparsity)
-    return sorted({min(high, max(low, sparsity + step)) for step in SEARCH_STEPS})
-
-
-def search(
-    errors: Sequence[Sequence[float]], tried: Sequence[float], sizes: Sequence[int], sparsity: float
-) -> list[float]:
-    """A sparsity a block that makes the summed error least, at the asked total.
-
-    On the lower convex hull of a block's errors, going from one tried sparsity to the next costs a slope; steps are
-    taken by rising cost per weight until enough weights go. For convex curves that is the optimum, and the sum of the
-    hulls is never above that of an equal share. At most one block ends between two tried sparsities.
-
-    Args:
-        errors: blocks x tried, summed over a block's matrices.
-    """
-    steps = sorted(
-        (slope / size, block, start, stop)
-        for block, (curve, size) in enumerate(zip(errors, sizes, strict=True))
-        for slope, start, stop in _hull(curve, tried)
-    )
-    found = [tried[0]] * len(sizes)
-    left = sparsity * sum(sizes) - tried[0] * sum(sizes)
-    for _, block, start, stop in steps:
-        taken = min(left, (stop - start) * sizes[block])
-        found[block] = start + taken / sizes[block]
-        left -= taken
-        if left <= 0:
-            break
-    return found
-
-
-def _hull(curve: Sequence[float], tried: Sequence[float]) -> list[tuple[float, float, float]]:
-    """(slope, from, to) of the lower convex hull's edges, left to right."""
-    points: list[tuple[float, float]] = []
-    for point in zip(tried, curve, strict=True):
-        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], point):
-            points.pop()
-        points.append(point)
-    return [(_slope(a, b), a[0], b[0]) for a, b in itertools.pairwise(points)]
-
-
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
-
-
 def shares(
-    rule: str, measured: Mapping[str, Sequence[float]], matrices: Sequence[Matrix], sparsity: float, group: Group
+    measured: Mapping[str, float], matrices: Sequence[Matrix], sparsity: float, group: Group
 ) -> dict[str, float]:
-    """Every matrix's own sparsity by a measured rule.
+    """Return every matrix's own sparsity by OWL.
 
     Args:
-        measured: by block: for ``owl`` its outlier share, for ``search`` its errors at each sparsity of ``grid``.
+        measured: the outlier share of each block, by its name.
     """
     blocks = list(measured)
     sizes = [sum(matrix.size for matrix in matrices if matrix.block == block) for block in blocks]
-    if rule == "owl":
-        per_block = owl([measured[block][0] for block in blocks], sizes, sparsity)
-    else:
-        per_block = search([measured[block] for block in blocks], grid(sparsity), sizes, sparsity)
+    per_block = owl(list(measured.values()), sizes, sparsity)
     return share_out(matrices, dict(zip(blocks, per_block, strict=True)), sparsity, group)
 
 

@@ -6,7 +6,6 @@ formats. It must not know how a model was pruned, only the record that goes besi
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import json
 import math
@@ -48,11 +47,8 @@ class Source:
     def max_positions(self) -> int | None:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
-    def skeleton(self, dtype: torch.dtype | None = None, switches: Mapping[str, Any] | None = None) -> Any:
+    def skeleton(self, dtype: torch.dtype | None = None) -> Any:
         """The model without its weights: parameters on the meta device, buffers (rotary frequencies) as they are.
-
-        Args:
-            switches: what the config is to say differently.
 
         Raises:
             InputError: transformers has no causal language model for this config.
@@ -60,12 +56,11 @@ class Source:
         import torch
         from transformers import AutoModelForCausalLM
 
-        config = copy.deepcopy(self.config) if switches else self.config
-        for name, value in (switches or {}).items():
-            setattr(config, name, value)
         try:
             with parameters_on_meta(), quiet():
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=dtype or torch.float32, trust_remote_code=False
+                )
         except Exception as error:
             raise InputError(
                 f"{self.name} is no causal language model that transformers knows: {first_line(error)}"
@@ -196,8 +191,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     left = record.get("left_dense", [])
     if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
         raise InputError(f"{path} is corrupt: left_dense is no list of names")
-    if not all(isinstance(name, str) for name in record.get("biases") or ()):
-        raise InputError(f"{path} is corrupt: its biases are no list of names")
     return record
 
 

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import CalsetError
 from calset.files import existing_parent, size
 from calset.pruning import distributed
-from calset.pruning.allocate import SEARCH_STEPS
 from calset.pruning.decoder import n_chosen_experts, surroundings
 from calset.pruning.hidden import Where
 from calset.pruning.memory import free_memory
 from calset.pruning.stats import CHUNK, TILE, Needs
-from calset.pruning.survey import needs_of
+from calset.pruning.survey import NEEDS
 
 if TYPE_CHECKING:
     import torch
@@ -133,10 +132,10 @@ def estimate(
     """The estimate for a model whose parameters may be on the meta device.
 
     Args:
-        allocation: a rule of ``allocate``; measured ones run the dense model once more.
+        allocation: a rule of ``allocate``; ``owl`` runs the dense model once more.
         hidden: where hidden states are to be; default: wherever they fit, the nearest first.
     """
-    surveyed = needs_of(allocation, method)
+    surveyed = NEEDS if allocation == "owl" else Needs.NOTHING
     needs = method.needs | surveyed
     uses_data = bool(needs)
     names = {m.weight.name for m in matrices}
@@ -178,7 +177,7 @@ def estimate(
         * positions,
         statistics_flops=sum(_statistics(w, n, model.config) for w in chosen for n in (method.needs, surveyed))
         * calibration.n_counted_tokens,
-        solve_flops=(1 + (len(SEARCH_STEPS) if allocation == "search" else 0)) * sum(_solve(w, method) for w in chosen),
+        solve_flops=sum(_solve(w, method) for w in chosen),
         device=device.type,
         hidden=where,
         device_parts=parts,

@@ -33,9 +33,8 @@ class Method:
     """A way to prune a matrix: a score whose lowest go, or an update that also moves what stays.
 
     ``needs``: the input statistics it asks for. ``group``: within what weights compete unless the caller says.
-    ``biased``: the score where a linear can have a bias, which then takes over the mean of what goes. ``refined``: the
-    mask goes through DSnoT. For estimates, of an update: how many ``products`` of the weights with a matrix of the
-    Gram's size and ``inverses`` of one, beside a Cholesky of the Gram, it takes at most.
+    ``refined``: the mask goes through DSnoT. For estimates, of an update: how many ``products`` of the weights with a
+    matrix of the Gram's size and ``inverses`` of one, beside a Cholesky of the Gram, it takes at most.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Method:
     group: Group
     score: Score | None = None
     update: Update | None = None
-    biased: Score | None = None
     refined: bool = False
     products: float = 0
     inverses: int = 0
@@ -64,14 +62,6 @@ METHODS: dict[str, Method] = {
             products=0.5,
         ),
         Method("ria", "the smallest shares of their row and column go", Needs.MOMENTS, "matrix", score=scores.ria),
-        Method(
-            "stade",
-            "as wanda, with biases that take over the mean of what goes",
-            Needs.MOMENTS,
-            "row",
-            score=scores.wanda,
-            biased=scores.stade,
-        ),
         Method(
             "admm",
             "mask and weights settle together",
@@ -98,15 +88,13 @@ METHODS: dict[str, Method] = {
 class Pruned:
     """One pruned matrix: ``weight`` (zero under ``mask``; in float32 or the given dtype), and how it went.
 
-    ``bias_shift`` (outputs, float32): what its bias gains. ``instead``: "magnitude" where that erred less than the
-    method did, and its result was kept.
+    ``instead``: "magnitude" where that erred less than the method did, and its result was kept.
     """
 
     weight: Tensor
     mask: Tensor
     damping: float | None = None
     error: float | None = None  # relative, on the calibration inputs
-    bias_shift: Tensor | None = None
     instead: str | None = None
 
 
@@ -136,15 +124,12 @@ def prune_shared(
     statistics: InputStatistics | None,
     selection: Selection | Sequence[Selection],
     damping: float = 0.01,
-    *,
-    can_have_bias: Sequence[bool] | None = None,
 ) -> list[Pruned]:
     """Prune the matrices that read one input (q/k/v, gate/up): what depends on the Gram alone is computed once.
 
     Args:
         weights: each outputs x inputs, any float dtype, with one number of inputs; computed with in float32.
         selection: one for all, or one a matrix (of one pattern, group and block size).
-        can_have_bias: of each linear; a method with a ``biased`` score uses it there.
 
     Raises:
         PruningError: statistics or scores that cannot be used.
@@ -154,29 +139,18 @@ def prune_shared(
     if method.update is not None:
         assert statistics is not None
         return _by_update(method, method.update, weights, statistics, selections, damping)
-    carriers = can_have_bias or [False] * len(weights)
-    return [
-        _by_score(method, weight, statistics, chosen, biased)
-        for weight, chosen, biased in zip(weights, selections, carriers, strict=True)
-    ]
+    return [_by_score(method, weight, statistics, own) for weight, own in zip(weights, selections, strict=True)]
 
 
-def _by_score(
-    method: Method, weight: Tensor, statistics: InputStatistics | None, selection: Selection, can_have_bias: bool
-) -> Pruned:
-    score = method.biased if can_have_bias and method.biased else method.score
-    assert score is not None
-    mask = prune_mask(score(widened(weight), statistics), selection)
+def _by_score(method: Method, weight: Tensor, statistics: InputStatistics | None, selection: Selection) -> Pruned:
+    assert method.score is not None
+    mask = prune_mask(method.score(widened(weight), statistics), selection)
     if method.refined:
         assert statistics is not None
         mask = dsnot(widened(weight), mask, statistics, selection.pattern)
-    shift = None
-    if can_have_bias and method.biased:
-        assert statistics is not None
-        shift = scores.bias_shift(widened(weight), mask, statistics)
     new = weight.masked_fill(mask, 0.0)
-    error = updates.relative_error(weight, new, statistics, shift) if statistics else None
-    return Pruned(new, mask, error=error, bias_shift=shift)
+    error = updates.relative_error(weight, new, statistics) if statistics else None
+    return Pruned(new, mask, error=error)
 
 
 def _by_update(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calset.errors import InputError
-from calset.pruning import allocate, biases, checkpoint, distributed, methods, workfolder
+from calset.pruning import allocate, checkpoint, distributed, methods, workfolder
 from calset.pruning.calibration import BATCH_TOKENS, CPU_BATCH_TOKENS, Calibration, Tokens, read
 from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate, estimate
@@ -22,7 +22,7 @@ from calset.pruning.hidden import Where
 from calset.pruning.layout import Layout, Matrix
 from calset.pruning.masks import Group, Pattern, Selection
 from calset.pruning.stats import Needs
-from calset.pruning.tensorfiles import Added, TensorFiles, exact_dtype
+from calset.pruning.tensorfiles import TensorFiles, exact_dtype
 from calset.pruning.updates import has_triton
 
 if TYPE_CHECKING:
@@ -63,9 +63,6 @@ class Plan:
     allow_partial: bool
     allocation: str
     shares: Mapping[str, float] | None  # by label, of an allocation that is known before weights load
-    carriers: biases.Carriers
-    bias_names: Mapping[str, str]  # linear -> the stored tensor of its bias, of those that change or are new
-    added: Mapping[str, Added]
     estimate: Estimate
     settings: Mapping[str, Any]  # all that decides the result, for a run that continues this one
     warnings: list[str] = field(default_factory=list)
@@ -153,16 +150,12 @@ def make_plan(
         matrices = patterns.choose(every)
         shares = _known_shares(allocation, decoder, matrices, selection)
         check_shapes(matrices, selection, shares)
-        carriers, bias_names, added = _biases(chosen, source, layout, matrices)
         dtypes = {name: files.stored[name].torch_dtype for name in {m.name for m in matrices}}
-        dtypes.update({n: files.stored[n].torch_dtype for n in bias_names.values() if n in files.stored})
-        dtypes.update({name: files.stored[new.beside].torch_dtype for name, new in added.items()})
         dtype = exact_dtype(dtypes.values())  # the config's may round them
         needed = estimate(
             skeleton, decoder, files, matrices, samples, chosen, allocation, propagate, dtype, on_device, batch_tokens,
             hidden, Path(out),
         )  # fmt: skip
-    warnings.extend(_bias_warnings(chosen, carriers, matrices, added))
     if allocation == "uniform":
         warnings.extend(_rounded(selection, matrices))
     warnings.extend(_too_few_tokens(chosen, matrices, samples.n_counted_tokens))
@@ -204,9 +197,6 @@ def make_plan(
         allow_partial=allow_partial,
         allocation=allocation,
         shares=shares,
-        carriers=carriers,
-        bias_names=bias_names,
-        added=added,
         estimate=replace(needed, disk_there=workfolder.held_bytes(Path(out))),
         settings=settings,
         warnings=warnings,
@@ -277,7 +267,7 @@ def settings_of(
 
 
 def _uses_data(method: methods.Method, allocation: str) -> bool:
-    return bool(method.needs) or allocation in allocate.MEASURED
+    return bool(method.needs) or allocation == "owl"
 
 
 def as_allocated(decoder: Decoder, matrices: Sequence[Matrix]) -> list[allocate.Matrix]:
@@ -323,63 +313,6 @@ def own_selection(selection: Selection, matrix: Matrix, shares: Mapping[str, flo
 def check_shapes(matrices: Sequence[Matrix], selection: Selection, shares: Mapping[str, float] | None) -> None:
     for matrix in matrices:
         own_selection(selection, matrix, shares).check_shape(*matrix.shape, matrix.label.removesuffix(".weight"))
-
-
-def _biases(
-    method: methods.Method, source: checkpoint.Source, layout: Layout, matrices: Sequence[Matrix]
-) -> tuple[biases.Carriers, dict[str, str], dict[str, Added]]:
-    """Which linears can have a bias, the stored names of those that change or are new, and the new ones.
-
-    A new one goes beside its matrix, so that its matrix must be a tensor of the checkpoint's own.
-    """
-    if not method.biased:
-        return biases.Carriers(frozenset(), {}), {}, {}
-    pruned = {m.reads for m in matrices if m.in_expert is None}
-    carriers = biases.find_carriers(source.config, pruned, lambda name: f"{name}.weight" in layout.plain)
-    own = dict(layout.model.named_parameters())
-    names, added = {}, {}
-    for linear in sorted(carriers.linears):
-        parameter = own.get(f"{linear}.bias")
-        if parameter is None:
-            beside = layout.plain[f"{linear}.weight"]
-            names[linear] = f"{beside.removesuffix('.weight')}.bias"
-            # As many as the linear has outputs; a Conv1D has a bias already.
-            added[names[linear]] = Added(beside, (own[f"{linear}.weight"].shape[0],))
-        elif linear in pruned and (stored := layout.plain.get(f"{linear}.bias")):
-            names[linear] = stored
-    return replace(carriers, linears=frozenset(names)), names, added
-
-
-def _bias_warnings(
-    method: methods.Method, carriers: biases.Carriers, matrices: Sequence[Matrix], added: Mapping[str, Added]
-) -> list[str]:
-    """What a method that corrects biases can do on this model.
-
-    Raises:
-        InputError: nothing.
-    """
-    if not method.biased:
-        return []
-    readers = list(dict.fromkeys(m.reads for m in matrices))
-    without = [name for name in readers if name not in carriers.linears]
-    if len(without) == len(readers):
-        raise InputError(
-            f"{method.name} corrects biases, and what is pruned of this model has none and cannot be given any that "
-            f"would be loaded again: use wanda"
-        )
-    warnings = []
-    if without:
-        warnings.append(
-            f"{len(without)} of {len(readers)} linears and experts, such as {without[0]}, can have no bias that would "
-            f"be loaded again: they are pruned by {method.name}'s score without one, which is wanda's"
-        )
-    if added:
-        warnings.append(
-            f"{len(added)} linears get a bias that they did not have, through {', '.join(carriers.switches)} in "
-            f"config.json: transformers loads it; other runtimes may drop it without a word, as vLLM's Qwen3 that of "
-            f"o_proj"
-        )
-    return warnings
 
 
 def check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, force: bool) -> list[str]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from calset.errors import PruningError
 from calset.pruning import allocate, distributed, methods, structured, workfolder
-from calset.pruning import survey as surveys
 from calset.pruning.calibration import Tokens
 from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate
@@ -30,11 +29,11 @@ from calset.pruning.plan import DAMPING, Plan, Propagate, as_allocated, check_sh
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
 from calset.pruning.stats import is_finite
 from calset.pruning.structured_report import DropReport
+from calset.pruning.survey import survey
 from calset.pruning.tensorfiles import TensorFiles
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from calset.catalog.records import Subset
     from calset.pruning.decoder import Block
@@ -85,7 +84,7 @@ def prune(
         tokens: which tokens the statistics count.
         propagate: a block's inputs come from the blocks before it ``pruned`` or ``dense``.
         group: within what weights compete; default: the method's own.
-        allocation: ``uniform`` (every matrix alike), ``owl``, ``search``, or a JSON file of ratios; see ``allocate``.
+        allocation: ``uniform`` (every matrix alike), ``owl``, or a JSON file of ratios; see ``allocate``.
         token_weights: how much each token counts, by sample id (a number a token); what is not named weighs 1.
         damping: SparseGPT, ADMM, ALPS: the share of the mean diagonal added to the Hessian.
         block_size: columns of a block, for group ``block`` and SparseGPT's updates.
@@ -124,13 +123,12 @@ def prune(
         with distributed.joined(plan.device) as team:
             team.part([None] * plan.estimate.n_batches)
             opening = time.monotonic()
-            opened = partial(workfolder.opened, plan.out, plan.source.folder, plan.settings, plan.added)
+            opened = partial(workfolder.opened, plan.out, plan.source.folder, plan.settings)
             with team.work(plan.out, opened) as work:
                 phases["copying"] = time.monotonic() - opening
                 matrices = _prune_blocks(plan, work, team, phases, tell)
                 report = make_report(plan, work, matrices, phases, time.monotonic() - began)
-                section, switches = card_section(report), plan.carriers.switches
-                work.complete(plan.source.folder, report.as_dict(), section, switches)
+                work.complete(plan.source.folder, report.as_dict(), card_section(report))
     return report
 
 
@@ -159,7 +157,7 @@ def _prune_blocks(
 ) -> list[MatrixReport]:
     from calset.pruning.walk import Walk
 
-    model = plan.source.skeleton(plan.dtype, plan.carriers.switches)
+    model = plan.source.skeleton(plan.dtype)
     decoder = find_decoder(model, allow_partial=plan.allow_partial)
     total = len(decoder.blocks)
     batches = team.part(plan.calibration.batches(plan.batch_tokens)) if plan.uses_data else []
@@ -172,14 +170,13 @@ def _prune_blocks(
         def load(block: Block, source: Layout = layout) -> None:
             with _timed(phases, "loading"):
                 source.load(source.names(f"{block.name}."), plan.dtype, plan.device)
-                _give_biases(block, plan)
 
         def load_as_propagated(block: Block) -> None:
             # Blocks that an interrupted run finished are run as that run propagated them.
             was_done = decoder.blocks.index(block) < len(work.blocks) and plan.propagate == "pruned"
             load(block, finished if was_done else layout)
 
-        if plan.allocation in allocate.MEASURED and work.shares is None:
+        if plan.allocation == "owl" and work.shares is None:
             hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
             with (
                 _timed(phases, "allocation"),
@@ -238,26 +235,10 @@ def _measured_shares(walk: Walk, layout: Layout, plan: Plan, team: Team, tell: O
     assert plan.selection.sparsity is not None
     matrices = [_chosen(layout, block, plan) for block in walk.decoder.blocks]
     listed = [m for chosen in matrices for m in chosen]
-    biased = {m.label for m in listed if m.reads in plan.carriers.linears}
-    measure = surveys.measure_of(plan.allocation, plan.method, plan.selection, plan.damping, biased)
     total = len(matrices)
-    measured = surveys.survey(
-        walk, matrices, measure, team, lambda index: tell({"done": index, "total": total, "phase": "surveying"})
-    )
+    measured = survey(walk, matrices, team, lambda i: tell({"done": i, "total": total, "phase": "surveying"}))
     allocated = as_allocated(walk.decoder, listed)
-    return allocate.shares(plan.allocation, measured, allocated, plan.selection.sparsity, plan.selection.group)
-
-
-def _give_biases(block: Block, plan: Plan) -> None:
-    """Zeros where the config's switches make transformers expect a bias that the dense model does not have."""
-    import torch
-    from torch import nn
-
-    for name, linear in block.linears.items():
-        bias: Any = linear.bias
-        if plan.bias_names.get(name) in plan.added and bias.device.type == "meta":
-            zeros = torch.zeros(bias.shape, dtype=plan.dtype, device=plan.device)
-            linear.bias = nn.Parameter(zeros, requires_grad=False)
+    return allocate.shares(measured, allocated, plan.selection.sparsity, plan.selection.group)
 
 
 def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
@@ -280,14 +261,11 @@ def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
 
 
 def _changed(run: _Run, block: Block, chosen: Sequence[Matrix]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stored tensors that hold the chosen matrices and their biases, as they now are."""
+    """The stored tensors that hold the chosen matrices, as they now are."""
     names = {m.name for m in chosen}
     for name, tensor in run.layout.to_stored({w.name: w.parameter.data for w in block.weights.values()}):
         if name in names:
             yield name, tensor
-    for reads in sorted({m.reads for m in chosen} & run.plan.carriers.linears):
-        linear: Any = block.linears[reads]
-        yield run.plan.bias_names[reads], linear.bias.data
 
 
 def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
@@ -323,16 +301,8 @@ def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatisti
     for members, owner in zip(groups, owners, strict=True):
         for matrix in members:
             team.tell(matrix.values(), owner)
-            if matrix.reads in run.plan.carriers.linears:
-                team.tell(_bias(matrix), owner)
     reports = team.gather(reports)
     return [reports[m.key] for m in matrices]
-
-
-def _bias(matrix: Matrix) -> Tensor:
-    """A view of what its linear's bias adds to the matrix's outputs."""
-    module: Any = matrix.weight.module
-    return module.bias.data[slice(*matrix.in_rows)]
 
 
 def _prune_group(
@@ -347,9 +317,8 @@ def _prune_group(
         # An expert that no calibration token reached: nothing is known of its inputs, so weights are all there is.
         method, inputs = methods.find("magnitude"), None
     selections = [own_selection(plan.selection, m, run.shares) for m in members]
-    biased = [m.reads in plan.carriers.linears for m in members]
     try:
-        results = methods.prune_shared(method, weights, inputs, selections, plan.damping, can_have_bias=biased)
+        results = methods.prune_shared(method, weights, inputs, selections, plan.damping)
     except PruningError as error:
         raise PruningError(f"{members[0].label}: {error}") from error
     if method is not plan.method:
@@ -374,8 +343,6 @@ def _write(
     place = matrix.values()
     with torch.no_grad():
         place.copy_(weight)  # as wide or wider: see make_plan
-    if result.bias_shift is not None:
-        _shift_bias(matrix, result.bias_shift, run.plan)
     rows, width = matrix.shape
     n_zeros = place.numel() - int(place.count_nonzero())
     return MatrixReport(
@@ -391,18 +358,5 @@ def _write(
         rows=matrix.rows,
         transposed=matrix.transposed,
         asked=None if run.shares is None else run.shares[matrix.label],
-        bias=result.bias_shift is not None,
         instead=result.instead,
     )
-
-
-def _shift_bias(matrix: Matrix, shift: Tensor, plan: Plan) -> None:
-    """Add to the linear's bias, rounded to what the file will hold, so that later blocks see that."""
-    import torch
-
-    place = _bias(matrix)
-    bias = (place.to(shift) + shift).to(plan.dtypes[plan.bias_names[matrix.reads]])
-    if not is_finite(bias):
-        raise PruningError(f"the corrected bias of {matrix.reads} is not finite: its inputs are too large; use wanda")
-    with torch.no_grad():
-        place.copy_(bias)

@@ -6,7 +6,7 @@ Must not know: how it was done.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,6 @@ class MatrixReport:
     rows: tuple[int, int] | None = None
     transposed: bool = False
     asked: float | None = None  # its own sparsity, where an allocation shares them out
-    bias: bool = False  # its linear's bias was changed or added
     instead: str | None = None
 
 
@@ -73,9 +72,7 @@ class PruneReport:
     device: str
     versions: Mapping[str, str]
     warnings: Sequence[str] = ()
-    allocation: str = "uniform"  # or owl, search, file:NAME
-    biases: Sequence[str] = ()  # stored tensors that were changed or added
-    switches: Mapping[str, bool] = field(default_factory=dict)  # of config.json, for added biases
+    allocation: str = "uniform"  # or owl, file:NAME
     schema_version: int = checkpoint.SCHEMA_VERSION
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,8 +130,6 @@ def make_report(
         warnings=tuple(warnings),
         # Where the file lay is nobody else's business.
         allocation=plan.allocation if plan.allocation in allocate.RULES else f"file:{Path(plan.allocation).name}",
-        biases=tuple(sorted(plan.bias_names.values())),
-        switches=plan.carriers.switches,
     )
 
 
@@ -200,9 +195,9 @@ def card_section(report: PruneReport) -> str:
         "damping": "-" if report.damping is None else f"{report.damping:g} of the mean diagonal",
     }
     return (
-        f"{card_table(report, rows)}{_biases_section(report)}Embeddings, norms and lm_head are the dense model's, bit "
-        f"for bit. Zeros are stored as ordinary weights: the "
-        f"checkpoint is as large and as fast as the dense one where the runtime does not use sparsity. "
+        f"{card_table(report, rows)}Embeddings, norms and lm_head are the dense model's, bit for bit. Zeros are stored "
+        f"as ordinary weights: the checkpoint is as large and as fast as the dense one where the runtime does not use "
+        f"sparsity. "
         f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
     )
 
@@ -224,14 +219,6 @@ def named_calibration(calibration: Mapping[str, Any]) -> str:
     hub = (calibration["origin"] or {}).get("hub")
     place = f" of the dataset {line(hub['repo'])} (commit `{code(hub['commit'])}`)" if hub else ""
     return f"{calibration['subset']}{place}, content hash `{calibration['content_hash']}`"
-
-
-def _biases_section(report: PruneReport) -> str:
-    """What a reader must know before loading a model with corrected biases."""
-    if not report.biases:
-        return ""
-    turned_on = f", of which config.json turned some on ({', '.join(report.switches)})" if report.switches else ""
-    return f"{len(report.biases)} biases take over the mean of the pruned weights{turned_on}. "
 
 
 def _label(matrix: MatrixReport) -> str:

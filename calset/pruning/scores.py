@@ -37,18 +37,3 @@ def ria(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
     tiny = 1e-30
     shares = size / size.sum(0, keepdim=True).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)
     return shares * statistics.diagonal.sqrt() ** RIA_POWER
-
-
-def stade(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
-    """|W_ij| x std(X_j) (Coello de Portugal Mecke et al. 2025, arXiv 2503.22451), for a linear with a bias.
-
-    What goes contributes its mean and its fluctuation; the bias takes over the mean (``bias_shift``), so only the
-    fluctuation counts. Without a bias nothing takes over the mean, and the optimum is Wanda's score.
-    """
-    assert statistics is not None
-    return weight.abs().mul_(statistics.variance.sqrt())
-
-
-def bias_shift(weight: Tensor, mask: Tensor, statistics: InputStatistics) -> Tensor:
-    """What the bias gains for the weights that go: sum over them of W_ij E[X_j] (outputs, float32)."""
-    return weight.masked_fill(~mask, 0.0) @ statistics.mean

@@ -8,7 +8,6 @@ in memory or on disk. It must not know models.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,57 +84,17 @@ def _entry(path: Path, base: int, name: str, entry: Mapping[str, Any]) -> tuple[
     return name, Stored(path, str(entry["dtype"]), tuple(entry["shape"]), base + start, base + stop)
 
 
-@dataclass(frozen=True, slots=True)
-class Added:
-    """A tensor that a copy gets and the original has not: zeros, in the file and dtype of the tensor ``beside``."""
-
-    beside: str
-    shape: tuple[int, ...]
-
-
-def copy_files(source: Path, target: Path, added: Mapping[str, Added] | None = None) -> None:
-    """Copy a model's weight files and their index, with tensors added (a bias that the dense model does not have).
-
-    Args:
-        added: by the name that they get.
+def copy_files(source: Path, target: Path) -> None:
+    """Copy a model's weight files and their index.
 
     Raises:
         OSError: they could not be written.
     """
-    stored = read_headers(source)
-    by_file: dict[Path, dict[str, Added]] = {}
-    for name, new in (added or {}).items():
-        by_file.setdefault(stored[new.beside].path, {})[name] = new
     files = weight_files(source)
     for path in files:
-        if path in by_file:
-            _copy_with(path, target / path.name, {n: (stored[a.beside].dtype, a) for n, a in by_file[path].items()})
-        else:
-            shutil.copyfile(path, target / path.name)
-    if files[0].name == SINGLE:
-        return
-    shutil.copyfile(source / INDEX, target / INDEX)
-    if by_file:
-        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
-        index["weight_map"].update({name: path.name for path, names in by_file.items() for name in names})
-        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_with(path: Path, target: Path, added: Mapping[str, tuple[str, Added]]) -> None:
-    import torch
-
-    with path.open("rb") as old, target.open("wb") as new:
-        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
-        for name, (dtype, tensor) in added.items():
-            size = math.prod(tensor.shape) * getattr(torch, DTYPES[dtype]).itemsize
-            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as the format recommends
-        new.write(len(text).to_bytes(8, "little") + text)
-        shutil.copyfileobj(old, new, 16 << 20)
-        new.truncate(8 + len(text) + end)
+        shutil.copyfile(path, target / path.name)
+    if files[0].name != SINGLE:
+        shutil.copyfile(source / INDEX, target / INDEX)
 
 
 class TensorFiles:

@@ -426,19 +426,10 @@ def errs_at_most(weight: Tensor, mask: Tensor, statistics: InputStatistics, limi
     return error
 
 
-def relative_error(
-    weight: Tensor, pruned: Tensor, statistics: InputStatistics, bias_shift: Tensor | None = None
-) -> float | None:
-    """||X (W - W')^T - shift||^2 / ||X W^T||^2 on the calibration inputs; None without a Gram or with outputs all zero.
-
-    Args:
-        bias_shift: the mean of X (W - W')^T (outputs), when a bias makes up for it.
-    """
+def relative_error(weight: Tensor, pruned: Tensor, statistics: InputStatistics) -> float | None:
+    """Return ||X (W - W')^T||^2 / ||X W^T||^2 on the calibration inputs; None without a Gram or outputs of zeros."""
     if statistics.gram is None:
         return None
     whole = squared_error(weight, statistics)
     error = change_error(weight, pruned, statistics)
-    if bias_shift is not None:
-        shifted = float(bias_shift.square().sum(dtype=wide_dtype(bias_shift.device)))
-        error = max(0.0, error - statistics.weight * shifted)
     return error / whole if whole > 0 else None

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, PruningError, VerificationError
 from calset.pruning import heldout
-from calset.pruning.allocate import MEASURED
 from calset.pruning.calibration import Calibration
 from calset.pruning.checkpoint import RECORD, open_folder, read_record
 from calset.pruning.heldout import HeldOut
@@ -161,20 +160,18 @@ def _verify_zeros(
         step(len(record["matrices"]), len(record["matrices"]))
         _check_total(record, selection)
         pruned = {entry["name"] for entry in record["matrices"]}
-        biases = set(record.get("biases", ()))
-        _check_biases(biases, tensors)
         _check_model(folder, tensors, record, device, steps(tell, "logits"))
         n_untouched = None
         if dense:
             with _files(dense) as others:
-                n_untouched = _check_untouched(tensors, others, pruned, biases, steps(tell, "untouched tensors"))
+                n_untouched = _check_untouched(tensors, others, pruned, steps(tell, "untouched tensors"))
     return VerifyReport(
         directory=str(folder),
         n_matrices=len(record["matrices"]),
         pattern=record.get("pattern"),
         sparsity=record.get("sparsity"),
         realised_sparsity=n_zeros / size,
-        n_other_tensors=len(tensors.stored.keys() - pruned - biases),
+        n_other_tensors=len(tensors.stored.keys() - pruned),
         base=str(dense) if dense else None,
         n_untouched=n_untouched,
         notes=notes,
@@ -217,8 +214,8 @@ def _own(selection: Selection, entry: Mapping[str, Any], record: Mapping[str, An
 
 
 def _check_total(record: Mapping[str, Any], selection: Selection) -> None:
-    """Measured allocations share out the asked total, to a weight, or a weight of every row of a matrix."""
-    if record.get("allocation", "uniform") not in MEASURED or selection.sparsity is None:
+    """Check that OWL shared out the asked total, to a weight, or a weight of every row of a matrix."""
+    if record.get("allocation", "uniform") != "owl" or selection.sparsity is None:
         return
     size = sum(entry["shape"][0] * entry["shape"][1] for entry in record["matrices"])
     want, got = nearest(selection.sparsity * size), sum(entry["n_pruned"] for entry in record["matrices"])
@@ -227,14 +224,6 @@ def _check_total(record: Mapping[str, Any], selection: Selection) -> None:
         raise VerificationError(
             f"{got} weights were pruned in all, but sparsity {selection.sparsity:g} of {size} is {want}"
         )
-
-
-def _check_biases(biases: set[str], tensors: TensorFiles) -> None:
-    for name in sorted(biases):
-        if name not in tensors.stored:
-            raise VerificationError(f"{name} is listed as changed but not in the checkpoint")
-        if not is_finite(tensors.read(name)):
-            raise VerificationError(f"{name} holds values that are not finite")
 
 
 def _label(entry: Mapping[str, Any]) -> str:
@@ -398,15 +387,13 @@ def _look_up(content_hash: str | None, catalog: Catalog | str | Path | None) -> 
     return ([r["sample_id"] for r in rows], [r["problem_id"] for r in rows if r["problem_id"]]) if rows else None
 
 
-def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], biases: set[str], step: OnStep) -> int:
-    """How many tensors are the dense model's, bit for bit; ``biases`` may differ, and need not be there."""
+def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], step: OnStep) -> int:
+    """Count the tensors that are the dense model's, bit for bit."""
     import torch
 
     n_equal = 0
     for i, name in enumerate(tensors.stored):
         step(i, len(tensors.stored))
-        if name not in dense.stored and name in biases:
-            continue
         if name not in dense.stored:
             raise VerificationError(f"{name} is not in the dense model at {dense.folder}")
         tensor, other = tensors.read(name), dense.read(name)
@@ -414,7 +401,7 @@ def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str],
             raise VerificationError(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, in the dense model {tuple(other.shape)} {other.dtype}"
             )
-        if name in pruned | biases:
+        if name in pruned:
             continue
         # Bytes, so that -0.0 and NaN compare too.
         if not torch.equal(tensor.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):

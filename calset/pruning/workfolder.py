@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import CalsetError, InputError, PruningError, Stopped, first_line
 from calset.files import existing_parent, size, sync
 from calset.pruning import checkpoint
-from calset.pruning.tensorfiles import Added, copy_files, read_headers, write_tensor
+from calset.pruning.tensorfiles import copy_files, read_headers, write_tensor
 from calset.weights import INDEX, weight_files
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class WorkFolder:
         """Add what stands beside the weights and put everything in its place.
 
         Args:
-            switches: what config.json is to say differently, for added tensors.
+            switches: what config.json is to say differently.
 
         Raises:
             PruningError: it could not be written.
@@ -201,15 +201,12 @@ class WorkFolder:
 
 
 @contextmanager
-def opened(
-    out: Path, source: Path | None, settings: Mapping[str, Any], added: Mapping[str, Added] | None = None
-) -> Iterator[WorkFolder]:
+def opened(out: Path, source: Path | None, settings: Mapping[str, Any]) -> Iterator[WorkFolder]:
     """The work folder for ``out``, new or where an interrupted run left it; gone afterwards unless it can be continued.
 
     Args:
         source: where the weight files are that the checkpoint begins as; None: it is filled at the end.
         settings: all that decides the result; JSON. An interrupted run is only continued with the same.
-        added: tensors that the source has not, by name.
 
     Raises:
         InputError: another process works on it, an interrupted run had other settings, or it is not this user's.
@@ -227,7 +224,7 @@ def opened(
         work = WorkFolder(out, folder)
         keep = False
         try:
-            _begin(work, source, settings, added)
+            _begin(work, source, settings)
             yield work
         except BaseException as error:
             keep = bool(work.blocks or work.shares) and not _is_final(error)
@@ -244,9 +241,7 @@ def _is_final(error: BaseException) -> bool:
     return isinstance(error, CalsetError) and not isinstance(error.__cause__, OSError)
 
 
-def _begin(
-    work: WorkFolder, source: Path | None, settings: Mapping[str, Any], added: Mapping[str, Added] | None
-) -> None:
+def _begin(work: WorkFolder, source: Path | None, settings: Mapping[str, Any]) -> None:
     lines = _read_progress(work.folder)
     shutil.rmtree(work.folder / "scratch", ignore_errors=True)  # hidden states of a killed run
     if lines:
@@ -259,7 +254,7 @@ def _begin(
         (work.folder / SHARES).unlink(missing_ok=True)
         work.model.mkdir()
         if source is not None:
-            copy_files(source, work.model, added)
+            copy_files(source, work.model)
         flush(work.model)
         _append(work.folder, {"settings": settings})
 

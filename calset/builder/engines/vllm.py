@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from calset.builder.background import PatientSelector, drain, linger_seconds, step_seconds
+from calset.builder.engines import cpu_sharing
 from calset.builder.engines.base import (
     CLOSED,
     RESUME_HINT,
@@ -87,6 +87,7 @@ class VllmEngine:
         _prepare_environment(verbose)
         self.version = _import_vllm()
         self.shares_cores = _is_on_cpu()
+        self._sharing = cpu_sharing.beside(self)
         self.max_model_len = max_model_len
         self.loaded = model.revision
         self._folder = model.folder
@@ -100,8 +101,7 @@ class VllmEngine:
         # adaptive build decides late, and better, what comes next.
         self._slots = (arguments.max_num_seqs or 256) * max(1, arguments.data_parallel_size)
         self._in_flight = self._slots + max(16, self._slots // 4)
-        self._selector = PatientSelector()
-        self._loop = asyncio.SelectorEventLoop(self._selector)
+        self._loop = self._sharing.event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="calset-vllm", daemon=True)
         self._thread.start()
         self._start(arguments)
@@ -190,7 +190,7 @@ class VllmEngine:
         self._feeder = self._wait(begin())
         try:
             while True:
-                for item in drain(results, linger=linger_seconds(self)):
+                for item in self._sharing.drain(results):
                     if item is _DONE:
                         return
                     if isinstance(item, BaseException):
@@ -218,7 +218,6 @@ class VllmEngine:
                 changed.set()
 
         feed = RequestFeed(requests, notify=_waker(loop, changed))
-        self._selector.seconds = step_seconds(self)
         try:
             async with asyncio.TaskGroup() as group:
                 while not feed.exhausted:
@@ -229,7 +228,7 @@ class VllmEngine:
                     if not feed.exhausted:
                         await changed.wait()
                         if running >= self._slots:  # it has enough to do
-                            await asyncio.sleep(linger_seconds(self))
+                            await asyncio.sleep(self._sharing.linger_seconds)
         except BaseExceptionGroup as errors:
             results.put(errors.exceptions[0])
         except asyncio.CancelledError:
@@ -237,7 +236,6 @@ class VllmEngine:
         except BaseException as error:
             results.put(error)
         finally:
-            self._selector.seconds = 0.0
             feed.close()
 
     async def _complete(self, request: Request, sampling: Sampling) -> Completion:

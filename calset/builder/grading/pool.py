@@ -30,7 +30,6 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from calset.builder import child
-from calset.builder.background import do_not_interrupt
 from calset.builder.grading import MAX_RESPONSE_CHARS, Outcome, check_grader, sandbox
 from calset.catalog.records import VERDICTS
 from calset.errors import CalsetError
@@ -419,8 +418,6 @@ def work(nice: int) -> None:
     """A worker's main loop: JSON lines from stdin until it closes. Runs in the worker's main thread."""
     with suppress(AttributeError, OSError):
         os.nice(nice)
-    if nice:
-        do_not_interrupt()
     # Replies have a pipe of their own: whatever a grader prints goes nowhere.
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -162,8 +162,8 @@ class ProgressView:
 
     def _draw(self, done: int, total: int | None, shown: str) -> None:
         if self._bar is None:
-            from rich.console import Console
             from rich import progress as rich_progress
+            from rich.console import Console
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
             self._bar = rich_progress.Progress(

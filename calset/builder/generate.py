@@ -27,6 +27,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
 from calset.catalog.records import RunKind
 from calset.errors import BuildWarning, EngineWarning
+from calset.io.keywords import shows
 from calset.io.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -226,6 +227,7 @@ def _generate(work: Pipeline) -> BuildReport:
     return _report(work, running.name, start_seconds, warnings)
 
 
+@shows(BuildOptions)
 def dry_run(
     model: str | Path,
     problems: str | Sequence[str],

@@ -41,6 +41,7 @@ from calset.builder.reasoning import split
 from calset.catalog import worklist
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import JUDGED, Judgement, Verdict
+from calset.errors import InputError
 from calset.io.progress import OnProgress, Progress, silent
 
 # The marks that enclose the response are made from its trace's id: it cannot hold them, so it cannot close them.
@@ -121,6 +122,7 @@ def judge(
     source: str | None = None,
     run: str | None = None,
     verdicts: Sequence[str] = (),
+    ungraded: bool = False,
     seed: int = 0,
     device: str | None = None,
     concurrency: int | None = None,
@@ -142,6 +144,7 @@ def judge(
             running engine on it, which stays open.
         traces_of, source, run: only the traces of this model, of this source's problems, of this run.
         verdicts: only traces whose present verdict is one of these.
+        ungraded: only traces without a verdict.
         concurrency: requests at once.
         engine_options: the engine's own options. The context asked for is 16,384 tokens, or the judge's own where that
             is less; vLLM takes another ``max_model_len``.
@@ -158,7 +161,10 @@ def judge(
         check_options(resolve_engine(engine), {"concurrency": concurrency} | options)
     if run is not None:
         store.run(run)
-    wanted = worklist.Wanted(verdicts=tuple(verdicts), run_id=run, model=traces_of, source=source)
+    if ungraded and verdicts:
+        raise InputError("ungraded traces have no verdict: pass ungraded or verdicts, not both")
+    verdicts = ("ungraded",) if ungraded else tuple(verdicts)
+    wanted = worklist.Wanted(verdicts=verdicts, run_id=run, model=traces_of, source=source)
     info = inspect(model)
     work = _Judging(store, info, wanted, seed, commit_size, progress or silent)
     if not work.total:

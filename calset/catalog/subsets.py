@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -215,7 +216,7 @@ class Difference:
         return rows
 
 
-def diff(catalog: Catalog, a: Subset | str, b: Subset | str) -> Difference:
+def diff(catalog: Catalog | str | Path | None, a: Subset | str | Path, b: Subset | str | Path) -> Difference:
     """What two subsets (or references to them) share and how they differ.
 
     Samples are the same when their ids and token ids are; problems by problem id.
@@ -223,7 +224,10 @@ def diff(catalog: Catalog, a: Subset | str, b: Subset | str) -> Difference:
     Raises:
         InputError: no such subset.
     """
-    a, b = (load(catalog, s) if isinstance(s, str) else s for s in (a, b))
+    from calset.catalog.export import resolve
+
+    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    a, b = (s if isinstance(s, Subset) else resolve(s, catalog) for s in (a, b))
     keys_a, keys_b = ({(s.sample_id, tuple(s.input_ids)) for s in subset.samples} for subset in (a, b))
     problems_a, problems_b = ({s.problem_id for s in subset.samples if s.problem_id} for subset in (a, b))
 

@@ -218,15 +218,15 @@ def prune_model(
             catalog.add_pruning(made)  # a demo killed just before that had not kept it; twice is once
             return out
         raise InputError(f"{out} is from a demo with other settings: name another folder with -o")
-    report = prune(
+    prune(
         MODEL,
         subset,
         out,
         method=method,
         sparsity=settings.sparsity,
+        catalog=catalog,
         progress=_stage(say, f"prune {out.name}"),
     )
-    catalog.add_pruning(report.as_dict())
     return out
 
 

@@ -71,6 +71,25 @@ class EvaluationReport:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def rows(self) -> list[tuple[str, str]]:
+        """(measure, value), for a table."""
+        verdicts = sorted(self.verdicts.items(), key=lambda item: -item[1])
+        return [
+            ("accuracy", f"{self.accuracy:.3f} ± {self.accuracy_se:.3f} ({self.n_problems} problems)"),
+            (
+                "completion tokens",
+                f"mean {self.mean_tokens:.0f}, median {self.median_tokens:.0f}, p90 {self.p90_tokens:.0f}",
+            ),
+            ("non-termination", f"{self.non_termination:.3f} (limit {self.max_tokens} tokens)"),
+            ("loop rate", f"{self.loop_rate:.3f}"),
+            ("no answer", f"{self.no_answer:.3f}"),
+            ("verdicts", ", ".join(f"{n} {verdict}" for verdict, n in verdicts)),
+            (
+                "tokens/s",
+                f"{self.tokens_per_second:,.0f}" if self.tokens_per_second else "- (all traces were there)",
+            ),
+        ]
+
 
 def evaluate(
     model: str | Path,

@@ -255,9 +255,9 @@ def test_what_an_older_record_does_not_list_is_looked_up_or_said_to_be_unknown(t
 def test_progress_follows_both_models_through_blocks_and_batches(pruned):
     events = []
     verify(pruned, held_out=HELD_OUT, batch_tokens=40, progress=events.append)
-    n_batches = len({e["done"] for e in events if e["phase"] == "dense losses"}) - 1
+    n_batches = len({e.done for e in events if e.phase == "dense losses"}) - 1
     assert n_batches > 1
-    told = [(e["phase"], e["done"], e["total"]) for e in events]
+    told = [(e.phase, e.done, e.total) for e in events]
     assert told[[phase for phase, *_ in told].index("dense model") :] == [
         *(("dense model", i, 2) for i in range(3)),
         *(("dense losses", i, n_batches) for i in range(n_batches + 1)),

@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that ``calset --help`` answers at o
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -1288,7 +1289,7 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error.format_message() + hint)
         code = 2
     except CalsetError as error:
-        _fail(str(error))
+        _fail(_with_options(str(error)))
         code = error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("stopped")
@@ -1305,6 +1306,14 @@ def main(argv: list[str] | None = None) -> None:
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
     text = f"Warning: {message}" if issubclass(category, WARNINGS) else None
     terminal.note(text or warnings.formatwarning(message, category, filename, lineno).rstrip())
+
+
+def _with_options(message: str) -> str:
+    """Name options where the library names its parameters: ``max_length=`` becomes ``--max-length``."""
+    parameters = [each for command in cli.commands.values() for each in command.params]
+    options = {each.name: each.opts[0] for each in parameters if each.opts[0].startswith("--")}
+    # A parameter stands alone; what follows "limit=" in ?limit=5 is a value.
+    return re.sub(r"\b([a-z][a-z_]*)=(?=[\s,.:;)]|$)", lambda found: options.get(found[1], found[0]), message)
 
 
 def _fail(message: str) -> None:

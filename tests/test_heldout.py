@@ -317,7 +317,7 @@ def test_the_commands_select_another_split_and_compare_on_it(tmp_path, llama):
     done = calset("verify", tmp_path / "out", "--held-out", f"{tmp_path}/mine")
     assert isinstance(done.exception, InputError)
     done = calset("verify", tmp_path / "out", "--max-length", "9")
-    assert "--max-length is for --held-out" in str(done.exception)
+    assert "max_length= is for held_out=" in str(done.exception)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def verify(
     folder, progress = Path(directory), progress or silent
     for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
         if held_out is None and value is not None:
-            raise InputError(f"{name} is for held-out samples: pass held_out with it")
+            raise InputError(f"{name}= is for held_out=: pass both or neither")
     if held_out is not None and not isinstance(held_out, Subset):
         held_out = resolve(held_out, catalog)
     if not folder.is_dir():

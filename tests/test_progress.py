@@ -87,11 +87,11 @@ def test_builds_evaluations_and_judgings_send_events_in_order(tmp_path: Path, ti
     adaptive: list[Progress] = []
     calset.build(
         tiny_model, "demo", engine=scripted_engine(loaded), progress=adaptive.append, target="rac", need=3,
-        seed=1, temperature=0.5, **common,
+        **common | {"catalog": tmp_path / "adaptive.duckdb"},
     )  # fmt: skip
     check_course(adaptive)
     assert adaptive[-1].total is None
-    assert adaptive[-1].facts["target"] == "3/3"
+    assert str(adaptive[-1].facts["target"]).endswith("/3")
     evaluated: list[Progress] = []
     calset.evaluate(
         tiny_model, "demo:evaluate", limit=3, catalog=path, engine=scripted_engine(loaded), progress=evaluated.append
@@ -106,9 +106,9 @@ def test_an_orderly_stop_is_the_last_event(tmp_path: Path, tiny_model, scripted_
     events: list[Progress] = []
 
     def stop(event: Progress) -> None:
-        events.append(event)
-        if event.saved:
+        if event.saved and not any(before.saved for before in events):
             signal.raise_signal(signal.SIGTERM)
+        events.append(event)
 
     engine = scripted_engine(inspect(tiny_model).revision)
     report = calset.build(

@@ -6,7 +6,7 @@ The public API, in the order of the work::
     calset.build("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "questions.jsonl", samples=8, catalog=catalog)
     subset = calset.select(catalog, "math-ssgr", "ssgr", tokens=1_000_000)
     calset.publish(subset, "me/calibration", catalog=catalog)
-    calset.prune("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", subset, "pruned", method="sparsegpt", sparsity=0.5)
+    calset.prune("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "math-ssgr", "pruned", sparsity=0.5, catalog=catalog)
     calset.verify("pruned")
     calset.evaluate("pruned", "held_out.jsonl", catalog=catalog)
 
@@ -24,6 +24,7 @@ _HOMES = {
     "CalsetError": "calset.errors",
     "Catalog": "calset.catalog.catalog",
     "InputError": "calset.errors",
+    "Progress": "calset.io.progress",
     "Subset": "calset.catalog.records",
     "against_sources": "calset.builder.decontamination",
     "build": "calset.builder.generate",
@@ -56,6 +57,7 @@ __all__ = [
     "CalsetError",
     "Catalog",
     "InputError",
+    "Progress",
     "Subset",
     "__version__",
     "against_sources",
@@ -117,6 +119,7 @@ if TYPE_CHECKING:
     from calset.catalog.stats import stats
     from calset.diagnosis import doctor
     from calset.errors import CalsetError, InputError
+    from calset.io.progress import Progress
     from calset.pruning.evaluate import evaluate
     from calset.pruning.prune import plan_pruning, prune
     from calset.pruning.verify import verify

@@ -21,6 +21,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.doctor import Check, examine
 from calset.errors import InputError, first_line
 from calset.hubfiles import check_token
+from calset.io.progress import OnProgress, Progress, silent
 
 IMPORT_SECONDS = 300.0  # vLLM's first import after an installation compiles and reads a great deal
 GPU_REMEDY = "install the torch that fits the driver (nvidia-smi names it)"
@@ -45,13 +46,13 @@ def doctor(
     catalog: Catalog | str | Path | None = None,
     *,
     full: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Diagnosis:
     """Look at the catalog and at the machine; changes nothing, and raises nothing for what is wrong.
 
     Args:
         full: read every byte of the catalog, and count every trace's token ids instead of a sample's.
-        progress: called with (parts done, all, the part that comes next).
+        progress: called with a ``Progress`` of parts before each; the phase is the part that comes next.
     """
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     stages: dict[str, Callable[[], Iterator[Check]]] = {
@@ -62,10 +63,11 @@ def doctor(
         "catalog": lambda: iter(examine(store, full=full)),
     }
     checks: list[Check] = []
+    emit = progress or silent
     for done, (name, look) in enumerate(stages.items()):
-        if progress is not None:
-            progress(done, len(stages), name)
+        emit(Progress(name, done, len(stages)))
         checks += look()
+    emit(Progress("done", len(stages), len(stages), final=True))
     return Diagnosis(tuple(checks))
 
 

@@ -24,12 +24,12 @@ from calset.builder import generate
 from calset.builder.engines import Completion, Request, Sampling
 from calset.builder.generate import dry_run
 from calset.builder.model_info import inspect
-from calset.builder.pipeline import BuildProgress
+from calset.builder.progress import Rate
 from calset.builder.regrade import grade
-from calset.builder.tally import Rate
 from calset.catalog.catalog import Catalog
 from calset.cli import cli
 from calset.errors import BuildWarning, CatalogLocked, EngineError, InputError
+from calset.io.progress import Progress
 
 NAMED = list(enumerate(("Ann", "Ben", "Cleo", "Dan", "Eve", "Fay")))
 SUMS = "gym:chain_sum?min_terms=2&max_terms=3&size=12&seed=3"
@@ -112,9 +112,9 @@ def test_stored_ids_are_the_served_ones(engine: str, request: pytest.FixtureRequ
 
 def test_saved_means_on_disk_and_a_second_build_starts_no_engine(tiny_model: Path, tmp_path: Path, transformers_engine):
     path = tmp_path / "c.duckdb"
-    events: list[BuildProgress] = []
+    events: list[Progress] = []
 
-    def check(event: BuildProgress) -> None:
+    def check(event: Progress) -> None:
         events.append(event)
         assert count(path) >= event.saved + event.existing
 
@@ -265,10 +265,10 @@ def test_grading_again_keeps_the_history(tiny_model: Path, tmp_path, scripted_en
     path, loaded = tmp_path / "c.duckdb", inspect(tiny_model).revision
     report = build(tiny_model, SUMS, samples=2, catalog=path, engine=scripted_engine(loaded), graded=False)
     assert dict(report.verdicts) == {"ungraded": 24}
-    seen: list[tuple[int, int]] = []
-    graded = grade(path, ungraded=True, commit_size=10, progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[int, int | None]] = []
+    graded = grade(path, ungraded=True, commit_size=10, progress=lambda e: seen.append((e.done, e.total)))
     assert (graded.n_graded, graded.n_changed) == (24, 24)
-    assert seen == [(10, 24), (20, 24), (24, 24)]
+    assert seen == [(10, 24), (20, 24), (24, 24), (24, 24)]
     assert grade(path, ungraded=True).n_graded == 0
     assert grade(path, grader="math").n_graded == 24
     assert Catalog(path).query("SELECT count(*) FROM grades").rows == [(48,)]

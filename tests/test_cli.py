@@ -16,6 +16,8 @@ import pytest
 import warm
 
 from calset import __version__, demo
+from calset.cli import main
+from calset.errors import InputError
 
 BIN = str(Path(sys.executable).parent)
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=6&seed=3"
@@ -243,6 +245,20 @@ def test_a_sampling_value_out_of_range_is_one_line(tmp_path: Path) -> None:
     asked = ("build", "--model", demo.MODEL, "--problems", "demo")
     refused(calset(*asked, "--min-p", "-0.1", cwd=tmp_path), 2, "min_p must lie between 0 and 1")
     refused(calset(*asked, "--repetition-penalty", "0", cwd=tmp_path), 2, "repetition_penalty must be positive")
+
+
+def test_a_librarys_parameter_is_named_as_the_commands_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(spec: str, **options: object) -> None:
+        raise InputError("max_length= is for held_out=: see n_devices=, text=x, ?limit=5 and nothing=")
+
+    monkeypatch.setattr("calset.builder.problems.open_problems", refuse)
+    with pytest.raises(SystemExit) as ended:
+        main(["problems", "demo"])
+    assert ended.value.code == 2
+    said = "--max-length is for --held-out: see --devices, text=x, ?limit=5 and nothing="
+    assert capsys.readouterr().err == f"calset: {said}\n"
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from calset.builder.recovery import Recovery
 from calset.builder.tracefiles import Columns, Draft, RowError, drafts
 from calset.catalog.catalog import Catalog
 from calset.errors import InputError
+from calset.io.progress import Progress
 
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=6&seed=3"
 OPENR1 = {"problem": "What is 1 + 2?", "answer": "3"}
@@ -431,13 +432,11 @@ def test_progress_counts_rows_of_parquet_folders_and_limits(tmp_path: Path) -> N
     for n in range(2):
         rows = [{"problem": f"What is {i} + {n}?", "generations": [GOOD]} for i in range(5)]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{n}.parquet")
-    events: list[tuple[int, int | None, dict[str, int]]] = []
-    report = import_traces(
-        demo.MODEL, folder, catalog=tmp_path / "c.duckdb", commit_size=3, progress=lambda *event: events.append(event)
-    )
+    events: list[Progress] = []
+    report = import_traces(demo.MODEL, folder, catalog=tmp_path / "c.duckdb", commit_size=3, progress=events.append)
     assert (report.n_rows, report.n_traces) == (10, 10)
-    assert events[-1] == (10, 10, {"traces": 10, "there": 0, "bad": 0})
-    assert [e[2]["traces"] for e in events] == sorted(e[2]["traces"] for e in events)
+    assert events[-1] == Progress("done", 10, 10, facts={"traces": 10, "there": 0, "bad": 0}, final=True)
+    assert [e.facts["traces"] for e in events] == [3, 6, 9, 10, 10]
     assert Catalog(tmp_path / "c.duckdb").sources()[0].name == "shards"
     again = import_traces(demo.MODEL, folder, catalog=tmp_path / "c.duckdb", limit=4)
     assert (again.n_rows, again.n_existing) == (4, 4)
@@ -473,7 +472,7 @@ def test_a_killed_import_is_finished_by_the_same_command(tmp_path: Path) -> None
     import_traces(demo.MODEL, tmp_path / "t.jsonl", catalog=tmp_path / "whole.duckdb")
     code = """if True:
         import sys, calset
-        def said(rows, total, counts): print(counts["traces"], flush=True)
+        def said(event): print(event.facts["traces"], flush=True)
         calset.import_traces(*sys.argv[1:3], catalog=sys.argv[3], commit_size=32, progress=said)
     """
     command = ("python", "-c", code, demo.MODEL, tmp_path / "t.jsonl", tmp_path / "c.duckdb")

@@ -26,6 +26,7 @@ from calset.builder.model_info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Judgement
 from calset.errors import EngineError, InputError
+from calset.io.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -200,15 +201,15 @@ def test_what_needs_no_engine_is_saved_while_the_engine_is_at_work_and_never_gat
     monkeypatch.setattr(judging, "verdict_without_grading", counted)
     go_on, saved = threading.Event(), []
 
-    def progress(done: int, total: int) -> None:
-        saved.append(done)
-        assert len(seen) - done <= 2 * 8 + 2
-        if done >= 80:
+    def progress(event: Progress) -> None:
+        saved.append((event.phase, event.done))
+        assert len(seen) - event.done <= 2 * 8 + 2
+        if event.done >= 80:
             go_on.set()
 
     report = judge(catalog, tiny_model, engine=SlowJudge(info, go_on), commit_size=8, progress=progress)
     assert dict(report.verdicts) == {"truncated": 100, "correct": 1}
-    assert saved == [*range(8, 101, 8), 101]
+    assert saved == [*(("judging", n) for n in (*range(8, 101, 8), 101)), ("done", 101)]
     assert catalog.query("SELECT count(*) FROM judgements").rows == [(101,)]
 
 

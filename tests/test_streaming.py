@@ -378,7 +378,7 @@ def test_a_plan_says_what_is_done_and_loads_and_writes_nothing(tmp_path, dense, 
     report = prune(dense, SUBSET, tmp_path / "out", sparsity=0.5, batch_tokens=64, progress=events.append)
     assert plan.n_matrices == len(report.matrices)
     assert plan.n_weights == sum(m.shape[0] * m.shape[1] for m in report.matrices)
-    assert plan.n_blocks == events[-1]["total"]
+    assert plan.n_blocks == events[-1].total
     assert plan.n_counted_tokens == report.n_counted_tokens
     assert plan.problems() == []
     assert dict(plan.rows())["hidden states"] == "on device"

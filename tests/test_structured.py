@@ -733,7 +733,7 @@ def test_a_record_of_wrong_types_is_bad_input_in_a_line(tmp_path, dropped, chang
 def test_verify_tells_how_far_it_is(dropped):
     events = []
     proved = verify(dropped("Mixtral", "reap")[0], progress=events.append)
-    assert [(e["phase"], e["done"], e["total"]) for e in events] == [
+    assert [(e.phase, e.done, e.total) for e in events] == [
         *(("logits", i, 2) for i in range(3)),
         *(("tensors", i, proved.n_tensors) for i in range(proved.n_tensors + 1)),
         ("done", 1, 1),

@@ -20,6 +20,7 @@ from calset import build, terminal
 from calset.builder.model_info import inspect
 from calset.catalog.catalog import Catalog
 from calset.cli import main
+from calset.io.progress import Progress
 
 pytestmark = pytest.mark.slow  # half a minute: every listing over texts of 10 MB
 # What a terminal acts on, or what reorders or breaks the line it stands in.
@@ -290,8 +291,8 @@ def test_a_build_of_hostile_problems_prints_nothing_that_acts(folder: Path, rows
 
 def test_progress_takes_any_text(capsys: pytest.CaptureFixture[str]) -> None:
     for mode in ("plain", "json", "bar"):
-        with terminal.progress(mode, "saved\x1b[2J") as bar:
-            bar.update(1, 2, {"phase": "[/nothing] \x1b]0;x\x07\x7f\u202e [red]a"}, final=True)
+        with terminal.progress(mode, "saved\x1b[2J") as show:
+            show(Progress("[/nothing] \x1b]0;x\x07\x7f\u202e [red]a", 1, 2, final=True))
         shown = capsys.readouterr().err
         assert "nothing" in shown
         if mode != "bar":  # rich moves the cursor itself

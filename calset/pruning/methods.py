@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from calset.errors import InputError
 from calset.pruning import scores, splitting, updates
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Score = Callable[["Tensor", "InputStatistics | None"], "Tensor"]
 Update = Callable[[updates.Stack, "InputStatistics", float], updates.Updated]
 Candidate = tuple[float, "Tensor", "Tensor", "str | None"]  # squared error, weight, mask, what it is instead
+Structure = Literal["experts", "blocks"]
 REFINEMENT = "+dsnot"
 
 
@@ -94,6 +95,11 @@ METHODS: dict[str, Method] = {
 }
 
 REFINED = tuple(f"{method.name}{REFINEMENT}" for method in METHODS.values() if method.refinable)
+# Methods that drop whole parts of the model, by name.
+STRUCTURED: dict[str, Structure] = {
+    "reap": "experts",  # those that give their tokens the least
+    "depth": "blocks",  # those that change the hidden states least
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -399,7 +399,7 @@ def test_a_question_that_cannot_be_answered_is_one_line(
 @pytest.mark.parametrize(
     ("form", "rows"),
     [
-        pytest.param("csv", 200_000, marks=pytest.mark.slow),
+        *(pytest.param(form, 200_000, marks=pytest.mark.slow) for form in ("csv", "jsonl", "parquet")),
         *(pytest.param(form, 1_000_000, marks=pytest.mark.nightly) for form in ("csv", "jsonl", "parquet")),
     ],
 )

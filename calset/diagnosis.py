@@ -56,10 +56,10 @@ def doctor(
     """
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     stages: dict[str, Callable[[], Iterator[Check]]] = {
-        "packages": _packages,
-        "engines": _engines,
-        "grading": _grading,
-        "Hub": _hub,
+        "packages": packages,
+        "engines": engines,
+        "grading": grading,
+        "Hub": hub,
         "catalog": lambda: iter(examine(store, full=full)),
     }
     checks: list[Check] = []
@@ -74,7 +74,7 @@ def doctor(
 # --- packages ----------------------------------------------------------------------------------------------------
 
 
-def _packages() -> Iterator[Check]:
+def packages() -> Iterator[Check]:
     """Versions, and whether every package that calset requires is there in a version that it takes."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -123,7 +123,7 @@ print(json.dumps({"version": _import_vllm()}))
 """
 
 
-def _engines() -> Iterator[Check]:
+def engines() -> Iterator[Check]:
     found, why = _import(_TRANSFORMERS)
     if found is None:
         yield Check("transformers", "problem", f"cannot be imported: {why}", "reinstall torch and transformers")
@@ -189,7 +189,7 @@ def _import(code: str) -> tuple[dict[str, Any] | None, str | None]:
 # --- grading and the Hub -----------------------------------------------------------------------------------------
 
 
-def _grading() -> Iterator[Check]:
+def grading() -> Iterator[Check]:
     """One answer through a real worker: it must start, import its libraries and judge, and have its walls."""
     from calset.builder.grading import grader_version, graders
     from calset.builder.grading.pool import GradingPool
@@ -212,8 +212,8 @@ def _grading() -> Iterator[Check]:
         yield Check("walls", "ok", "graders have no network, no keys and no processes, and change no files")
 
 
-def _hub() -> Iterator[Check]:
-    """Whether huggingface_hub knows a token, and whether the Hub takes it."""
+def hub() -> Iterator[Check]:
+    """Check that huggingface_hub has a token that the Hub takes."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -34,6 +34,10 @@ class CatalogUpgraded(UserWarning):
     """A warning, no error: a catalog of an older schema is upgraded; the message names the copy that is kept."""
 
 
+class TextsMissing(UserWarning):
+    """A warning, no error: a subset has its samples and not the texts that were published beside them."""
+
+
 class BuildWarning(UserWarning):
     """A warning before a build's engine starts: what the catalog holds, or the Hub, is not what the build goes by."""
 

@@ -76,6 +76,7 @@ def read_batches(paths: Sequence[Path], columns: Collection[str], bounds: Bounds
             n_rows = 0
             for batch in file.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
                 n_rows += len(batch)
+                batch.validate(full=True)  # texts are UTF-8, which the library takes for granted
                 yield batch
             if n_rows != file.metadata.num_rows:  # pyarrow 26 loses rows of some files without a word
                 raise Excess(f"it gave {n_rows:,} of the {file.metadata.num_rows:,} rows that its footer counts")

@@ -6,13 +6,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from local_hub import TOKEN, Client, LocalHub, hurry
+from xdist.scheduler import LoadFileScheduling
 
 # Before torch, tokenizers or vLLM are imported by any test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,14 +23,49 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and OpenMP's threads spin while they wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A script's background jobs ignore Ctrl-C, and whatever they start does, too: tests that send it to a child would wait.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 from calset import demo
 from calset.builder.engines.base import Completion, Request, Sampling
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+# HYPOTHESIS_PROFILE chooses. The default draws the same examples in every run, so that a red run is the change's fault;
+# the nightly suite looks for new ones. A busy machine is slow and breaks no law.
+CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=100, derandomize=True, **CALM)
+settings.register_profile("nightly", max_examples=1000, **CALM)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def fewer(n: int) -> settings:
+    """One in ``n`` of the profile's examples, for a law whose examples take long."""
+    return settings(max_examples=settings().max_examples // n)
+
+
+class Apart(LoadFileScheduling):
+    """xdist's distribution by file, but one process runs all tests with "vllm" in their names.
+
+    Two vLLM engines on two cores would wait for each other, and one process starts the shared engine once. By name,
+    since a scheduler sees no markers; ``--dist loadgroup`` of pytest-xdist 3.8 does nothing under pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "vllm" if _is_apart(nodeid) else super()._split_scope(nodeid)
+
+
+def _is_apart(nodeid: str) -> bool:
+    return "vllm" in nodeid.partition("::")[2]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return Apart(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what uses vLLM: it takes longest."""
+    for item in items:
+        if item.get_closest_marker("vllm") and not _is_apart(item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid} is marked vllm: its name must say so, for xdist to keep it apart")
+    items.sort(key=lambda item: not _is_apart(item.nodeid))
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +118,7 @@ def vllm_engine(tiny_model: Path) -> Iterator[object]:
     from calset.builder.engines import open_engine
     from calset.builder.model_info import inspect
 
-    engine = open_engine("vllm", inspect(tiny_model), max_model_len=1024, concurrency=32)
+    engine = open_engine("vllm", inspect(tiny_model), max_model_len=2048, concurrency=32)
     yield engine
     engine.close()
 

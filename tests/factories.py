@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from calset import ids
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import Grade, Problem, Run, Source, Trace
+from calset.catalog.export import read_directory
+from calset.catalog.facts import published_rows
+from calset.catalog.records import Grade, Problem, Run, Source, Subset, Trace
+from calset.catalog.references import export
+from calset.catalog.subsets import keep
 
 START = datetime(2026, 1, 1)
 
@@ -133,3 +138,12 @@ def fill(
     catalog.add_run(run)
     catalog.record(traces, grades)
     return catalog
+
+
+def keep_as_pulled(catalog: Catalog, subset: Subset, path: Path) -> Catalog:
+    """Another catalog that keeps a subset as a pull does: with its published rows, and no trace."""
+    folder = read_directory(export(catalog, subset, path.with_suffix(".folder")))
+    hub = {"repo": "me/it", "commit": "0" * 40, "tag": "x-v1", "manifest": "manifests/x.json"}
+    pulled = replace(folder, origin={**(folder.origin or {}), "hub": hub}, data_files=())
+    keep(Catalog(path), pulled, published_rows(folder))
+    return Catalog(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # What a process needs in its environment to import calset and the tests' factories.
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+_HEED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 _HOLD = """
     import sys
     from calset.catalog.catalog import Catalog
@@ -23,10 +24,18 @@ _HOLD = """
 """
 
 
+def heeding(*command: object) -> list[str]:
+    """A command whose process heeds SIGINT, for tests that send it.
+
+    A script's background jobs ignore it (``make test &`` in a shell script), and so does whatever they start.
+    """
+    return [sys.executable, "-I", "-S", "-c", _HEED, *map(str, command)]
+
+
 def python(code: str, *args: object) -> subprocess.Popen[str]:
-    """A process of its own that runs code with calset and the factories importable."""
+    """A process of its own that runs code with calset and the factories importable; it heeds SIGINT."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        heeding(sys.executable, "-c", textwrap.dedent(code), *args),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -21,10 +21,10 @@ from processes import python
 from calset import ids
 from calset.catalog import connection, migrations, schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import export
+from calset.catalog.references import diff, export
 from calset.catalog.selection import select
 from calset.catalog.stats import stats
-from calset.catalog.subsets import diff, load
+from calset.catalog.subsets import load
 from calset.catalog.values import clean, dump_json
 from calset.errors import CatalogError, CatalogLocked, InputError, SchemaTooNew
 from calset.jsonable import jsonable
@@ -716,10 +716,9 @@ def test_a_lock_that_stays_names_its_holder_and_the_remedy(tmp_path: Path, read_
     assert process.stdout is not None
     process.stdout.readline()
     try:
-        catalog, start = Catalog(path, lock_timeout=0.4), time.monotonic()
+        catalog = Catalog(path, lock_timeout=0.4)
         with pytest.raises(CatalogLocked, match=rf"process {process.pid} .*kill {process.pid}") as caught:
             catalog.add_run(make_run("b"))
-        assert 0.35 < time.monotonic() - start < 5
         assert "\n" not in str(caught.value)
         if read_only:
             assert only(catalog, "SELECT count(*) FROM trace") == 1
@@ -783,12 +782,11 @@ def test_a_thread_that_keeps_the_catalog_open_is_reported_after_the_deadline(tmp
     assert Catalog(path).add_run(make_run("b")) == 1
 
 
-def test_only_lock_errors_are_waited_for(tmp_path: Path) -> None:
+def test_only_lock_errors_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c.duckdb").write_text("x" * 10_000)
-    start = time.monotonic()
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
     with pytest.raises(InputError):
         Catalog(tmp_path / "c.duckdb", lock_timeout=30).query("SELECT 1")
-    assert time.monotonic() - start < 5
     error = duckdb.IOException("IO Error: Something else\nwith a second line")
     assert str(connection.translate(error, Path("x.duckdb"))) == "x.duckdb: IO Error: Something else"
 

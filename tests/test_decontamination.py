@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from factories import make_grade, make_problem, make_run, make_source, make_trace
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from warm import calset
 
 from calset import Catalog, InputError, decontaminate, select
 from calset.builder.problems import load_problems
@@ -24,7 +23,6 @@ GSM = (
     "A baker sells 14 trays of rolls every morning and 9 trays every evening. Each tray holds 24 rolls and each roll "
     "costs 0.75 dollars. How much money does the baker make in a week?"
 )
-LAW = settings(deadline=None, max_examples=60)
 NAMES = [
     "alpha",
     "beta",
@@ -102,7 +100,6 @@ def test_a_formula_is_one_word_and_a_character_of_chinese_is_one() -> None:
     assert normalise("求 x 的值").words == ("求", "x", "的", "值")
 
 
-@LAW
 @given(st.text())
 def test_words_stand_where_their_spans_say(text: str) -> None:
     words, spans = normalise(text)
@@ -119,7 +116,6 @@ WORD = st.text("abcdefghijklmnopqrstuvwxyzäéжλ", min_size=1, max_size=7)
 MARKS = st.sampled_from([" ", "  ", "\n", ", ", ". ", "! ", '" ', " (", ") ", "; "])
 
 
-@LAW
 @given(st.lists(WORD, min_size=1, max_size=30), st.data())
 def test_an_identical_question_is_caught_whatever_its_case_and_punctuation(
     words: list[str], data: st.DataObject
@@ -133,14 +129,12 @@ def test_an_identical_question_is_caught_whatever_its_case_and_punctuation(
     assert evidence[0].share == 1.0
 
 
-@LAW
 @given(st.text(min_size=1))
 def test_any_text_is_caught_against_itself(text: str) -> None:
     evidence = found(text, ["something else entirely", text])
     assert bool(evidence) == bool(text.strip())
 
 
-@LAW
 @given(st.text("0123456789 .,+-*/()$\\{}^_abcxyzABC=", min_size=1, max_size=60))
 def test_any_formula_is_caught_against_itself_among_a_hundred_of_its_kind(text: str) -> None:
     """Its grams are all template there; being the same question still counts."""
@@ -148,7 +142,6 @@ def test_any_formula_is_caught_against_itself_among_a_hundred_of_its_kind(text: 
     assert bool(found(text, [*family, text])) == bool(text.strip())
 
 
-@LAW
 @given(
     st.lists(st.sampled_from(NAMES[:10]), min_size=1, max_size=40),
     st.lists(st.lists(st.sampled_from(NAMES[10:]), min_size=1, max_size=40), min_size=1, max_size=5),
@@ -160,7 +153,6 @@ def test_disjoint_vocabularies_are_never_contaminated(mine: list[str], theirs: l
 SHORT_TEXTS = st.lists(st.sampled_from("abc"), min_size=1, max_size=12).map(" ".join)
 
 
-@LAW
 @given(SHORT_TEXTS, SHORT_TEXTS)
 def test_the_counts_are_the_same_seen_from_either_side(one: str, other: str) -> None:
     there = found(one, [other], 2, 3, min_share=1e-9)
@@ -168,7 +160,6 @@ def test_the_counts_are_the_same_seen_from_either_side(one: str, other: str) -> 
     assert [(c.n, c.n_shared, c.share) for c in there] == [(c.n, c.n_shared, c.share) for c in back]
 
 
-@LAW
 @given(SHORT_TEXTS, SHORT_TEXTS)
 def test_the_counts_are_those_of_sets_of_grams(one: str, other: str) -> None:
     """Against a count by hand, templates being impossible with one question."""
@@ -184,7 +175,6 @@ def test_the_counts_are_those_of_sets_of_grams(one: str, other: str) -> None:
         assert got == {n: (k, k / sizes[n]) for n, k in want.items() if k}
 
 
-@LAW
 @given(st.lists(st.lists(SHORT_TEXTS, max_size=5), min_size=1, max_size=4), SHORT_TEXTS, st.randoms())
 def test_the_order_of_the_sources_does_not_matter(listed: list[list[str]], question: str, rng: random.Random) -> None:
     sources = [evaluation([*questions, "x"], f"source-{i}") for i, questions in enumerate(listed)]
@@ -388,22 +378,13 @@ def test_named_problems_are_checked_and_only_contaminated_ones_kept(tmp_path: Pa
 
 
 def test_the_command_reports_in_words_and_in_json(catalog: Catalog, held_out: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "calset.cli",
-        "decontaminate",
-        "--against",
-        held_out,
-        "--catalog",
-        str(catalog.path),
-    ]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
+    home = catalog.path.parent
+    command = ["decontaminate", "--against", held_out, "--catalog", str(catalog.path)]
+    report = json.loads(calset(*command, "--json", cwd=home).stdout)
     assert (report["n_checked"], report["n_contaminated"]) == (6, 1)
     assert report["examples"][0]["evidence"] == "What is 3 + 3"
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = calset(*command, cwd=home).stdout
     assert "1 of 6 problems" in said
     assert "NOT IN (SELECT problem_id FROM excluded)" in said
-    missing = subprocess.run([*command[:-1], "nowhere.duckdb"], capture_output=True, text=True, check=False)
+    missing = calset(*command[:-1], "nowhere.duckdb", cwd=home)
     assert missing.returncode == 2

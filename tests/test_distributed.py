@@ -135,12 +135,12 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     before = """
 from calset.errors import PruningError
 import os
-from calset.pruning import prune as module
-work_on = module._work_on
-def fail(index, walk, run):
+from calset.pruning.walk import Walk
+statistics = Walk.statistics
+def fail(walk, index, *args, **options):
     if index == 1 and os.environ["RANK"] == "1": raise PruningError("this one cannot")
-    return work_on(index, walk, run)
-module._work_on = fail
+    return statistics(walk, index, *args, **options)
+Walk.statistics = fail
 """
     model = save_model(tmp_path / "dense")
     assert torchrun(model, tmp_path / "out", "wanda", before=before) != 0

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.builder.engines import Completion, Engine, Request, Sampling, cpu_sharing, open_engine, resolve_engine
@@ -69,7 +69,7 @@ def test_every_request_comes_back_once_within_its_budget(engine: Engine, info: M
 
 def test_a_stop_token_ends_the_completion_and_is_part_of_it(engine: Engine, info: ModelInfo):
     """Hot enough that the end token turns up, whatever the model has learned."""
-    found = run(engine, requests_for(info, 32, max_tokens=600), Sampling(temperature=2.0)).values()
+    found = run(engine, requests_for(info, 16, max_tokens=250), Sampling(temperature=1.5)).values()
     stopped = [c for c in found if c.finish_reason == "stop"]
     assert stopped
     assert all(c.token_ids[-1] in info.eos_token_ids for c in stopped)
@@ -123,10 +123,7 @@ def test_cancel_ends_the_stream_and_the_next_one_works(engine: Engine, info: Mod
     stream = engine.stream(requests_for(info, 2000, max_tokens=400), Sampling(temperature=1.0))
     next(stream)  # a stream that has not begun cannot be cancelled
     threading.Timer(0.2, engine.cancel).start()
-    began = time.monotonic()
-    found = list(stream)
-    assert len(found) < 1999
-    assert time.monotonic() - began < 60
+    assert len(list(stream)) < 1999
     assert len(run(engine, requests_for(info, 5), info.sampling)) == 5
 
 
@@ -183,7 +180,7 @@ def test_a_swap_equals_a_fresh_vllm_and_a_dead_one_says_how_to_go_on(vllm_engine
     swapped = run(vllm_engine, requests_for(info, 5), GREEDY)
     vllm_engine.load_weights(tiny_model, info.revision)
     older = set(multiprocessing.active_children())
-    fresh = open_engine("vllm", altered, max_model_len=1024, concurrency=32)
+    fresh = open_engine("vllm", altered, max_model_len=2048, concurrency=32)
     try:
         started = run(fresh, requests_for(info, 5), GREEDY)
         assert {k: c.token_ids for k, c in swapped.items()} == {k: c.token_ids for k, c in started.items()}
@@ -213,7 +210,6 @@ def test_what_a_request_samples_does_not_depend_on_its_neighbours(tiny_model: Pa
     assert found[0] == found[1] == found[2]
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.floats(0.1, 2),

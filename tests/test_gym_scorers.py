@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import calset
@@ -324,7 +324,6 @@ def test_a_number_is_read_as_python_prints_it(number: int | float | Fraction):
     assert formulas.value(formulas.parse(str(number), NUMBERS)) == expected
 
 
-@settings(max_examples=500)
 @given(st.text("0123456789+-*/() ", min_size=1, max_size=16))
 def test_arithmetic_is_what_python_reads_as_arithmetic_of_whole_numbers(text: str):
     expected = _python(text)
@@ -368,14 +367,12 @@ def _valued(node: ast.expr) -> Fraction:
     raise AssertionError(node)
 
 
-@settings(max_examples=300)
 @given(st.text(max_size=30).filter(lambda text: set("".join(text.split())) - set("0123456789+-*/()")))
 def test_a_text_with_anything_else_in_it_is_no_arithmetic(text: str):
     with pytest.raises(formulas.Unreadable):
         formulas.parse(text, ARITHMETIC)
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(WORDS), max_size=9))
 def test_a_polynomial_is_read_as_python_reads_it(words: list[str]):
     """Signs, powers and products bind as in Python; a text that Python takes for more is no polynomial."""

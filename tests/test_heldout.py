@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import export
 from calset.catalog.records import Sample, Subset
+from calset.catalog.references import export
 from calset.catalog.selection import select
 from calset.cli import cli
 from calset.errors import InputError, PruningError, VerificationError

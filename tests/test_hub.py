@@ -8,29 +8,36 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from factories import fill
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import TOKEN, Client, LocalHub, hurry
+from warm import calset as run_calset
+from warm import warm
 
+import calset
 from calset import hubfiles
-from calset.catalog import card, release
+from calset.catalog import card
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import MANIFEST_SCHEMA, read_directory, resolve
+from calset.catalog.export import MANIFEST_SCHEMA, read_directory
+from calset.catalog.names import tag_of, versions_in
 from calset.catalog.records import Subset
+from calset.catalog.references import resolve
 from calset.catalog.selection import select
 from calset.catalog.subsets import load
-from calset.errors import CalsetError, InputError
+from calset.cli import main
+from calset.errors import CalsetError, InputError, TextsMissing
 from calset.markdown import line
 
 PLAN = [[("correct", 10 + n), ("correct", 20 + n), ("incorrect", 30), ("truncated", 40)] for n in range(12)]
@@ -60,12 +67,6 @@ def pull(ref: str, catalog: Path, cache: Path, *, offline: bool = False, **optio
         return calset.pull(ref, catalog, **options)
     finally:
         constants.HF_HUB_OFFLINE = False
-
-
-def export(ref: str, catalog: Path, directory: Path) -> None:
-    import calset
-
-    calset.export(catalog, ref, directory)
 
 
 def search(**options: Any) -> list[Any]:
@@ -141,7 +142,7 @@ def ids_in(parquet: bytes) -> list[list[int]]:
 def check_release(hub: LocalHub, repo: str, catalog: Path, ref: str = "math@1") -> str:
     """The tag stands on a commit whose rows are the subset's; returns the commit."""
     subset = load(Catalog(catalog), ref)
-    commit = tags(hub, repo)[release.tag_of(subset.name, subset.version)]
+    commit = tags(hub, repo)[tag_of(subset.name, subset.version)]
     there = files(hub, repo, commit)
     shards = sorted(path for path in there if path.startswith(f"data/{subset.name}/"))
     assert [ids for path in shards for ids in ids_in(there[path])] == [list(s.input_ids) for s in subset.samples]
@@ -287,7 +288,7 @@ def test_without_a_login_it_says_how_to_log_in(hub: LocalHub, stranger: Client, 
 
 def _ask(what: str, token: str, catalog: Path, cache: Path) -> Any:
     from calset.builder.model_info import inspect
-    from calset.diagnosis import _hub
+    from calset.diagnosis import hub
     from calset.hubfiles import open_dataset
 
     os.environ["HF_TOKEN"] = token
@@ -297,7 +298,7 @@ def _ask(what: str, token: str, catalog: Path, cache: Path) -> Any:
         "search": search,
         "problems": lambda: open_dataset("me/token", types=(".jsonl",)),
         "model": lambda: inspect("me/token"),
-        "doctor": lambda: list(_hub()),
+        "doctor": lambda: list(hub()),
     }
     return asked[what]()
 
@@ -378,10 +379,10 @@ def test_a_busy_hub_is_asked_again(
 
 @pytest.mark.slow
 def test_it_waits_as_long_as_the_hub_says(hub: LocalHub, client: Client, catalog: Path, repo: str) -> None:
-    hub.fail("POST .*/commit/", status=429, headers={"Retry-After": "1"})
-    began = time.monotonic()
+    hub.fail("POST .*/commit/", status=429, headers={"Retry-After": "1"}, seconds=1)
+    asked = len(hub.asked("POST .*/commit/"))
     client(publish, "math@1", repo, catalog)
-    assert time.monotonic() - began > 1
+    assert len(hub.asked("POST .*/commit/")) == asked + 2
     hub.fail("POST .*/commit/", status=429, headers={"Retry-After": "3600"})  # nobody waits for that
     with pytest.raises(CalsetError, match="answers 429") as caught:
         client(publish, "math@2", repo, catalog)
@@ -550,9 +551,43 @@ def test_a_pulled_subset_is_kept_whole_with_where_it_comes_from(
     assert folder.origin["hub"] == (pulled.origin or {})["hub"]
     rows = pq.read_table(tmp_path / "out" / "data" / "train.parquet").to_pylist()
     assert all(row["text"] and row["verdict"] == "correct" and row["question"] for row in rows)
-    # A later export has the published texts too, which this catalog never had.
-    client(export, "math@1", mine.path, tmp_path / "later")
-    assert pq.read_table(tmp_path / "later" / "data" / "train.parquet").to_pylist() == rows
+
+
+@pytest.mark.parametrize("how", ["pulled", "merged", "pulled again"])
+def test_a_pulled_subset_is_exported_with_every_published_column_without_the_hub(
+    hub: LocalHub, client: Client, published: Path, tmp_path: Path, how: str
+) -> None:
+    mine = Catalog(tmp_path / "mine.duckdb")
+    client(pull, "hub:me/published/math@1", mine.path, tmp_path / "cache")
+    if how == "merged":
+        pulled, mine = mine, Catalog(tmp_path / "merged.duckdb")
+        calset.merge(mine, pulled)
+    elif how == "pulled again":  # as an older calset left it
+        with mine.transaction() as con:
+            con.execute("DELETE FROM published_rows").fetchall()
+        with pytest.warns(TextsMissing, match=r"math@1 comes without .* calset pull hub:me/published/math@1 brings"):
+            calset.export(mine, "math@1", tmp_path / "without")
+        client(pull, "hub:me/published/math@1", mine.path, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    before = len(hub.log)
+    there = files(hub, "me/published", "math-v1")
+    table = pq.read_table(io.BytesIO(there["data/math/train-00000-of-00001.parquet"]))
+    assert all(None not in column.to_pylist() for column in table.columns)  # or this shows nothing
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "math@1", "-o", str(tmp_path / "out"), "--catalog", str(mine.path)])
+    assert not ended.value.code
+    assert pq.read_table(tmp_path / "out" / "data" / "train.parquet").equals(table)
+    here, first = (
+        json.loads(text) for text in ((tmp_path / "out" / "manifest.json").read_bytes(), there["manifests/math.json"])
+    )
+    assert here.pop("hub")["repo"] == "me/published"
+    first.pop("files")
+    assert here == first
+    assert calset.diff(mine, "math@1", "math@1").distributions["verdict"] == {"correct": (6, 6)}
+    page = calset.report(mine, "math@1", tmp_path / "math.html").read_text()
+    assert "median difficulty" in page
+    assert table["text"][0].as_py().replace("<", "&lt;").replace(">", "&gt;") in page
+    assert len(hub.log) == before
 
 
 def test_a_pulled_subset_can_be_published_elsewhere_with_all_that_is_known(
@@ -577,6 +612,16 @@ def test_pulling_again_changes_nothing(client: Client, published: Path, tmp_path
         client(pull, "hub:me/published/math@1", mine.path, tmp_path / "cache", directory=tmp_path / "out")
     assert mine.rows("SELECT count(*) AS n FROM subsets") == [{"n": 1}]
     assert mine.rows("SELECT count(*) AS n FROM subset_items") == [{"n": 6}]
+    assert mine.rows("SELECT count(*) AS n FROM published_rows") == [{"n": 6}]
+
+
+def test_a_subset_that_was_selected_here_keeps_to_its_own_traces(
+    client: Client, published: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.duckdb"
+    own.write_bytes(published.read_bytes())
+    client(pull, "hub:me/published/math@1", own, tmp_path / "cache")
+    assert Catalog(own).rows("SELECT count(*) AS n FROM published_rows") == [{"n": 0}]
 
 
 def test_another_subset_under_the_name_is_not_replaced(client: Client, published: Path, tmp_path: Path) -> None:
@@ -638,7 +683,6 @@ def test_a_private_repository_without_a_token_is_one_clear_line(
 
 @pytest.mark.slow
 def test_the_command_line_says_in_one_line_what_is_wrong(hub: LocalHub, published: Path, tmp_path: Path) -> None:
-    env = {key: value for key, value in os.environ.items() if key != "CALSET_CATALOG"}
     for arguments, code, words in [
         (("pull", "hub:me/published/math@1"), 2, "if it is private, log in with `hf auth login`"),
         (("pull", "hub:me/published/../x"), 2, "write hub:ORG/REPO/NAME"),
@@ -646,10 +690,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong(hub: LocalHub, publishe
         (("publish", "../x", "me/x", "--catalog", published), 2, "cannot name a subset"),
         (("export", "hub:me/nowhere/math", "-o", "out"), 2, "no dataset me/nowhere"),
     ]:
-        done = subprocess.run(
-            [sys.executable, "-m", "calset.cli", *map(str, arguments)],
-            cwd=tmp_path, env=env | hub.settings(tmp_path / "home"), capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = run_calset(*arguments, cwd=tmp_path, **hub.settings(tmp_path / "home"))
         assert done.returncode == code, done.stderr
         (line,) = done.stderr.splitlines()
         assert line.startswith("calset: ")
@@ -845,9 +886,9 @@ def test_the_page_about_the_hub_runs_against_one(hub: LocalHub, tmp_path: Path) 
     assert len(snippets) == 4
     env = {key: value for key, value in os.environ.items() if key != "CALSET_CATALOG"}
     env |= hub.settings(tmp_path / "home", token=TOKEN) | {"CALSET_ENGINE": "transformers"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env["PATH"] = f"{warm().programs()}{os.pathsep}{env['PATH']}"
     for language, code in snippets:
-        runner = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        runner = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else ["python", "-c"]
         done = subprocess.run([*runner, code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         assert TOKEN not in done.stdout + done.stderr
@@ -884,7 +925,6 @@ MANIFESTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(MANIFESTS, NASTY)
 def test_a_card_reads_back_whatever_the_texts_are(manifests: list[dict[str, Any]], before: str) -> None:
     text = card.render("me/x", manifests, before)
@@ -954,7 +994,6 @@ def _shape(text: str) -> list[tuple[str, str]]:
     return [(token.type, str(token.attrs.get("href") or token.attrs.get("src") or "")) for token in kept]
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_text_of_others_becomes_a_part_of_a_card(data: st.DataObject) -> None:
     def manifest(text: Any) -> dict[str, Any]:
@@ -998,14 +1037,27 @@ def test_licences_are_carried_as_the_hub_names_them() -> None:
     assert card.unknown_licences(manifest(None, a="mit", b=None)) == ["questions of b", "model m"]
 
 
-def test_the_wait_is_the_one_that_the_hub_names() -> None:
-    assert hubfiles._retry_after({"retry-after": "7"}) == 7
-    assert hubfiles._retry_after({"ratelimit": '"api";r=0;t=55'}) == 55
-    assert hubfiles._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) is None
-    assert hubfiles._retry_after({}) is None
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7),
+        ({"ratelimit": '"api";r=0;t=55'}, 55),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({}, 0),
+    ],
+)
+def test_the_wait_is_the_one_that_the_hub_names(
+    headers: dict[str, str], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    error = Exception()
+    error.response = SimpleNamespace(headers=headers)  # type: ignore[attr-defined]
+    assert hubfiles.wait(error, 0.0)
+    assert waited == [seconds]
 
 
 def test_versions_are_read_from_tags() -> None:
     there = ["math-v1", "math-v10", "math-v2", "math-vx", "math-v0", "other-v7", "math-v1-v3", "v1"]
-    assert release.versions_in("math", there) == [1, 2, 10]
-    assert release.versions_in("math-v1", there) == [3]
+    assert versions_in("math", there) == [1, 2, 10]
+    assert versions_in("math-v1", there) == [3]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HAS_VLLM
 from factories import make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,7 +181,7 @@ class SlowJudge(ScriptedJudge):
 def test_what_needs_no_engine_is_saved_while_the_engine_is_at_work_and_never_gathers(
     info: ModelInfo, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    rows = [("truncated", "2", {"finish_reason": "length"}) for _ in range(300)]
+    rows = [("truncated", "2", {"finish_reason": "length"}) for _ in range(100)]
     catalog = fill(tmp_path / "c.duckdb", [*rows, ("correct", "0", {})])
     # The one to be sent comes first, whatever its id.
     seen: list[str] = []
@@ -203,13 +204,13 @@ def test_what_needs_no_engine_is_saved_while_the_engine_is_at_work_and_never_gat
     def progress(event: Progress) -> None:
         saved.append((event.phase, event.done))
         assert len(seen) - event.done <= 2 * 8 + 2
-        if event.done >= 280:
+        if event.done >= 80:
             go_on.set()
 
     report = judge(catalog, tiny_model, engine=SlowJudge(info, go_on), commit_size=8, progress=progress)
-    assert dict(report.verdicts) == {"truncated": 300, "correct": 1}
-    assert saved == [*(("judging", n) for n in (*range(8, 301, 8), 301)), ("done", 301)]
-    assert catalog.query("SELECT count(*) FROM judgements").rows == [(301,)]
+    assert dict(report.verdicts) == {"truncated": 100, "correct": 1}
+    assert saved == [*(("judging", n) for n in (*range(8, 101, 8), 101)), ("done", 101)]
+    assert catalog.query("SELECT count(*) FROM judgements").rows == [(101,)]
 
 
 @pytest.mark.parametrize("stray", [-1, 512, 2**31, True])
@@ -354,13 +355,12 @@ def test_judgements_keep_whatever_a_judge_writes(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path):
+def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path, vllm_engine):
     """The bundled model has no opinion, but what it writes under the schema is JSON with one of the verdicts."""
     import jsonschema
 
     catalog = fill(tmp_path / "c.duckdb", [("correct", f"The answer is {2 * n}.", {}) for n in range(8)] + UNFINISHED)
-    options = {"max_model_len": 2048, "max_num_seqs": 8}
-    report = judge(catalog, tiny_model, engine="vllm", engine_options=options)
+    report = judge(catalog, tiny_model, engine=vllm_engine)
     assert (report.n_judged, report.n_sent) == (12, 8)
     replies = catalog.query("SELECT raw, judge_verdict, extracted FROM judgement WHERE raw <> ''").rows
     whole = [(json.loads(raw, strict=False), judged) for raw, judged, _ in replies if judged != "error"]
@@ -369,6 +369,13 @@ def test_vllm_holds_a_judge_to_the_schema(tiny_model: Path, tmp_path: Path):
         jsonschema.validate(value, SCHEMA)
         assert value["verdict"] == judged
     assert report.unparsable == (len(replies) - len(whole)) / 8
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+def test_a_context_too_short_for_a_judge_is_refused_before_vllm_starts(tiny_model: Path, tmp_path: Path):
+    catalog = fill(tmp_path / "c.duckdb", [("correct", "2", {})])
+    with pytest.raises(InputError, match="20 is too short: a judge's answer and its question take at least 1,024"):
+        judge(catalog, tiny_model, engine="vllm", engine_options={"max_model_len": 20})
 
 
 def test_the_command_line_judges_and_reports(tiny_model: Path, tmp_path: Path):

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import fewer
 from factories import fill
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calset.catalog import card, release, subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import MANIFEST, export, read_directory
+from calset.catalog.export import MANIFEST, read_directory
 from calset.catalog.records import Subset
+from calset.catalog.references import export
 from calset.catalog.report import report
 from calset.catalog.selection import select, tables
 from calset.errors import InputError
@@ -132,7 +134,9 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-def refused_or_usable(bench: Bench, data: st.DataObject) -> None:
+@settings(fewer(2), suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_manifest_changed_anywhere_is_refused_or_usable(bench: Bench, data: st.DataObject) -> None:
     path, tree = data.draw(st.sampled_from(list(bench.manifests.items())))
     for _ in range(data.draw(st.integers(1, 2))):
         there = list(places(tree))
@@ -148,23 +152,6 @@ def refused_or_usable(bench: Bench, data: st.DataObject) -> None:
     assert len(refusal) < 1000
     if subset is not None:
         bench.use(subset, tree)
-
-
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-MANY = settings(FEW, max_examples=400)
-
-
-@FEW
-@given(data=st.data())
-def test_a_manifest_changed_anywhere_is_refused_or_usable(bench: Bench, data: st.DataObject) -> None:
-    refused_or_usable(bench, data)
-
-
-@pytest.mark.slow
-@MANY
-@given(data=st.data())
-def test_manifests_changed_anywhere_are_refused_or_usable(bench: Bench, data: st.DataObject) -> None:
-    refused_or_usable(bench, data)
 
 
 def test_what_was_exported_and_published_is_usable(bench: Bench) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.errors import InputError, PruningError
@@ -20,14 +20,12 @@ def make_scores(rows: int, width: int, seed: int, n_levels: int, dtype: torch.dt
     return torch.randint(0, n_levels, (rows, width), generator=generator).to(dtype)
 
 
-@settings(deadline=None, max_examples=80)
 @given(st.integers(1, 9), st.integers(1, 300), SPARSITIES, st.integers(0, 99), st.sampled_from([1, 3, 1000]), DTYPES)
 def test_row_masks_have_exactly_k_in_every_row(rows, width, sparsity, seed, n_levels, dtype):
     mask = prune_mask(make_scores(rows, width, seed, n_levels, dtype), Selection(sparsity=sparsity, group="row"))
     assert (mask.sum(1) == nearest(sparsity * width)).all()
 
 
-@settings(deadline=None, max_examples=80)
 @given(
     st.integers(1, 9),
     st.integers(1, 300),
@@ -46,7 +44,6 @@ def test_matrix_and_block_masks_have_exactly_the_asked_count(
     assert int(mask.sum()) == nearest(sparsity * rows * width) == selection.n_pruned(rows, width)
 
 
-@settings(deadline=None, max_examples=80)
 @given(st.integers(1, 50), st.integers(1, 500), SPARSITIES, st.integers(1, 200))
 def test_block_counts_fit_their_blocks_and_differ_by_less_than_one_from_the_share(rows, width, sparsity, size):
     found = blocks(rows, width, sparsity, size)
@@ -56,7 +53,6 @@ def test_block_counts_fit_their_blocks_and_differ_by_less_than_one_from_the_shar
         assert abs(k - sparsity * rows * (stop - start)) <= 1 + 1e-6
 
 
-@settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_every_group_of_an_n_m_mask_keeps_exactly_n(data):
     m = data.draw(st.integers(2, 16))
@@ -71,7 +67,6 @@ def test_every_group_of_an_n_m_mask_keeps_exactly_n(data):
     assert int(mask.sum()) == selection.n_pruned(rows, groups * m)
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 6), st.integers(2, 60), SPARSITIES, st.integers(0, 99))
 def test_no_kept_weight_scores_below_a_pruned_one(rows, width, sparsity, seed):
     scores = make_scores(rows, width, seed, 50, torch.float32)
@@ -100,7 +95,6 @@ def test_infinities_are_ranked():
     assert int((prune_mask(wide, Selection(sparsity=0.1))[0] & (wide[0] == -float("inf"))).sum()) == 20
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 5), st.integers(33, 200), st.integers(0, 99), st.sampled_from([1, 2, 5, 1000]), DTYPES, st.data())
 def test_long_rows_get_the_mask_of_a_stable_sort(rows, width, seed, n_levels, dtype, data):
     scores = make_scores(rows, width, seed, n_levels, dtype)

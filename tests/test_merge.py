@@ -14,6 +14,7 @@ from typing import Any
 
 import duckdb
 import pytest
+from conftest import fewer
 from factories import START, fill, make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -109,7 +110,7 @@ def test_shards_in_any_order_make_the_whole_and_again_add_nothing() -> None:
 
 # Without shrinking: an example writes seven files.
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(fewer(20), phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.lists(st.tuples(st.integers(1, 7), st.integers(0, 7)), min_size=len(TRACES), max_size=len(TRACES)))
 def test_any_shards_make_the_whole(places: list[tuple[int, int]]) -> None:
     check_shards(places)

@@ -13,12 +13,17 @@ import warnings
 from pathlib import Path
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
-from factories import make_grade, make_problem, make_run, make_source, make_trace
+from factories import keep_as_pulled, make_grade, make_problem, make_run, make_source, make_trace
 from older_catalogs import as_first_schema
 
 from calset.catalog import migrations
 from calset.catalog.catalog import Catalog
+from calset.catalog.compact import compact
+from calset.catalog.export import DATA
+from calset.catalog.merge import merge
+from calset.catalog.references import export
 from calset.catalog.selection import select
 from calset.errors import CatalogError, CatalogUpgraded
 
@@ -84,8 +89,20 @@ def test_a_catalog_of_the_first_schema_gives_the_same_answers_and_leaves_a_copy(
     assert (tmp_path / "older.duckdb.schema1.bak").read_bytes() == first
     catalog = Catalog(older)
     assert catalog.query("SELECT number FROM migrations").rows == [(m.number,) for m in migrations.MIGRATIONS]
-    for table in ("decisions", "contaminations", "judgements", "excluded", "judgement"):
+    for table in ("decisions", "contaminations", "judgements", "excluded", "judgement", "published_rows"):
         assert catalog.query(f"SELECT count(*) FROM {table}").rows == [(0,)]
+
+
+def test_an_upgraded_catalog_keeps_the_rows_of_what_is_pulled_into_it(older: Path, tmp_path: Path) -> None:
+    now = Catalog(tmp_path / "now.duckdb")
+    pulled = keep_as_pulled(now, select(now, "all", "rac"), tmp_path / "pulled.duckdb")
+    with pytest.warns(CatalogUpgraded):
+        merge(older, pulled)
+    assert Catalog(older).query("FROM published_rows ORDER BY ALL") == pulled.query("FROM published_rows ORDER BY ALL")
+    compact(older)
+    tables = [pq.read_table(export(c, "all@1", tmp_path / c.path.stem) / DATA) for c in (Catalog(older), pulled)]
+    assert tables[0].equals(tables[1])
+    assert None not in tables[0]["text"].to_pylist()
 
 
 def test_what_is_added_to_an_upgraded_catalog_counts_as_in_a_new_one(older: Path, tmp_path: Path) -> None:
@@ -137,23 +154,21 @@ def test_without_room_for_the_copy_nothing_is_upgraded_and_no_half_copy_stays(ol
 
 KILLED = """
     import os, sys
+    from dataclasses import replace
     from calset.catalog import migrations
     from calset.catalog.catalog import Catalog
 
     number, moment = int(sys.argv[2]), sys.argv[3]
-    step, record = migrations._step, migrations._record
-    done = []
 
-    def killed_step(con, migration, **options):
-        if done and moment == "between":
-            os.kill(os.getpid(), 9)
-        step(con, migration, **options)
-        if migration.number == number:
+    def killed(migration):
+        def apply(con):
             if moment == "inside":
-                os.kill(os.getpid(), 9)
-            done.append(number)
+                migration.apply(con)
+            os.kill(os.getpid(), 9)
+        return replace(migration, apply=apply)
 
-    migrations._step = killed_step
+    dies = number if moment == "inside" else number + 1
+    migrations.MIGRATIONS = [killed(m) if m.number == dies else m for m in migrations.MIGRATIONS]
     Catalog(sys.argv[1]).query("FROM trace")
 """
 
@@ -181,7 +196,7 @@ def test_an_upgrade_killed_at_any_step_is_carried_on_by_the_next_open(older: Pat
 # -- DuckDB 1.5 -----------------------------------------------------------------------------------------------------
 
 needs_older = pytest.mark.skipif(
-    not OLDER_DUCKDB.is_dir(), reason="no DuckDB 1.5 in .venv/duckdb-1.5: make test-slow puts it there"
+    not OLDER_DUCKDB.is_dir(), reason="no DuckDB 1.5 in .venv/duckdb-1.5: make test-ci puts it there"
 )
 
 
@@ -252,12 +267,14 @@ def test_a_file_made_by_the_older_duckdb_is_the_same_catalog(tmp_path: Path) -> 
 
 
 @needs_older
-@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_the_catalogs_own_tests_pass_on_the_older_duckdb() -> None:
     files = ["test_catalog.py", "test_migrations.py", "test_compact.py", "test_subsets.py", "test_select.py",
              "test_received.py"]  # fmt: skip
     said = with_older_duckdb(
-        "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow and not vllm", "-k", "not both_duckdbs",
+        "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow and not nightly and not vllm",
+        "-k", "not both_duckdbs",
         *(str(ROOT / "tests" / file) for file in files if (ROOT / "tests" / file).exists()),
     )  # fmt: skip
     assert " passed" in said

@@ -51,20 +51,16 @@ def models(tmp_path_factory):
     return get
 
 
-def of_each_kind():
-    return [*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
-
-
 def of_each_method():
-    """Wanda on every kind; the others where experts are fused, stored apart, or there are none."""
-    for kind in of_each_kind():
-        name, marks = (kind, ()) if isinstance(kind, str) else (kind.values[0], kind.marks)
-        yield pytest.param(name, "wanda", marks=marks)
-        yield pytest.param(name, "sparsegpt", marks=pytest.mark.slow)
+    """SparseGPT on every kind, and every method where experts are fused, stored apart, or there are none."""
+    slow, nightly = [pytest.mark.slow], [pytest.mark.nightly]
+    for kind in (*FAST, *SLOW):
+        yield pytest.param(kind, "wanda", marks=[] if kind in FAST else nightly)
+        yield pytest.param(kind, "sparsegpt", marks=slow)
     for kind in ("Mixtral", "GptOss", "Qwen2"):
-        yield pytest.param(kind, "ria", marks=() if kind == "Mixtral" else pytest.mark.slow)
-        yield pytest.param(kind, "admm", marks=pytest.mark.slow)
-        yield pytest.param(kind, "alps", marks=() if kind == "Qwen2" else pytest.mark.slow)
+        yield pytest.param(kind, "ria", marks=[] if kind == "Mixtral" else slow)
+        yield pytest.param(kind, "admm", marks=slow)
+        yield pytest.param(kind, "alps", marks=[] if kind == "Qwen2" else slow)
 
 
 @pytest.mark.parametrize(("kind", "method"), of_each_method())
@@ -266,23 +262,6 @@ def test_matrices_that_transformers_does_not_load_are_counted_and_kept(tmp_path,
     assert all(torch.equal(weights_of(tmp_path / "out")[n], extra[n]) for n in extra)
     plain = prune(models("Qwen3"), make_subset(SAMPLES), tmp_path / "plain", **options)
     assert not any("of the checkpoint" in w for w in plain.warnings)
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_a_pruned_mixture_of_experts_generates_through_vllm(tmp_path):
-    pytest.importorskip("vllm")
-    import calset
-
-    shape = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 32, "max_position_embeddings": 1024}
-    dense = save_model(tmp_path / "dense", "Qwen3Moe", dtype=torch.bfloat16, **shape)
-    prune(dense, make_subset(), tmp_path / "out", method="wanda", pattern="2:4")
-    catalog = calset.Catalog(tmp_path / "calset.duckdb")
-    report = calset.evaluate(
-        tmp_path / "out", "demo", engine="vllm", max_tokens=16, limit=2, temperature=0.0, catalog=catalog
-    )
-    assert report.n_traces == 2
-    assert report.mean_tokens > 0
 
 
 # --- what is not understood -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from factories import fill, make_run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calset import InputError, demo
@@ -190,7 +190,6 @@ def test_weights_that_do_not_fit_are_said(info: ModelInfo, tmp_path: Path) -> No
 SIZES = st.floats(1e6, 1e12)
 
 
-@settings(deadline=None, max_examples=50)
 @given(SIZES, st.sampled_from([4, 8, 16]))
 def test_the_row_is_the_nearest_of_the_same_bits(active: float, bits: int) -> None:
     rows = [row for row in RATES if row.device == "H100"]

@@ -16,7 +16,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from conftest import fewer
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.builder.problems import load_problems, open_gym, open_problems
@@ -81,7 +82,7 @@ printable = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter
 
 
 @given(st.lists(st.tuples(printable, printable), min_size=1, max_size=8))
-@settings(max_examples=30, deadline=None)
+@fewer(3)
 def test_all_formats_tell_the_same(rows: list[tuple[str, str]]):
     named = [{"question": question, "answer": answer} for question, answer in rows]
     expected = list(dict.fromkeys(rows))

@@ -19,10 +19,12 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from conftest import fewer
 from factories import fill, make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import python
+from warm import calset
 
 from calset import answers
 from calset.answers import Question, print_answer, save_answer
@@ -33,7 +35,6 @@ from calset.errors import CatalogError, CatalogLocked, InputError
 
 ROOT = Path(__file__).parent.parent
 OLDER = Path(sys.prefix) / "duckdb-1.5"
-CALSET = [sys.executable, "-m", "calset.cli"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ filters = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(fewer(4), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(filters)
 def test_a_filter_takes_exactly_the_rows_that_python_would(
     all_rows: list[dict[str, Any]], catalog: Catalog, asked: Filter
@@ -337,13 +338,6 @@ def test_a_slow_reader_does_not_keep_the_catalog_open(catalog: Catalog, monkeypa
 # -- the command line -----------------------------------------------------------------------------------------------
 
 
-def calset(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*CALSET, *map(str, arguments)], cwd=cwd, env={k: v for k, v in os.environ.items() if k != "CALSET_CATALOG"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def test_filters_on_the_command_line(catalog: Catalog, tmp_path: Path) -> None:
     at = ("--catalog", catalog.path)
     done = calset("query", "--difficulty", "0.25..0.75", "--correct", "--tokens", "10..", "--source", "demo",
@@ -451,8 +445,7 @@ def test_an_answer_never_takes_the_place_of_a_catalog(catalog: Catalog) -> None:
 
 ENDLESS = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range + b.range = 7"
 STOPPABLE = """
-    import signal, sys
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background ignores it
+    import sys
     from calset.catalog.catalog import Catalog
     from calset.cli import main
     if sys.argv[1:2] != ["api"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from factories import fill, make_grade, make_problem, make_run, make_trace
+from factories import fill, keep_as_pulled, make_grade, make_problem, make_run, make_trace
 from older_catalogs import as_first_schema
 
 import calset
@@ -17,6 +17,7 @@ from calset.catalog import schema
 from calset.catalog.catalog import Catalog
 from calset.catalog.doctor import examine
 from calset.catalog.selection import select
+from calset.catalog.subsets import load
 from calset.cli import main
 from calset.errors import CatalogError, InputError
 
@@ -412,6 +413,38 @@ def test_rows_that_calset_did_not_write_are_one_line_or_harmless(
     assert code in (0, 1, 2)
     assert "Traceback" not in said
     assert not code or said.splitlines()[-1].startswith("calset: ")
+
+
+@pytest.mark.parametrize("command", ["export", "diff", "report", "publish"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE published_rows SET messages = repeat('[', 3000) || repeat(']', 3000)",
+        "UPDATE published_rows SET messages = '[1]'",
+        "UPDATE published_rows SET messages = '{\"role\": 3}'",
+        "UPDATE published_rows SET difficulty = 'NaN'",
+        "UPDATE published_rows SET verdict = NULL, question = NULL, difficulty = -1e300",
+        "UPDATE published_rows SET position = 0",
+        "DELETE FROM published_rows WHERE position = 1",
+        "UPDATE subsets SET origin = '{\"hub\": 3}'",
+        "UPDATE subsets SET origin = '{\"hub\": {}}'",
+        "UPDATE subsets SET origin = '{}'",
+    ],
+)
+def test_published_rows_that_calset_did_not_write_are_one_line_or_harmless(
+    folder: Path, statement: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    catalog = Catalog(folder / "c.duckdb")
+    keep_as_pulled(catalog, load(catalog, "all@1"), folder / "pulled.duckdb").path.replace(catalog.path)
+    tamper(folder, statement)
+    code, out, said, _ = run(folder, COMMANDS[command], capsys)
+    assert code in (0, 1, 2)
+    assert "Traceback" not in said
+    assert "nan" not in out.lower()
+    assert not code or said.splitlines()[-1].startswith("calset: ")
+    if "position" in statement:
+        assert (code, "calset doctor" in said) == (1, True)
+        assert any("published rows than samples" in c.message for c in examine(catalog)) or "SET" in statement
 
 
 def test_the_statement_that_takes_a_schema_out_is_said_whole(folder: Path) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 from factories import make_grade, make_problem, make_run, make_source, make_trace
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import export
 from calset.catalog.recipes import (
     RECIPES,
     Candidate,
@@ -28,12 +27,12 @@ from calset.catalog.recipes import (
     window_start,
 )
 from calset.catalog.records import Sample, Subset
+from calset.catalog.references import export
 from calset.catalog.selection import UNNAMED, select, tables
 from calset.errors import InputError
 from calset.overlap import Decontaminator
 
 BANDS = {"easy": (0, 1 / 3), "medium": (1 / 3, 2 / 3), "hard": (2 / 3, 1)}
-LAW = settings(deadline=None)  # a busy machine breaks no law
 THIRDS = {"short": 0, "moderate": 1, "long": 2}
 
 
@@ -120,7 +119,6 @@ def test_a_cell_of_the_grid_takes_what_it_says(catalog: Catalog) -> None:
 # -- windows --------------------------------------------------------------------
 
 
-@LAW
 @given(st.integers(0, 2**40), st.text(max_size=20), st.integers(1, 200), st.integers(1, 100))
 def test_a_window_lies_inside_its_trace(seed: int, sample_id: str, size: int, window: int) -> None:
     start = window_start(seed, sample_id, size, window)
@@ -190,7 +188,6 @@ def _shares(n: int) -> st.SearchStrategy[tuple[int, list[int], list[int]]]:
     return st.tuples(st.integers(0, 60), counts, counts)
 
 
-@LAW
 @given(st.integers(1, 5).flatmap(_shares))
 def test_shares_use_up_the_total_and_never_pass_a_cap(case: tuple[int, list[int], list[int]]) -> None:
     total, weights, caps = case
@@ -200,7 +197,6 @@ def test_shares_use_up_the_total_and_never_pass_a_cap(case: tuple[int, list[int]
     assert given_ == apportion(total, weights, caps)
 
 
-@LAW
 @given(st.integers(0, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3))
 def test_no_whole_shares_are_nearer_to_the_exact_ones(total: int, weights: list[int]) -> None:
     exact = [Fraction(total * weight, sum(weights)) for weight in weights]
@@ -213,7 +209,6 @@ def test_no_whole_shares_are_nearer_to_the_exact_ones(total: int, weights: list[
     assert distance(found) == min(map(distance, every))
 
 
-@LAW
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 20)), min_size=1, max_size=30),
     st.sampled_from(["equal", "proportional"]),
@@ -364,7 +359,6 @@ def test_a_selection_shows_what_it_took_of_how_many_by_difficulty_and_length(cat
     )
 
 
-@LAW
 @given(st.integers(1, 64).flatmap(lambda k: st.tuples(st.integers(0, k), st.just(k))))
 def test_the_standard_error_is_that_of_a_pass_rate_and_never_zero(counts: tuple[int, int]) -> None:
     wrong, k = counts

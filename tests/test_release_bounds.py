@@ -14,18 +14,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import fewer
 from factories import fill
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import TOKEN, LocalHub
 from test_hub import pull
 
 from calset.catalog import manifest, release
-from calset.catalog.export import DATA, MANIFEST, export, read_directory
-from calset.catalog.export import read_rows as read_texts
+from calset.catalog.export import DATA, MANIFEST, read_directory
+from calset.catalog.references import export
+from calset.catalog.samplefiles import read_rows as read_texts
 from calset.catalog.selection import select
 from calset.datafiles import read_document, read_rows
-from calset.errors import InputError
+from calset.errors import InputError, TextsMissing
 from calset.parquetfiles import Bounds, read_batches
 
 MANY = 6_000_000  # values: 24 MB as token ids, and 50 as lists, where calset's own counts say some hundred
@@ -203,14 +205,13 @@ def test_what_other_programs_write_is_read(source: Path, folder: Path, writer: s
         pq.write_table(pq.read_table(good / DATA), folder / DATA, compression=writer, data_page_version="2.0")
     assert (folder / DATA).read_bytes() != (good / DATA).read_bytes()
     assert read_directory(folder) == read_directory(good)
-    said = json.loads((folder / MANIFEST).read_text())
-    assert read_texts(said, [folder / DATA]) == read_texts(said, [good / DATA])
+    assert read_texts(read_directory(folder)) == read_texts(read_directory(good))
 
 
 TEXTS = st.lists(st.one_of(st.none(), st.text(max_size=20)), min_size=1, max_size=30)
 
 
-@settings(max_examples=25, deadline=None)
+@fewer(4)
 @given(
     texts=TEXTS,
     version=st.sampled_from(["1.0", "2.0"]),
@@ -247,6 +248,32 @@ def test_what_any_writer_makes_is_read_whole(
     assert read == rows
     for few in (Bounds(len(rows) - 1, n_values, 10**6), Bounds(len(rows), 0, 10**6), Bounds(len(rows), n_values, 1)):
         refusal(lambda few=few: list(read_batches([path], schema.names, few)))
+
+
+def test_texts_that_are_no_utf8_and_difficulties_that_are_none_stay_out(source: Path, folder: Path) -> None:
+    good = columns_of(folder / DATA)
+    bad = pa.StringArray.from_buffers(1, pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0])), pa.py_buffer(b"\xff\xfe"))
+    cases = {
+        "UTF8": {**good, "question": pa.chunked_array([bad] * 6)},
+        "difficulty": {**good, "difficulty": pa.array([0.5] * 5 + [float("nan")])},
+        "Unsupported cast": {**good, "text": pa.array([[1]] * 6)},
+    }
+    for said, columns in cases.items():
+        write(folder / DATA, columns)
+        with pytest.warns(TextsMissing, match=f"comes without .*{said}"):
+            export(source / "none.duckdb", read_directory(folder), folder.parent / said)
+        assert set(pq.read_table(folder.parent / said / DATA)["text"].to_pylist()) == {None}
+    write(folder / DATA, {**good, "sample_id": pa.chunked_array([bad] * 6)})
+    assert "UTF8" in refusal(lambda: read_directory(folder))
+
+
+def test_files_that_change_after_they_were_checked_lend_no_texts(source: Path, folder: Path) -> None:
+    subset = read_directory(folder)
+    columns = columns_of(folder / DATA)
+    write(folder / DATA, {name: values.take(pa.array([1, 0, 2, 3, 4, 5])) for name, values in columns.items()})
+    with pytest.warns(TextsMissing, match="no longer holds the samples"):
+        export(source / "none.duckdb", subset, folder.parent / "again")
+    assert set(pq.read_table(folder.parent / "again" / DATA)["question"].to_pylist()) == {None}
 
 
 # --- manifests and cards -----------------------------------------------------------------------------------------

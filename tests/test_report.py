@@ -206,7 +206,7 @@ def look(page: Path, folder: Path, *, width: int, dark: bool = False) -> dict[st
     return {**json.loads(unescaped), "console": console, "asked": sorted(set(asked) - {"/favicon.ico"})}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: the package chromium)")
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_it_whole_silently_and_inert(page: Path, subset: Subset, tmp_path: Path, width: int) -> None:
@@ -223,7 +223,7 @@ def test_a_browser_shows_it_whole_silently_and_inert(page: Path, subset: Subset,
     assert seen["display"] == "block"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: the package chromium)")
 def test_ink_and_paper_change_places_in_the_dark(page: Path, tmp_path: Path) -> None:
     light, dark = (look(page, _made(tmp_path / name), width=700, dark=name == "dark") for name in ("light", "dark"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import duckdb
 import pytest
+from conftest import fewer
 from factories import fill, make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -149,7 +150,7 @@ def test_nearest_rank_is_exact_where_floats_are_not(thousandths: int, n: int) ->
 
 
 @pytest.mark.slow  # test_select_laws.py has the same law on one catalog and every sort of recipe
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(fewer(5), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.lists(
         st.lists(st.tuples(st.sampled_from(["correct", "incorrect", "truncated"]), st.integers(1, 30)), max_size=5),

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import fewer
 from factories import make_grade, make_problem, make_run, make_source, make_trace
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calset import ids
@@ -138,7 +139,7 @@ def test_another_seed_is_another_subset_of_the_same_pool(catalog: Catalog, expec
         assert one[1]["candidates"] == two[1]["candidates"]
 
 
-@settings(max_examples=2, deadline=None)
+@fewer(50)
 @given(st.data())
 def test_one_changed_token_is_another_hash_and_nothing_else_changes(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -175,7 +176,7 @@ budgets = st.sampled_from([{}, {"samples": 1}, {"samples": 11}, {"tokens": 60}, 
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@fewer(2)
 @given(
     st.sampled_from(sorted(set(RECIPES) - {"text", "gold"})),
     budgets,

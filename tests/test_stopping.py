@@ -9,7 +9,8 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import fewer
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.builder.stopping import Prior, StoppingRule, fit_prior, fit_strata, stratum
@@ -18,8 +19,6 @@ from calset.errors import InputError
 
 BAND = RECIPES["ssgr"].difficulty
 UNIFORM = Prior.uniform()
-unhurried = settings(deadline=None)
-few = settings(deadline=None, max_examples=40)
 
 
 @st.composite
@@ -39,7 +38,6 @@ def some_rule(draw: st.DrawFn, most: int = 8) -> StoppingRule:
 # -- the rule -------------------------------------------------------------------------------------------------------
 
 
-@unhurried
 @given(st.integers(1, 60), st.data())
 def test_the_band_is_the_recipe_s_to_the_last_bit(samples: int, data: st.DataObject) -> None:
     low, high = sorted(data.draw(st.integers(0, 100)) / 100 for _ in range(2))
@@ -50,7 +48,6 @@ def test_the_band_is_the_recipe_s_to_the_last_bit(samples: int, data: st.DataObj
         assert rule.probability(samples, n_correct, UNIFORM) == rule.in_band(n_correct)
 
 
-@unhurried
 @given(some_rule(6), some_prior())
 def test_probability_is_that_of_all_ways_to_go_on(rule: StoppingRule, prior: Prior) -> None:
     rates = [Fraction(round(p * 20), 20) for p in prior.grid]
@@ -75,7 +72,6 @@ def test_what_is_settled_is_certain_and_not_nearly_so() -> None:
     assert StoppingRule(None, 10).probability(3, 3, UNIFORM) == 1.0
 
 
-@unhurried
 @given(some_rule(), some_prior())
 def test_a_decision_follows_probability_and_first(rule: StoppingRule, prior: Prior) -> None:
     for k in range(rule.samples + 2):
@@ -123,7 +119,7 @@ def test_counts_that_cannot_be_are_refused(k: int, n_correct: int) -> None:
 # -- prices and patience --------------------------------------------------------------------------------------------
 
 
-@few
+@fewer(2)
 @given(some_prior(), st.integers(0, 3), st.integers(0, 3))
 def test_a_price_is_the_least_of_all_ways_to_go_on_and_give_up(prior: Prior, a: int, b: int) -> None:
     samples = 3
@@ -149,7 +145,6 @@ def _walk(rule: StoppingRule, prior: Prior, policy: dict, k: int, n_correct: int
     return 1 + p * right[0] + (1 - p) * wrong[0], p * right[1] + (1 - p) * wrong[1]
 
 
-@unhurried
 @given(some_rule(), some_prior())
 def test_what_the_rule_stops_has_no_price(rule: StoppingRule, prior: Prior) -> None:
     prices = rule.prices(prior)
@@ -164,7 +159,6 @@ def test_what_the_rule_stops_has_no_price(rule: StoppingRule, prior: Prior) -> N
                 assert 1 <= prices[k, n_correct] < math.inf
 
 
-@unhurried
 @given(some_rule(), some_prior(), st.data())
 def test_no_sample_of_a_batch_could_have_been_saved(rule: StoppingRule, prior: Prior, data: st.DataObject) -> None:
     prices = rule.prices(prior)

@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pairs import pairwise
 from processes import die, killed, peak_bytes
 from safetensors.torch import load_file, save_file
 from small_models import make_samples, make_subset, save_model
@@ -75,8 +79,8 @@ def kill_between_bytes(block: int) -> None:
 
 
 def kill_before_the_line(block: int) -> None:
-    own = workfolder._append
-    workfolder._append = lambda f, r: die() if len(workfolder._read_progress(f)) == block + 1 else own(f, r)
+    own = WorkFolder.note
+    WorkFolder.note = lambda w, r: die() if len(w.blocks) == block else own(w, r)
 
 
 def kill_after_the_line(block: int) -> None:
@@ -93,25 +97,35 @@ def kill_after_the_line(block: int) -> None:
 MOMENTS = (kill_before_bytes, kill_between_bytes, kill_before_the_line, kill_after_the_line)
 
 
-def scenarios():
-    """Every moment with every model and propagation; two in the fast suite."""
-    for moment in MOMENTS:
-        for kind in ("llama", "dense"):
-            for propagate in ("pruned", "dense"):
-                fast = (moment, kind, propagate) in (
-                    (kill_between_bytes, "llama", "pruned"),
-                    (kill_after_the_line, "llama", "dense"),
-                )
-                name = f"{moment.__name__}-{kind}-{propagate}"
-                yield pytest.param(moment, kind, propagate, marks=[] if fast else [pytest.mark.slow], id=name)
+@pytest.fixture(scope="module")
+def uninterrupted(request, tmp_path_factory) -> Callable[..., Path]:
+    """What one run without an interruption makes of a model."""
+
+    @cache
+    def made(kind: str, **options) -> Path:
+        out = tmp_path_factory.mktemp("whole") / "whole"
+        prune(request.getfixturevalue(kind), SUBSET, out, **options)
+        return out
+
+    return made
 
 
-@pytest.mark.parametrize(("moment", "kind", "propagate"), scenarios())
-def test_killed_at_every_block_and_continued_it_ends_with_the_same_bytes(tmp_path, request, moment, kind, propagate):
-    dense = request.getfixturevalue(kind)
+@pytest.mark.parametrize(
+    ("moment", "kind", "propagate"),
+    pairwise(
+        MOMENTS,
+        ("llama", "dense"),
+        ("pruned", "dense"),
+        fast=[(kill_between_bytes, "llama", "pruned"), (kill_after_the_line, "llama", "dense")],
+    ),
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_killed_at_every_block_and_continued_it_ends_with_the_same_bytes(
+    tmp_path, request, uninterrupted, moment, kind, propagate
+):
+    dense, out = request.getfixturevalue(kind), tmp_path / "out"
     options = {"sparsity": 0.5, "propagate": propagate, "device": "cpu"}
-    prune(dense, SUBSET, tmp_path / "whole", **options)
-    out = tmp_path / "out"
+    whole = uninterrupted(kind, **options)
     for block in range(3):
 
         def run(block: int = block) -> None:
@@ -121,12 +135,12 @@ def test_killed_at_every_block_and_continued_it_ends_with_the_same_bytes(tmp_pat
         killed(run)
         assert not out.exists()
     report = prune(dense, SUBSET, out, **options)
-    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+    assert bytes_of(out) == bytes_of(whole)
     assert report.resumed_at[-1] == (3 if moment is kill_after_the_line else 2)
-    whole, parts = (json.loads((f / "pruning.json").read_text())["matrices"] for f in (tmp_path / "whole", out))
-    assert whole == parts
+    expected, parts = (json.loads((f / "pruning.json").read_text())["matrices"] for f in (whole, out))
+    assert expected == parts
     assert verify(out).n_matrices == len(parts)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_killed_while_the_files_are_copied_or_put_in_place_it_ends_the_same(tmp_path, llama, monkeypatch):
@@ -209,7 +223,7 @@ def test_what_an_interrupted_run_holds_needs_no_room_again(tmp_path, llama, monk
         prune(llama, SUBSET, tmp_path / "out", method=method, sparsity=0.5)
     monkeypatch.undo()
     monkeypatch.setattr(workfolder, "MARGIN", 0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, needed // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=needed // 2))
     assert prune(llama, SUBSET, tmp_path / "out", method=method, sparsity=0.5).resumed_at
 
 
@@ -397,7 +411,7 @@ def test_what_cannot_fit_is_refused_before_weights_load_unless_forced(tmp_path, 
 
     monkeypatch.setattr(Layout, "load", lambda *a: pytest.fail("weights were loaded"))
     if what == "disk":
-        monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+        monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: SimpleNamespace(free=10**6))
         with pytest.raises(CalsetError, match="make room"):
             prune(llama, SUBSET, tmp_path / "out", sparsity=0.5)
         return

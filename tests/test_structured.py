@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from small_models import VOCABULARY, make_model, make_subset, save_model
 
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
 from calset.pruning import depth, reap, workfolder
-from calset.pruning.evaluate import _calibrated_on
 from calset.pruning.layout import Layout
 from calset.pruning.prune import plan_pruning, prune
 from calset.pruning.tensorfiles import INDEX, read_headers
@@ -451,7 +451,7 @@ def test_the_record_and_the_card_say_what_happened(models, dropped):
     card = (out / "README.md").read_text()
     assert SUBSET.content_hash in card
     assert "8 of 16 experts" in card
-    assert _calibrated_on(out) == SUBSET.content_hash
+    assert json.loads((out / "pruning.json").read_text())["calibration"]["content_hash"] == SUBSET.content_hash
 
 
 @pytest.mark.parametrize("method", ["depth", "reap"])
@@ -515,7 +515,7 @@ def test_the_dry_run_counts_and_loads_nothing(tmp_path, models, monkeypatch):
 MOMENTS = {
     "before a line": lambda m: m.setattr(WorkFolder, "note", lambda w, r: die()),
     "after two lines": lambda m: m.setattr(WorkFolder, "note", _die_after(2)),
-    "while copying": lambda m: m.setattr("calset.pruning.drop._blocks", die),
+    "while copying": lambda m: m.setattr("calset.pruning.drop.Part.ranges", die),
     "before the rename": lambda m: m.setattr("calset.pruning.workfolder.flush", die),
 }
 
@@ -574,7 +574,7 @@ def test_a_disk_that_fills_up_keeps_what_was_measured_and_leaves_no_output(tmp_p
 
 def test_too_little_disk_is_said_before_weights_load(tmp_path, models, monkeypatch):
     monkeypatch.setattr(Layout, "load", lambda *a: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: SimpleNamespace(free=10**6))
     with pytest.raises(CalsetError, match="make room"):
         prune(models("Llama"), SUBSET, tmp_path / "out", method="depth", sparsity=0.5)
 
@@ -777,40 +777,3 @@ def test_two_processes_choose_as_one_does(tmp_path, models, dropped, kind, metho
         assert stack["scores"] == pytest.approx(one.scores, rel=1e-5)
         assert stack["kept"] == list(one.kept)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-@pytest.mark.parametrize("method", ["depth", "reap"])
-def test_vllm_serves_what_is_left(tmp_path, tiny_model, method):
-    """Greedy tokens equal to those of transformers, where its own logits do not nearly tie."""
-    pytest.importorskip("vllm")
-    from calset.builder.engines import open_engine
-    from calset.builder.engines.base import Request, Sampling
-    from calset.builder.model_info import inspect
-
-    dense = tiny_model
-    if method == "reap":  # shapes that vLLM's kernels on a CPU take
-        dense = save_model(
-            tmp_path / "dense", "Qwen3Moe", num_experts=8, hidden_size=64, moe_intermediate_size=64, head_dim=32,
-            max_position_embeddings=512,
-        )  # fmt: skip
-    prune(dense, SUBSET, tmp_path / "out", method=method, sparsity=0.5)
-    prompts = [list(sample.input_ids) for sample in SUBSET.samples]
-    engine = open_engine("vllm", inspect(tmp_path / "out"), max_model_len=256, concurrency=8)
-    try:
-        requests = [Request(str(i), tuple(prompt), 0, 8) for i, prompt in enumerate(prompts)]
-        served = {c.key: list(c.token_ids) for c in engine.stream(requests, Sampling(temperature=0.0))}
-    finally:
-        engine.close()
-    model = load(tmp_path / "out")
-    n_compared = 0
-    for i, prompt in enumerate(prompts):
-        ids = [*prompt, *served[str(i)]]
-        with torch.no_grad():
-            top = model(input_ids=torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].topk(2)
-        for token, values, best in zip(served[str(i)], top.values, top.indices, strict=True):
-            if values[0] - values[1] > 0.3:
-                assert token == best[0]
-                n_compared += 1
-    assert n_compared >= 8

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import DATA, MANIFEST, MANIFEST_SCHEMA, export, read_directory, resolve
+from calset.catalog.export import DATA, MANIFEST, MANIFEST_SCHEMA, read_directory
 from calset.catalog.records import Sample, Subset
+from calset.catalog.references import diff, export, resolve
 from calset.catalog.report import report
 from calset.catalog.selection import select
-from calset.catalog.subsets import diff, hash_samples, list_subsets, load
+from calset.catalog.subsets import hash_samples, list_subsets, load
 from calset.errors import CalsetError, CatalogError, InputError
 
 PLAN = [[("correct", 10 + n), ("correct", 20 + n), ("incorrect", 30), ("truncated", 40)] for n in range(12)]

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from conftest import fewer
+from hypothesis import given
 from hypothesis import strategies as st
 from processes import python
 
@@ -49,7 +50,7 @@ def info() -> ModelInfo:
 
 
 @given(question=st.text(max_size=60), system=st.none() | st.text(max_size=20))
-@settings(max_examples=30, deadline=None)
+@fewer(3)
 def test_a_prompt_is_the_one_that_transformers_makes(info: ModelInfo, question: str, system: str | None) -> None:
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": question})

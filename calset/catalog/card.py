@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calset.catalog import release
+from calset.catalog.names import PREFIX, data_folder, manifest_path, plot_path, tag_of
 from calset.markdown import code, line
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _metadata(manifests: Sequence[Mapping[str, Any]], before: Mapping[str, Any])
         + [
             {
                 "config_name": m["name"],
-                "data_files": [{"split": "train", "path": f"{release.data_folder(m['name'])}train-*.parquet"}],
+                "data_files": [{"split": "train", "path": f"{data_folder(m['name'])}train-*.parquet"}],
             }
             for m in manifests
         ],
@@ -130,11 +130,11 @@ def _identifier(licence: str | None) -> str:
 def _introduction(repo: str, manifests: Sequence[Mapping[str, Any]]) -> str:
     first = manifests[0]
     name, version = first["name"], first["version"]
-    reference = f"{release.PREFIX}{repo}/{name}@{version}"
+    reference = f"{PREFIX}{repo}/{name}@{version}"
     rows = [
         (
             f"`{m['name']}`",
-            f"`{release.tag_of(m['name'], m['version'])}`",
+            f"`{tag_of(m['name'], m['version'])}`",
             m["n_samples"],
             m["n_tokens"],
             line(m["model"]),
@@ -165,7 +165,7 @@ With datasets:
 ```python
 from datasets import load_dataset
 
-rows = load_dataset("{repo}", "{name}", split="train", revision="{release.tag_of(name, version)}")
+rows = load_dataset("{repo}", "{name}", split="train", revision="{tag_of(name, version)}")
 ```
 
 With polars:
@@ -173,7 +173,7 @@ With polars:
 ```python
 import polars as pl
 
-rows = pl.read_parquet("hf://datasets/{repo}@{release.tag_of(name, version)}/{release.data_folder(name)}*.parquet")
+rows = pl.read_parquet("hf://datasets/{repo}@{tag_of(name, version)}/{data_folder(name)}*.parquet")
 ```
 
 | column | holds |
@@ -190,7 +190,7 @@ def _section(m: Mapping[str, Any]) -> str:
     parts = [f"## {m['name']}", _how_made(m), _facts(m)]
     if distributions := _distributions(m):
         parts.append(distributions)
-    parts.append(f"![Lengths and difficulties of {m['name']}]({release.plot_path(m['name'])})")
+    parts.append(f"![Lengths and difficulties of {m['name']}]({plot_path(m['name'])})")
     if pool := m.get("pool"):
         parts += [
             "What was selected, and from how many:",
@@ -223,7 +223,7 @@ def _how_made(m: Mapping[str, Any]) -> str:
 def _facts(m: Mapping[str, Any]) -> str:
     licence_rows = [(line(what), f"licence {line(licence or 'unknown')}") for what, licence in _licences(m).items()]
     rows = [
-        ("version", f"{m['version']} (tag `{release.tag_of(m['name'], m['version'])}`)"),
+        ("version", f"{m['version']} (tag `{tag_of(m['name'], m['version'])}`)"),
         ("content hash", f"`{code(m['content_hash'])}`"),
         ("samples", m["n_samples"]),
         ("tokens, prompts and completions", m["n_tokens"]),
@@ -232,7 +232,7 @@ def _facts(m: Mapping[str, Any]) -> str:
         ("tokenizer and chat template hash", f"`{code(m.get('tokenizer_hash'))}`"),
         ("seed of the selection", m.get("seed")),
         *licence_rows,
-        ("manifest", f"[`{release.manifest_path(m['name'])}`]({release.manifest_path(m['name'])})"),
+        ("manifest", f"[`{manifest_path(m['name'])}`]({manifest_path(m['name'])})"),
     ]
     return _table(("", ""), rows)
 

@@ -50,7 +50,8 @@ _JSON_COLUMNS, _TIME_COLUMNS = (
     {name for columns in TABLES.values() for name, kind in columns.items() if kind == wanted}
     for wanted in ("JSON", "TIMESTAMP")
 )
-_MAY_BE_NULL = ("sampling_from", "template_options", "engine_options", "origin")
+_MAY_BE_NULL = ("sampling_from", "template_options", "engine_options", "origin", "messages")
+_LISTS = ("warnings", "messages")  # the JSON of all other columns is an object
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ class Catalog:
         return [{n: self._parsed(n, v) for n, v in zip(names, row, strict=True)} for row in rows]
 
     def _parsed(self, column: str, value: Any) -> Any:
-        """A column's value: JSON parsed, which calset writes as an object or a list of warnings; times as datetimes.
+        """A column's value: JSON parsed, which calset writes as an object or a list; times as datetimes.
 
         Raises:
             InputError: the column holds what calset would not have written.
@@ -166,7 +167,7 @@ class Catalog:
                 value = json.loads(value)
             except (ValueError, RecursionError):  # numbers of thousands of digits, lists in lists in lists
                 value = ""
-            strange = not isinstance(value, list if column == "warnings" else dict)
+            strange = not isinstance(value, list if column in _LISTS else dict)
             strange = strange and not (value is None and column in _MAY_BE_NULL)
         else:  # of a moment beyond Python's years DuckDB gives the text
             strange = column in _TIME_COLUMNS and isinstance(value, str)

@@ -41,6 +41,9 @@ ORPHANS = {
     "contaminations without a problem": "contaminations ANTI JOIN problems USING (problem_id)",
     "decisions without a run": "decisions ANTI JOIN runs USING (run_id)",
     "samples without a subset": "subset_items ANTI JOIN subsets USING (name, version)",
+    "published rows without a subset": "published_rows ANTI JOIN subsets USING (name, version)",
+    "pulled subsets with more or fewer published rows than samples": "(SELECT name, version, count(*) AS n FROM "
+    "published_rows GROUP BY ALL) JOIN subsets USING (name, version) WHERE n <> n_samples",
     "publications without a subset": "publications ANTI JOIN subsets USING (name, version)",
 }
 # What a trace repeats of the grade that came with it, so that filters need not join: column of traces, of grades.
@@ -50,6 +53,7 @@ HARMLESS = ("problems without a source", "decisions without a run", "publication
 # Parts of what is gone: a merge brings parts with their wholes, and leaves these behind.
 ORPHANED_PARTS = (
     "token ids without a trace", "grades without a trace", "judgements without a trace", "samples without a subset",
+    "published rows without a subset",
 )  # fmt: skip
 RESTORE = "restore a backup of the catalog, or build what is missing again in a new one"
 REWRITE = "calset's own are used in their place; calset compact --catalog {path} writes them into the file"

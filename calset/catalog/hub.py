@@ -13,20 +13,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calset import hubfiles
 from calset.catalog import card, release, subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import export, read_rows
+from calset.catalog.export import write_folder
+from calset.catalog.facts import published_rows
 from calset.catalog.manifest import require_size
+from calset.catalog.names import HubReference, check_repo, manifest_path, parse_hub, tag_of, versions_in
 from calset.catalog.publishing import Publishing, writing_to
 from calset.catalog.records import Publication, Subset
-from calset.catalog.release import HubReference, parse_hub
 from calset.errors import CalsetError, InputError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ def publish(
         InputError: not logged in, no such subset, no access, or other content is there under this name and version.
         CalsetError: the Hub cannot be reached, or failed too often; run the same again.
     """
-    release.check_repo(repo)
+    check_repo(repo)
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     subset = subsets.load(catalog, subset) if isinstance(subset, str) else subset
     subsets.check_name(subset.name)
@@ -169,11 +167,15 @@ def pull(ref: str, catalog: Catalog | str | Path | None = None, *, directory: st
         InputError: no such subset, no access, other content than was published, a manifest of a newer schema, or
             another subset under this name and version in the catalog.
         CalsetError: it is not in the cache and the Hub cannot be reached.
+
+    Warns:
+        TextsMissing: the texts beside the samples are not sound, and were left out.
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    kept = subsets.keep(catalog, _open(parse_hub(ref)))
+    found = _open(parse_hub(ref))
+    kept = subsets.keep(catalog, replace(found, data_files=()), published_rows(found))
     if directory is not None:
-        export(catalog, kept, directory)
+        write_folder(catalog, kept, directory)
     return kept
 
 
@@ -187,13 +189,13 @@ def open_reference(ref: str) -> Subset:
 
 
 def _open(ref: HubReference) -> Subset:
-    with hubfiles.hub_errors(ref.repo, None if ref.version is None else release.tag_of(ref.name, ref.version), None):
+    with hubfiles.hub_errors(ref.repo, None if ref.version is None else tag_of(ref.name, ref.version), None):
         tag, commit, before = _resolve(ref)
-        path = release.manifest_path(ref.name)
+        path = manifest_path(ref.name)
         require_size(f"{path} of {ref.repo}", hubfiles.sizes(ref.repo, commit, [path]).get(path, 0))
         folder = _download(ref.repo, commit, [path])
         manifest = release.open_manifest(folder, ref.name)
-        if release.tag_of(ref.name, manifest["version"]) != tag:
+        if tag_of(ref.name, manifest["version"]) != tag:
             raise InputError(
                 f"the tag {tag} of {ref.repo} points to {ref.name}@{manifest['version']}: its owner moved it"
             )
@@ -210,7 +212,7 @@ def _open(ref: HubReference) -> Subset:
             # A cache that was damaged, or a download that was: the library checks sizes only. Once more.
             if not _offline():
                 hubfiles.fetch(ref.repo, commit, path, again=True)
-    hub = {"repo": ref.repo, "commit": commit, "tag": tag, "manifest": release.manifest_path(ref.name)}
+    hub = {"repo": ref.repo, "commit": commit, "tag": tag, "manifest": manifest_path(ref.name)}
     return release.read(folder, manifest, hub)
 
 
@@ -219,7 +221,7 @@ def _resolve(ref: HubReference) -> tuple[str, str, str | None]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
-    tag = release.tag_of(ref.name, ref.version if ref.version is not None else _latest(ref))
+    tag = tag_of(ref.name, ref.version if ref.version is not None else _latest(ref))
     before = _cached_refs(ref.repo).get(tag)
     try:
         commit = hubfiles.patiently(
@@ -237,21 +239,21 @@ def _latest(ref: HubReference) -> int:
     try:
         tags = hubfiles.tags_of(ref.repo)
     except (hubfiles.http_error(), OfflineModeIsEnabled) as error:
-        known = release.versions_in(ref.name, _cached_refs(ref.repo))
+        known = versions_in(ref.name, _cached_refs(ref.repo))
         if getattr(error, "response", None) is not None or not known:
             raise
         raise CalsetError(
             f"only the Hub knows the latest version of {ref}, and it cannot be reached; the cache has "
             f"{', '.join(f'{ref}@{version}' for version in known)}: name one"
         ) from error
-    versions = release.versions_in(ref.name, tags)
+    versions = versions_in(ref.name, tags)
     if not versions:
         raise InputError(_no_such(ref, tags))
     return versions[-1]
 
 
 def _no_such(ref: HubReference, tags: Mapping[str, str]) -> str:
-    versions = release.versions_in(ref.name, tags)
+    versions = versions_in(ref.name, tags)
     if versions:
         return f"{ref.repo} has no {ref.name}@{ref.version}; it has {', '.join(f'@{v}' for v in versions)}"
     return f"{ref.repo} has no subset {ref.name!r}: calset search lists what repositories hold"
@@ -311,22 +313,6 @@ def _cached_refs(repo: str) -> dict[str, str]:
         return {path.name: path.read_text().strip() for path in (_storage(repo) / "refs").iterdir() if path.is_file()}
     except OSError:
         return {}
-
-
-def published(subset: Subset) -> tuple[pa.Table, dict[str, Any]] | None:
-    """The rows with their texts, and the manifest, of a subset that was pulled; None when it left the cache."""
-    hub = (subset.origin or {}).get("hub")
-    if not hub:
-        return None
-    try:
-        folder = _storage(release.check_repo(hub["repo"])) / "snapshots" / subsets.check_name(hub["commit"])
-        manifest = release.open_manifest(folder, subset.name)
-        if release.read(folder, manifest, hub).content_hash != subset.content_hash:
-            return None
-        table = read_rows(manifest, [folder / file["path"] for file in manifest["files"]])
-    except InputError:
-        return None
-    return table, {key: value for key, value in manifest.items() if key != "files"}
 
 
 # --- searching ----------------------------------------------------------------------------------------------------

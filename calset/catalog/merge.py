@@ -45,11 +45,14 @@ KEYS: Mapping[str, Sequence[str]] = {
     "judgements": ("trace_id", "attempt", "judge", "judge_revision", "prompt_hash", "judged_at"),
     "contaminations": ("problem_id", "evaluation_source", "evaluation_revision", "evaluation_row", "n"),
     "subset_items": ("name", "version", "position"),
+    "published_rows": ("name", "version", "position"),
     "prunings": ("pruning_id",),
     "evaluations": ("evaluation_id",),
 }
 # Child -> parent: such rows come only with a parent that was brought, or that is the same here and there.
-PARENTS: Mapping[str, str] = {"grades": "traces", "judgements": "traces", "publications": "subsets"}
+PARENTS: Mapping[str, str] = {
+    "grades": "traces", "judgements": "traces", "publications": "subsets", "published_rows": "subsets",
+}  # fmt: skip
 # Part -> whole: such rows come with a whole that was brought, all of them.
 PARTS: Mapping[str, str] = {"trace_tokens": "traces", "subset_items": "subsets"}
 MAX_NAMED = 20  # conflicts that a report names one by one
@@ -349,6 +352,9 @@ class _Merge:
         samples = f"SELECT sum(n_samples) FROM subsets SEMI JOIN {_new('subsets')} {_on('subsets')}"
         if (self._rows(samples)[0][0] or 0) != self.added["subset_items"]:
             self._refuse("has subsets with more or fewer samples than they say")
+        rows = f"SELECT name, version, count(*) AS n FROM {_THEIRS}.main.published_rows GROUP BY ALL"
+        if n := self._count(f"({rows}) JOIN {_THEIRS}.main.subsets USING (name, version) WHERE n <> n_samples"):
+            self._refuse(f"has {n} pulled subsets with more or fewer published rows than samples")
 
     def _refuse(self, what: str) -> None:
         raise InputError(f"{self._other} {what}: nothing was merged; see calset doctor --catalog {self._other}")

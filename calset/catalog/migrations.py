@@ -51,6 +51,10 @@ def _verdicts_beside_traces(con: duckdb.DuckDBPyConnection) -> None:
     con.execute("DROP VIEW IF EXISTS pass_rates")
 
 
+def _published_rows(con: duckdb.DuckDBPyConnection) -> None:
+    con.execute(schema.create_table("published_rows"))
+
+
 @dataclass(frozen=True, slots=True)
 class Migration:
     """One numbered step from the schema before it; ``apply`` runs inside a transaction."""
@@ -67,6 +71,7 @@ MIGRATIONS: Sequence[Migration] = (
     Migration(2, "builder_tables", _builder_tables),
     Migration(3, "subset_origin", _subset_origin),
     Migration(4, "verdicts_beside_traces", _verdicts_beside_traces),
+    Migration(5, "published_rows", _published_rows),
 )
 SCHEMA_VERSION = MIGRATIONS[-1].number
 

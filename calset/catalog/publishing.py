@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from calset import hubfiles
 from calset.catalog import card, release
 from calset.catalog.manifest import require_size
+from calset.catalog.names import data_folder, manifest_path
 from calset.catalog.records import Subset
 from calset.catalog.release import Release
 from calset.errors import CalsetError, InputError
@@ -125,7 +126,7 @@ class Publishing:
         stale = [
             path
             for path in place.paths
-            if path.startswith(release.data_folder(self.subset.name)) and path not in self.made.files
+            if path.startswith(data_folder(self.subset.name)) and path not in self.made.files
         ]
         operations = [
             CommitOperationAdd("README.md", text.encode()),
@@ -152,7 +153,7 @@ class Publishing:
         manifests: dict[str, Mapping[str, Any]] = {
             name: self._manifest(head, name)
             for path in sorted(paths)
-            if (name := path.removeprefix("manifests/").removesuffix(".json")) and path == release.manifest_path(name)
+            if (name := path.removeprefix("manifests/").removesuffix(".json")) and path == manifest_path(name)
         }
         found = self._find(head, tags, manifests.get(self.subset.name))
         manifests[self.subset.name] = self.made.manifest
@@ -196,7 +197,7 @@ class Publishing:
 
     def _holds(self, commit: str) -> bool:
         """Whether a commit holds this very subset, whole."""
-        if release.manifest_path(self.subset.name) not in self._paths(commit):
+        if manifest_path(self.subset.name) not in self._paths(commit):
             return False
         there = self._manifest(commit, self.subset.name)
         same = ("version", "content_hash")
@@ -204,7 +205,7 @@ class Publishing:
 
     def _is_whole(self, commit: str, manifest: Mapping[str, Any]) -> bool:
         """Whether a commit's data files are those of a manifest, all of them and no other."""
-        folder = release.data_folder(manifest["name"])
+        folder = data_folder(manifest["name"])
         there = {path: entry for path, entry in self._tree(commit).items() if path.startswith(folder)}
         wanted = {file["path"]: file for file in manifest["files"]}
         return set(there) == set(wanted) and all(
@@ -274,7 +275,7 @@ class Publishing:
         return set(self._tree(commit))
 
     def _manifest(self, commit: str, name: str) -> dict[str, Any]:
-        path = release.manifest_path(name)
+        path = manifest_path(name)
         require_size(f"{path} of {self.repo}", self._tree(commit)[path].size)
         return release.open_manifest(hubfiles.fetch(self.repo, commit, path).parent.parent, name)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Verdict = Literal[
@@ -250,9 +251,11 @@ class Subset:
     pool: Mapping[str, Any] = field(default_factory=dict)  # how many candidates passed each filter
     warnings: Sequence[str] = ()
     created_at: datetime = field(default_factory=utc_now)
-    # Of a subset that was not selected here: "runs" and "sources" of its manifest, "hub" (repo, commit, tag, manifest).
-    # It says nothing of what the subset is, so equal subsets may differ in it.
+    # Of a subset that was not selected here: "runs", "sources" and "licences" of its manifest, "hub" (repo, commit,
+    # tag, manifest). It says nothing of what the subset is, so equal subsets may differ in it.
     origin: Mapping[str, Any] | None = field(default=None, compare=False)
+    # Of a subset that was read from an exported folder or from the Hub: its Parquet files, whose rows hold texts too.
+    data_files: tuple[Path, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def ref(self) -> str:

@@ -1,11 +1,4 @@
-"""A published subset as files: what they are called, how they are made, and the checks that what comes back is it.
-
-Several subsets share a repository, each with a config, a manifest, a picture and tags of its own::
-
-    README.md                                  the card
-    data/<subset>/train-00000-of-00001.parquet  rows; a config per subset
-    manifests/<subset>.json                    provenance, counts, licences, hashes
-    plots/<subset>.png                         lengths and difficulties
+"""A published subset as files: how they are made, and the checks that what comes back is what was published.
 
 Must not know: HTTP, the Hub's client library, the card's text.
 """
@@ -14,85 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calset.catalog import subsets
-from calset.catalog.export import manifest_of, read_subset, rows_table, write_manifest, write_rows
+from calset.catalog import card, subsets
+from calset.catalog.export import manifest_of, read_subset, rows_table, write_manifest
+from calset.catalog.facts import facts_of
 from calset.catalog.manifest import read_manifest
+from calset.catalog.names import data_folder, manifest_path, plot_path, tag_of
+from calset.catalog.samplefiles import write_rows
 from calset.errors import InputError
 
 if TYPE_CHECKING:
     from calset.catalog.catalog import Catalog
     from calset.catalog.records import Subset
 
-PREFIX = "hub:"
-# The Hub's own rule: at most 96 characters a part, no two dots or hyphens together, none at an end.
-_REPO_PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 SHARD_BYTES = 400_000_000  # of rows in memory; a Parquet file is a third of it or less
-
-
-@dataclass(frozen=True, slots=True)
-class HubReference:
-    """``hub:org/repo/name@2``; without a version the latest that has a tag."""
-
-    repo: str
-    name: str
-    version: int | None
-
-    def __str__(self) -> str:
-        return f"{PREFIX}{self.repo}/{self.name}{'' if self.version is None else f'@{self.version}'}"
-
-
-def parse_hub(ref: str) -> HubReference:
-    """A ``hub:`` reference.
-
-    Raises:
-        InputError: it is none.
-    """
-    parts = ref.removeprefix(PREFIX).split("/")
-    if not ref.startswith(PREFIX) or len(parts) != 3:
-        raise InputError(f"{ref!r} names no subset on the Hub: write hub:ORG/REPO/NAME or hub:ORG/REPO/NAME@VERSION")
-    return HubReference(check_repo("/".join(parts[:2])), *subsets.parse_reference(parts[2]))
-
-
-def check_repo(repo: str) -> str:
-    """A repository's name, ``ORG/NAME``.
-
-    Raises:
-        InputError: it cannot be one.
-    """
-    parts = repo.split("/")
-    if len(parts) != 2 or not all(re.fullmatch(_REPO_PART, part) for part in parts) or repo.endswith(".git"):
-        raise InputError(
-            f"{repo!r} cannot name a repository on the Hub: write ORG/NAME, each of letters, digits, '.', '_' or '-'"
-        )
-    return repo
-
-
-def tag_of(name: str, version: int) -> str:
-    """``math-v2``."""
-    return f"{name}-v{version}"
-
-
-def versions_in(name: str, tags: Iterable[str]) -> list[int]:
-    """The versions of a subset that have a tag, in order."""
-    found = (re.fullmatch(rf"{re.escape(name)}-v([1-9]\d{{0,8}})", tag) for tag in tags)
-    return sorted(int(match[1]) for match in found if match)
-
-
-def manifest_path(name: str) -> str:
-    return f"manifests/{name}.json"
-
-
-def plot_path(name: str) -> str:
-    return f"plots/{name}.png"
-
-
-def data_folder(name: str) -> str:
-    return f"data/{name}/"
 
 
 # --- making one ---------------------------------------------------------------------------------------------------
@@ -117,11 +49,10 @@ def make(subset: Subset, catalog: Catalog, folder: Path, *, model_licence: str |
     Args:
         model_licence: what the model that made the traces is under; None when unknown.
     """
-    from calset.catalog import card
-
-    table = rows_table(subset, catalog)
+    facts = facts_of(catalog, subset)
+    table = rows_table(subset, catalog, facts)
     data = _write_shards(table, folder, subset.name, max(1, -(-table.nbytes // SHARD_BYTES)))
-    manifest = manifest_of(subset, catalog)
+    manifest = manifest_of(subset, catalog, facts)
     questions = {source["name"]: source.get("licence") for source in manifest["sources"]}
     manifest.setdefault("licences", {"questions": questions, "model": model_licence})  # a pulled subset has its own
     manifest["files"] = [

@@ -14,10 +14,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from calset.catalog import picture, subsets
+from calset.catalog import picture
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import provenance_of, resolve
+from calset.catalog.compare import describe
+from calset.catalog.facts import Fact, facts_of, published_texts, trace_at
+from calset.catalog.provenance import provenance_of
 from calset.catalog.records import Sample, Subset
+from calset.catalog.references import resolve
 from calset.catalog.selection import tables
 from calset.catalog.show import fold, parts
 from calset.files import whole_file
@@ -54,15 +57,14 @@ def report(catalog: Catalog | str | Path | None, subset: Subset | str, path: str
 
 
 def _page(catalog: Catalog, subset: Subset) -> str:
-    known = subsets.trace_facts(catalog, subset) if catalog.exists() else {}
-    described = subsets.describe(subset, catalog)
+    facts = facts_of(catalog, subset)
     body = [
-        _head(subset, described),
+        _head(subset, describe(subset, facts)),
         _section("Recipe", _recipe(subset)),
-        _section("Difficulty and length", _difficulty_length(catalog, subset, known)),
-        _section("Verdicts", _verdicts(catalog, subset, known)),
-        _section("Samples to read", _samples(catalog, subset, known)),
-        _section("Where it comes from", _origin(catalog, subset)),
+        _section("Difficulty and length", _difficulty_length(catalog, subset, facts)),
+        _section("Verdicts", _verdicts(catalog, subset, facts)),
+        _section("Samples to read", _samples(catalog, subset, facts)),
+        _section("Where it comes from", _origin(catalog, subset, facts)),
         _section("How to use it", _usage(subset)),
     ]
     return (
@@ -139,16 +141,17 @@ def _recipe(subset: Subset) -> str:
     )
 
 
-def _difficulty_length(catalog: Catalog, subset: Subset, known: Mapping[str | None, Mapping[str, Any]]) -> str:
+def _difficulty_length(catalog: Catalog, subset: Subset, facts: Sequence[Fact | None]) -> str:
     dots = [
-        picture.Dot(s.sample_id, known[s.trace_id]["difficulty"], known[s.trace_id]["n_tokens"])
-        for s in subset.samples
-        if s.trace_id in known and known[s.trace_id]["difficulty"] is not None
+        picture.Dot(sample.sample_id, fact.difficulty, fact.n_tokens)
+        for sample, fact in zip(subset.samples, facts, strict=True)
+        if fact and fact.difficulty is not None
     ]
     if not dots:
         return "<p>There is no picture: the catalog knows no difficulty of these samples.</p>"
-    shortest, longest, total = _span(catalog, subset)
-    scale = picture.Scale.of(min(shortest, *(d.n_tokens for d in dots)), max(longest, *(d.n_tokens for d in dots)))
+    *span, total = _span(catalog, subset)
+    lengths = [dot.n_tokens for dot in dots] + [n for n in span if n is not None]
+    scale = picture.Scale.of(min(lengths), max(lengths))
     drawn = picture.draw(_cells(catalog, subset, scale), dots, scale, "Pool and selection by difficulty and length")
     thinned = f" (the first {picture.MAX_DOTS:,} are drawn)" if len(dots) > picture.MAX_DOTS else ""
     caption = (
@@ -162,9 +165,9 @@ def _difficulty_length(catalog: Catalog, subset: Subset, known: Mapping[str | No
 _POOL = "FROM trace WHERE kind = 'build' AND model = ? AND model_revision = ? AND difficulty IS NOT NULL"
 
 
-def _span(catalog: Catalog, subset: Subset) -> tuple[int, int, int]:
+def _span(catalog: Catalog, subset: Subset) -> tuple[int | None, int | None, int]:
     """The shortest and longest judged trace of the subset's model, and how many there are."""
-    sql = f"SELECT coalesce(min(n_tokens), 1) AS low, coalesce(max(n_tokens), 1) AS high, count(*) AS n {_POOL}"
+    sql = f"SELECT min(n_tokens) AS low, max(n_tokens) AS high, count(*) AS n {_POOL}"
     (row,) = catalog.rows(sql, [subset.model, subset.model_revision])
     return row["low"], row["high"], row["n"]
 
@@ -177,31 +180,35 @@ def _cells(catalog: Catalog, subset: Subset, scale: picture.Scale) -> dict[tuple
     return cells
 
 
-def _verdicts(catalog: Catalog, subset: Subset, known: Mapping[str | None, Mapping[str, Any]]) -> str:
-    if not known:
+def _verdicts(catalog: Catalog, subset: Subset, facts: Sequence[Fact | None]) -> str:
+    taken = Counter(fact.verdict for fact in facts if fact)
+    if not taken:
         return "<p>No trace of these samples is in the catalog.</p>"
-    taken = Counter(known[s.trace_id]["verdict"] for s in subset.samples if s.trace_id in known)
     sql = (
         "SELECT verdict, count(*) AS n FROM trace WHERE kind = 'build' AND model = ? AND model_revision = ? GROUP BY 1"
     )
     pool = {row["verdict"]: row["n"] for row in catalog.rows(sql, [subset.model, subset.model_revision])}
-    rows = [(verdict, taken.get(verdict, 0), n) for verdict, n in sorted(pool.items(), key=lambda x: (-x[1], x[0]))]
+    found = {verdict: pool.get(verdict, 0) for verdict in {**pool, **taken}}  # a pulled subset's traces are elsewhere
+    rows = [(verdict, taken[verdict], n) for verdict, n in sorted(found.items(), key=lambda x: (-x[1], x[0]))]
     return _table(["verdict", "in the subset", "in the pool"], rows)
 
 
-def _samples(catalog: Catalog, subset: Subset, known: Mapping[str | None, Mapping[str, Any]]) -> str:
+def _samples(catalog: Catalog, subset: Subset, facts: Sequence[Fact | None]) -> str:
     n = subset.n_samples
     chosen = sorted({i * (n - 1) // max(1, min(N_SAMPLES, n) - 1) for i in range(min(N_SAMPLES, n))})
-    read = [_sample(catalog, i, subset.samples[i], known) for i in chosen]
+    if published := published_texts(catalog, subset, chosen):
+        read = [_published_sample(i, subset.samples[i], row) for i, row in zip(chosen, published, strict=True)]
+    else:
+        read = [_sample(catalog, i, subset.samples[i], facts[i]) for i in chosen]
     if not any(read):
         return "<p>The catalog holds no text of these samples.</p>"
     return f'<p class="note">{len(chosen)} of {n:,}, spread over the order of the subset.</p>\n{"".join(read)}'
 
 
-def _sample(catalog: Catalog, position: int, sample: Sample, known: Mapping[str | None, Mapping[str, Any]]) -> str:
-    if sample.trace_id in known and sample.trace_id is not None:
+def _sample(catalog: Catalog, position: int, sample: Sample, fact: Fact | None) -> str:
+    if fact and sample.trace_id:
         # Of a trace that was run again since, the attempt whose tokens these are.
-        return _trace(position, sample, {**catalog.trace(sample.trace_id), **known[sample.trace_id]})
+        return _trace(position, sample, trace_at(catalog, sample.trace_id, fact.attempt))
     problem = catalog.problems([sample.problem_id]).get(sample.problem_id) if sample.problem_id else None
     if problem is None:
         return ""
@@ -210,10 +217,21 @@ def _sample(catalog: Catalog, position: int, sample: Sample, known: Mapping[str 
     return _details(f"{position + 1}", f"{len(sample.input_ids):,} tokens", problem.question, _texts(texts))
 
 
+def _published_sample(position: int, sample: Sample, row: Mapping[str, Any]) -> str:
+    """A sample of which the catalog has what was published, and not the trace."""
+    titles = (("Question", "question"), ("Text", "text"), ("Reference answer", "answer"), ("Verdict", "verdict"))
+    said = f"difficulty {_rate(row['difficulty'])} · {len(sample.input_ids):,} tokens"
+    texts = [(title, row[key]) for title, key in titles if row[key]]
+    return _details(f"{position + 1}", said, row["question"] or "", _texts(texts)) if texts else ""
+
+
+def _rate(difficulty: float | None) -> str:
+    return "unknown" if difficulty is None else f"{difficulty:.2f}"
+
+
 def _trace(position: int, sample: Sample, row: Mapping[str, Any]) -> str:
     reasoning, answer = parts(row)
-    rate = "unknown" if row["difficulty"] is None else f"{row['difficulty']:.2f}"
-    said = f"difficulty {rate} · {row['n_tokens']:,} tokens · {row['verdict']}"
+    said = f"difficulty {_rate(row['difficulty'])} · {row['n_tokens']:,} tokens · {row['verdict']}"
     if sample.sample_id != sample.trace_id:
         said += f" · a window of it: {sample.sample_id.partition(':')[2]}"
     long = reasoning if len(reasoning) <= LONGEST_TEXT else fold(reasoning[: LONGEST_TEXT // 2])
@@ -228,8 +246,8 @@ def _trace(position: int, sample: Sample, row: Mapping[str, Any]) -> str:
     return _details(f"{position + 1}", said, row["question"], texts)
 
 
-def _origin(catalog: Catalog, subset: Subset) -> str:
-    origin = provenance_of(subset, catalog)
+def _origin(catalog: Catalog, subset: Subset, facts: Sequence[Fact | None]) -> str:
+    origin = provenance_of(subset, catalog, facts)
     model = [
         ("model", subset.model),
         ("revision", subset.model_revision),

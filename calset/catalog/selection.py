@@ -21,7 +21,6 @@ from calset.catalog.catalog import Catalog, check_select
 from calset.catalog.conditions import require_stable
 from calset.catalog.connection import opened
 from calset.catalog.corpus import Corpus, open_corpus
-from calset.catalog.export import resolve
 from calset.catalog.recipes import (
     Candidate,
     Ranking,
@@ -35,6 +34,7 @@ from calset.catalog.recipes import (
     window_start,
 )
 from calset.catalog.records import Sample, Subset
+from calset.catalog.references import resolve
 from calset.catalog.schema import VIEWS
 from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
 from calset.catalog.values import chunks, clean, clean_params

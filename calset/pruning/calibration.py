@@ -164,8 +164,8 @@ def open_calibration(
     Raises:
         InputError: no such subset, or weights that cannot be read.
     """
-    from calset.catalog.export import locate
     from calset.catalog.records import Subset
+    from calset.catalog.references import locate
 
     subset, folder = (calibration, None) if isinstance(calibration, Subset) else locate(calibration, catalog)
     if token_weights is None or isinstance(token_weights, str | Path):
@@ -181,7 +181,7 @@ def find_token_weights(folder: Path | None, path: Path | None = None) -> dict[st
     sample's first on); rows without weights are left out.
 
     Args:
-        folder: see ``calset.catalog.export.locate``; None for a subset from elsewhere.
+        folder: see ``calset.catalog.references.locate``; None for a subset from elsewhere.
 
     Raises:
         InputError: a file that cannot be read or has no such columns.

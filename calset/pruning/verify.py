@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calset.catalog.export import resolve
 from calset.catalog.records import Subset
+from calset.catalog.references import resolve
 from calset.errors import InputError, PruningError, VerificationError
 from calset.io.progress import OnProgress, Progress, silent
 from calset.pruning import heldout

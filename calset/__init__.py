@@ -30,7 +30,7 @@ _HOMES = {
     "build": "calset.builder.generate",
     "compact": "calset.catalog.compact",
     "decontaminate": "calset.builder.decontamination",
-    "diff": "calset.catalog.compare",
+    "diff": "calset.catalog.references",
     "doctor": "calset.diagnosis",
     "dry_run": "calset.builder.generate",
     "evaluate": "calset.pruning.evaluate",
@@ -109,11 +109,10 @@ if TYPE_CHECKING:
     from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
     from calset.catalog.compact import compact
-    from calset.catalog.compare import diff
     from calset.catalog.hub import publish, pull, search
     from calset.catalog.merge import merge
     from calset.catalog.records import Subset
-    from calset.catalog.references import export, resolve
+    from calset.catalog.references import diff, export, resolve
     from calset.catalog.report import report
     from calset.catalog.selection import select
     from calset.catalog.stats import stats

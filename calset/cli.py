@@ -903,7 +903,7 @@ def subsets(catalog: Path, as_json: bool) -> None:
 @json_option
 def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
     """Compare two subsets: what they share, what only one holds, distributions side by side."""
-    from calset.catalog.compare import diff as compare
+    from calset.catalog.references import diff as compare
 
     result = compare(catalog, a, b)
     if as_json:

@@ -21,8 +21,7 @@ from processes import python
 from calset import ids
 from calset.catalog import connection, migrations, schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.compare import diff
-from calset.catalog.references import export
+from calset.catalog.references import diff, export
 from calset.catalog.selection import select
 from calset.catalog.stats import stats
 from calset.catalog.subsets import load

@@ -294,12 +294,16 @@ def test_a_question_that_does_not_fit_is_an_error_and_the_rest_is_judged(
 
 def test_only_what_was_asked_for_is_judged(info: ModelInfo, tiny_model: Path, tmp_path: Path):
     catalog = fill(
-        tmp_path / "c.duckdb", [("correct", "0", {}), ("no_answer", "two", {}), ("pred_unparsable", "?", {})]
+        tmp_path / "c.duckdb",
+        [("correct", "0", {}), ("no_answer", "two", {}), ("pred_unparsable", "?", {}), ("ungraded", "6", {})],
     )
     engine = ScriptedJudge(info, lambda _: says("correct"))
     report = judge(catalog, tiny_model, engine=engine, verdicts=["no_answer", "pred_unparsable"])
     assert set(report.confusion) == {"no_answer", "pred_unparsable"}
     assert judge(catalog, tiny_model, engine=engine, traces_of="another").n_judged == 0
+    assert set(judge(catalog, tiny_model, engine=engine, ungraded=True).confusion) == {"ungraded"}
+    with pytest.raises(InputError, match="ungraded or verdicts, not both"):
+        judge(catalog, tiny_model, engine=engine, ungraded=True, verdicts=["correct"])
     with pytest.raises(InputError, match="unknown verdict 'wrong'"):
         judge(catalog, tiny_model, engine=engine, verdicts=["wrong"])
     with pytest.raises(InputError, match="no run 'r'"):

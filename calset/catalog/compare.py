@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from calset.catalog.catalog import Catalog
 from calset.catalog.facts import Fact, facts_of
 from calset.catalog.recipes import nearest_rank
 from calset.catalog.records import Subset
-from calset.catalog.references import resolve
 from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
 
 _SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -64,16 +62,8 @@ class Difference:
         return rows
 
 
-def diff(catalog: Catalog | str | Path | None, a: Subset | str | Path, b: Subset | str | Path) -> Difference:
-    """Compare two subsets (or references to them): what they share and how they differ.
-
-    Samples are the same when their ids and token ids are; problems by problem id.
-
-    Raises:
-        InputError: no such subset.
-    """
-    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    a, b = (s if isinstance(s, Subset) else resolve(s, catalog) for s in (a, b))
+def compare(catalog: Catalog, a: Subset, b: Subset) -> Difference:
+    """Compare two subsets: what they share and how they differ; see ``references.diff``."""
     facts = [facts_of(catalog, subset) for subset in (a, b)]
     keys_a, keys_b = ({(s.sample_id, tuple(s.input_ids)) for s in subset.samples} for subset in (a, b))
     problems_a, problems_b = ({s.problem_id for s in subset.samples if s.problem_id} for subset in (a, b))

@@ -25,6 +25,7 @@ from calset.pruning.checkpoint import RECORD, read_record
 
 if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
+    from calset.builder.generate import BuildReport
     from calset.catalog.catalog import Catalog
 
 MAX_PERIOD = 256  # tokens; longer cycles are re-derivations rather than loops
@@ -220,7 +221,7 @@ def _traces(store: Catalog, generation_key: str, problem_ids: Sequence[str], sam
 
 
 def _summary(
-    rows: Sequence[_Row], build_report: Any, spec: str, samples: int, seed: int, warnings: Sequence[str]
+    rows: Sequence[_Row], build_report: BuildReport, spec: str, samples: int, seed: int, warnings: Sequence[str]
 ) -> EvaluationReport:
     if not rows:
         raise CalsetError("the evaluation left no traces; see `calset stats`")

@@ -50,6 +50,6 @@ def test_hostile_answers_neither_crash_nor_hang_nor_pass():
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_ten_thousand_hostile_answers():
     check(10_000, seed=2026, hangs=25)

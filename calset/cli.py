@@ -838,10 +838,10 @@ def subsets(catalog: Path, as_json: bool) -> None:
 def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
     """Compare two subsets: what they share, what only one holds, distributions side by side."""
     from calset.catalog.compare import diff as compare
-    from calset.catalog.references import resolve
+    from calset.catalog.references import find
 
     store = _open(catalog)
-    result = compare(store, resolve(a, store), resolve(b, store))
+    result = compare(store, find(a, store), find(b, store))
     if as_json:
         terminal.emit_json(result.as_dict())
     else:

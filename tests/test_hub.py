@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from local_hub import TOKEN, Client, LocalHub, hurry
 
 import calset
-from calset import hubfiles
 from calset.catalog import card
 from calset.catalog.catalog import Catalog
 from calset.catalog.export import MANIFEST_SCHEMA, read_directory
@@ -1037,13 +1036,6 @@ def test_licences_are_carried_as_the_hub_names_them() -> None:
         "cc-by-4.0", "mit", "other", "unknown",
     ]  # fmt: skip
     assert card.unknown_licences(manifest(None, a="mit", b=None)) == ["questions of b", "model m"]
-
-
-def test_the_wait_is_the_one_that_the_hub_names() -> None:
-    assert hubfiles._retry_after({"retry-after": "7"}) == 7
-    assert hubfiles._retry_after({"ratelimit": '"api";r=0;t=55'}) == 55
-    assert hubfiles._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) is None
-    assert hubfiles._retry_after({}) is None
 
 
 def test_versions_are_read_from_tags() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,8 +72,9 @@ def diff(catalog: Catalog, a: Subset | str, b: Subset | str) -> Difference:
     Raises:
         InputError: no such subset.
     """
-    a, b = (load(catalog, s) if isinstance(s, str) else s for s in (a, b))
-    facts = [facts_of(catalog, subset) for subset in (a, b)]
+    with catalog.reading() if catalog.exists() else nullcontext():
+        a, b = (load(catalog, s) if isinstance(s, str) else s for s in (a, b))
+        facts = [facts_of(catalog, subset) for subset in (a, b)]
     keys_a, keys_b = ({(s.sample_id, tuple(s.input_ids)) for s in subset.samples} for subset in (a, b))
     problems_a, problems_b = ({s.problem_id for s in subset.samples if s.problem_id} for subset in (a, b))
 

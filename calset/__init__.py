@@ -6,7 +6,7 @@ The public API, in the order of the work::
     calset.build("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "questions.jsonl", samples=8, catalog=catalog)
     subset = calset.select(catalog, "math-ssgr", "ssgr", tokens=1_000_000)
     calset.publish(subset, "me/calibration", catalog=catalog)
-    calset.prune("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", subset, "pruned", method="sparsegpt", sparsity=0.5)
+    calset.prune("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "math-ssgr", "pruned", sparsity=0.5, catalog=catalog)
     calset.verify("pruned")
     calset.evaluate("pruned", "held_out.jsonl", catalog=catalog)
 
@@ -24,12 +24,13 @@ _HOMES = {
     "CalsetError": "calset.errors",
     "Catalog": "calset.catalog.catalog",
     "InputError": "calset.errors",
+    "Progress": "calset.io.progress",
     "Subset": "calset.catalog.records",
     "against_sources": "calset.builder.decontamination",
     "build": "calset.builder.generate",
     "compact": "calset.catalog.compact",
     "decontaminate": "calset.builder.decontamination",
-    "diff": "calset.catalog.compare",
+    "diff": "calset.catalog.references",
     "doctor": "calset.diagnosis",
     "dry_run": "calset.builder.generate",
     "evaluate": "calset.pruning.evaluate",
@@ -56,6 +57,7 @@ __all__ = [
     "CalsetError",
     "Catalog",
     "InputError",
+    "Progress",
     "Subset",
     "__version__",
     "against_sources",
@@ -107,16 +109,16 @@ if TYPE_CHECKING:
     from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
     from calset.catalog.compact import compact
-    from calset.catalog.compare import diff
     from calset.catalog.hub import publish, pull, search
     from calset.catalog.merge import merge
     from calset.catalog.records import Subset
-    from calset.catalog.references import export, resolve
+    from calset.catalog.references import diff, export, resolve
     from calset.catalog.report import report
     from calset.catalog.selection import select
     from calset.catalog.stats import stats
     from calset.diagnosis import doctor
     from calset.errors import CalsetError, InputError
+    from calset.io.progress import Progress
     from calset.pruning.evaluate import evaluate
     from calset.pruning.prune import plan_pruning, prune
     from calset.pruning.verify import verify

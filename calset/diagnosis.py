@@ -21,6 +21,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.doctor import Check, examine
 from calset.errors import InputError, first_line
 from calset.hubfiles import check_token
+from calset.io.progress import OnProgress, Progress, silent
 
 IMPORT_SECONDS = 300.0  # vLLM's first import after an installation compiles and reads a great deal
 GPU_REMEDY = "install the torch that fits the driver (nvidia-smi names it)"
@@ -45,34 +46,35 @@ def doctor(
     catalog: Catalog | str | Path | None = None,
     *,
     full: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Diagnosis:
     """Look at the catalog and at the machine; changes nothing, and raises nothing for what is wrong.
 
     Args:
         full: read every byte of the catalog, and count every trace's token ids instead of a sample's.
-        progress: called with (parts done, all, the part that comes next).
+        progress: called with a ``Progress`` of parts before each; the phase is the part that comes next.
     """
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     stages: dict[str, Callable[[], Iterator[Check]]] = {
-        "packages": _packages,
-        "engines": _engines,
-        "grading": _grading,
-        "Hub": _hub,
+        "packages": packages,
+        "engines": engines,
+        "grading": grading,
+        "Hub": hub,
         "catalog": lambda: iter(examine(store, full=full)),
     }
     checks: list[Check] = []
+    emit = progress or silent
     for done, (name, look) in enumerate(stages.items()):
-        if progress is not None:
-            progress(done, len(stages), name)
+        emit(Progress(name, done, len(stages)))
         checks += look()
+    emit(Progress("done", len(stages), len(stages), final=True))
     return Diagnosis(tuple(checks))
 
 
 # --- packages ----------------------------------------------------------------------------------------------------
 
 
-def _packages() -> Iterator[Check]:
+def packages() -> Iterator[Check]:
     """Versions, and whether every package that calset requires is there in a version that it takes."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -121,7 +123,7 @@ print(json.dumps({"version": _import_vllm()}))
 """
 
 
-def _engines() -> Iterator[Check]:
+def engines() -> Iterator[Check]:
     found, why = _import(_TRANSFORMERS)
     if found is None:
         yield Check("transformers", "problem", f"cannot be imported: {why}", "reinstall torch and transformers")
@@ -187,7 +189,7 @@ def _import(code: str) -> tuple[dict[str, Any] | None, str | None]:
 # --- grading and the Hub -----------------------------------------------------------------------------------------
 
 
-def _grading() -> Iterator[Check]:
+def grading() -> Iterator[Check]:
     """One answer through a real worker: it must start, import its libraries and judge, and have its walls."""
     from calset.builder.grading import grader_version, graders
     from calset.builder.grading.pool import GradingPool
@@ -210,8 +212,8 @@ def _grading() -> Iterator[Check]:
         yield Check("walls", "ok", "graders have no network, no keys and no processes, and change no files")
 
 
-def _hub() -> Iterator[Check]:
-    """Whether huggingface_hub knows a token, and whether the Hub takes it."""
+def hub() -> Iterator[Check]:
+    """Check that huggingface_hub has a token that the Hub takes."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -12,11 +12,12 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
+from calset.io.progress import OnProgress, Progress
 from calset.jsonable import jsonable
 
 # C0 and C1 control characters but tab and newline, the line and paragraph separators, and the bidirectional marks and
@@ -120,48 +121,52 @@ def _shorten(text: str, width: int = 300) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-class Progress:
+class ProgressView:
     """Progress on standard error: a bar on a terminal, a line now and then elsewhere, JSON lines or silence if asked.
 
-    ``update`` takes what is done and of how many, and short facts to show beside; facts arrive as the API reports them.
+    Args:
+        main: the phase that the label says enough of: only JSON lines name it.
     """
 
-    def __init__(self, mode: str, label: str) -> None:
+    def __init__(self, mode: str, label: str, main: str | None = None) -> None:
         self.mode = ("bar" if sys.stderr.isatty() else "plain") if mode == "auto" else mode
-        self.label = label
+        self.label, self.main = label, main
         self._bar: Any = None
         self._task: Any = None
         self._printed = 0.0
         self._last = ""
 
-    def update(self, done: float, total: float | None, facts: Mapping[str, Any], *, final: bool = False) -> None:
+    def show(self, event: Progress) -> None:
         if self.mode == "none":
             return
+        facts = {name: f"{fact:.0%}" if isinstance(fact, float) else fact for name, fact in event.facts.items()}
+        if event.eta_seconds is not None:
+            facts["ETA"] = duration(event.eta_seconds)
         if self.mode == "json":
-            event = {"event": self.label, "done": done, "total": total, **facts, "final": final}
-            sys.stderr.write(json_line(event))
+            counts = {"phase": event.phase, "done": event.done, "total": event.total}
+            sys.stderr.write(json_line({"event": self.label, **counts, **facts, "final": event.final}))
             sys.stderr.flush()
             return
-        shown = ", ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, ""))
+        named = {"phase": event.phase, **facts} if event.phase != self.main else facts
+        shown = ", ".join(f"{name} {fact}" for name, fact in named.items())
         if self.mode == "bar":
-            self._draw(done, total, shown)
+            self._draw(event.done, event.total, shown)
             return
-        line = (
-            f"{self.label}: {done:g}" + (f"/{total:g}" if total is not None else "") + (f", {shown}" if shown else "")
-        )
+        of = "" if event.total is None else f"/{event.total}"
+        line = f"{self.label}: {event.done}{of}" + (f", {shown}" if shown else "")
         now = time.monotonic()
-        if line != self._last and (final or now - self._printed >= PLAIN_SECONDS):
+        if line != self._last and (event.final or now - self._printed >= PLAIN_SECONDS):
             self._printed, self._last = now, line
             sys.stderr.write(clean(line) + "\n")
             sys.stderr.flush()
 
-    def _draw(self, done: float, total: float | None, shown: str) -> None:
+    def _draw(self, done: int, total: int | None, shown: str) -> None:
         if self._bar is None:
+            from rich import progress as rich_progress
             from rich.console import Console
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as RichProgress
 
-            self._bar = RichProgress(
+            self._bar = rich_progress.Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TaskProgressColumn(),
@@ -180,32 +185,32 @@ class Progress:
 
 
 @contextmanager
-def progress(mode: str, label: str):
-    """A ``Progress`` that is closed however the work ends."""
-    bar = Progress(mode, label)
+def progress(mode: str, label: str, main: str | None = None) -> Iterator[OnProgress]:
+    """Yield what shows events in a ``ProgressView``, which is closed however the work ends."""
+    view = ProgressView(mode, label, main)
     try:
-        yield bar
+        yield view.show
     finally:
-        bar.close()
+        view.close()
 
 
 @contextmanager
-def stages(mode: str):
-    """A callable (stage, done, total, facts) that shows each stage in its own ``Progress``."""
-    current: list[Progress] = []
+def stages(mode: str) -> Iterator[OnProgress]:
+    """Yield what shows the events of each phase in a ``ProgressView`` of its own."""
+    current: list[ProgressView] = []
 
-    def show(stage: str, done: float, total: float | None, facts: Mapping[str, Any]) -> None:
-        if not current or current[-1].label != stage:
-            for bar in current:
-                bar.close()
-            current[:] = [Progress(mode, stage)]
-        current[-1].update(done, total, facts, final=total is not None and done >= total)
+    def show(event: Progress) -> None:
+        if not current or current[-1].label != event.phase:
+            for view in current:
+                view.close()
+            current[:] = [ProgressView(mode, event.phase, main=event.phase)]
+        current[-1].show(event)
 
     try:
         yield show
     finally:
-        for bar in current:
-            bar.close()
+        for view in current:
+            view.close()
 
 
 def duration(seconds: float | None) -> str:

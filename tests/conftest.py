@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from local_hub import TOKEN, Client, LocalHub, hurry
+from xdist.scheduler import LoadFileScheduling
 
 # Before torch, tokenizers or vLLM are imported by any test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,16 +41,31 @@ def fewer(n: int) -> settings:
     return settings(max_examples=settings().max_examples // n)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each process whole files, but all tests that use vLLM to one process, which begins with them.
+class Apart(LoadFileScheduling):
+    """xdist's distribution by file, but one process runs all tests with "vllm" in their names.
 
-    Two vLLM engines on two cores would wait for each other, and one process starts the shared engine once.
+    Two vLLM engines on two cores would wait for each other, and one process starts the shared engine once. By name,
+    since a scheduler sees no markers; ``--dist loadgroup`` of pytest-xdist 3.8 does nothing under pytest 9.2.
     """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "vllm" if _is_apart(nodeid) else super()._split_scope(nodeid)
+
+
+def _is_apart(nodeid: str) -> bool:
+    return "vllm" in nodeid.partition("::")[2]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return Apart(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what uses vLLM: it takes longest."""
     for item in items:
-        uses_vllm = item.get_closest_marker("vllm") is not None
-        item.add_marker(pytest.mark.xdist_group("vllm" if uses_vllm else item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+        if item.get_closest_marker("vllm") and not _is_apart(item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid} is marked vllm: its name must say so, for xdist to keep it apart")
+    items.sort(key=lambda item: not _is_apart(item.nodeid))
 
 
 @pytest.fixture(scope="session")

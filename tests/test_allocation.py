@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import textbook
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_models import make_model, make_samples, make_subset, save_model
 
@@ -27,7 +27,6 @@ SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=40)
 # --- pure rules -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.data(), SIZES, st.floats(0.02, 0.98))
 def test_owl_keeps_the_mean_by_parameters_and_its_bounds(data, sizes, sparsity):
     shares = data.draw(st.lists(st.floats(0, 0.2), min_size=len(sizes), max_size=len(sizes)))
@@ -56,7 +55,6 @@ def test_outliers_are_counted_over_a_whole_block():
     assert allocate.outlier_share(scores, times=5.9 / mean) == 0.1
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.data(), st.integers(1, 12), st.floats(0.05, 0.95), st.sampled_from(["row", "block", "matrix"]))
 def test_shares_become_whole_weights_of_the_asked_total(data, n, sparsity, group):
     matrices = [

@@ -8,25 +8,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import textwrap
 from pathlib import Path
 
 import duckdb
 import pytest
-from processes import heeding
+import warm
 
-from calset import demo
+from calset import __version__, demo
+from calset.cli import main
+from calset.errors import InputError
 
-CALSET = [sys.executable, "-m", "calset.cli"]
+BIN = str(Path(sys.executable).parent)
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=6&seed=3"
 
 
-def calset(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command; CALSET_CATALOG is not inherited."""
-    env = {k: v for k, v in os.environ.items() if k != "CALSET_CATALOG"} | {"CALSET_ENGINE": "transformers"}
-    return subprocess.run(
-        [*CALSET, *map(str, arguments)], cwd=cwd, env=env | environment, capture_output=True, text=True, check=False
-    )
+def calset(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return warm.calset(*arguments, cwd=cwd, CALSET_ENGINE="transformers")
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -53,19 +51,48 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_answers_in_half_a_second(tmp_path: Path) -> None:
-    times = []
-    for _ in range(3):
-        began = time.monotonic()
-        assert calset("--help", cwd=tmp_path).returncode == 0
-        times.append(time.monotonic() - began)
-    assert min(times) < 0.5
+@pytest.mark.parametrize("start", [[shutil.which("calset", path=BIN)], [sys.executable, "-m", "calset.cli"]])
+def test_the_installed_command_and_the_module_start_cold(start: list[str], tmp_path: Path) -> None:
+    def cold(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*start, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert cold("--version").stdout == f"calset, version {__version__}\n"
+    refused(cold("stats", "--catalog", "none.duckdb"), 2, "none.duckdb")
 
 
-def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys, calset.cli; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert not {"torch", "vllm", "transformers", "duckdb", "numpy", "pyarrow"} & set(done.stdout.split())
+def test_help_and_what_asks_the_catalog_import_nothing_heavy(built: Path) -> None:
+    code = """
+        import contextlib, io, sys
+        from calset.cli import cli, main
+        for name in ["--version", *cli.commands]:
+            with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.suppress(SystemExit):
+                main([name, "--help"])
+        print(*sys.modules)
+        with contextlib.suppress(SystemExit):
+            main(["query", "SELECT 1"])
+        print(*sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=built, capture_output=True, text=True, check=True
+    )
+    helped, *_, asked = done.stdout.splitlines()
+    assert not {"torch", "vllm", "transformers", "duckdb", "numpy", "pyarrow"} & set(helped.split())
+    assert "duckdb" in asked.split()
+    assert not {"torch", "vllm", "transformers", "pyarrow"} & set(asked.split())
+
+
+@pytest.mark.parametrize("kind", ["BuildWarning", "CatalogUpgraded", "EngineWarning"])
+def test_a_warning_of_calsets_own_is_one_line_without_code(kind: str, tmp_path: Path) -> None:
+    code = f"""
+        import contextlib, warnings
+        from calset.cli import main
+        from calset.errors import {kind}
+        with contextlib.suppress(SystemExit):
+            main(["--version"])
+        warnings.warn("look\\x1b[2J there", {kind})
+    """
+    done = warm.warm().run("python", "-c", textwrap.dedent(code), cwd=tmp_path)
+    assert done.stderr == "Warning: look\N{REPLACEMENT CHARACTER}[2J there\n"
 
 
 def test_a_finished_build_has_nothing_left_to_do(built: Path) -> None:
@@ -156,17 +183,19 @@ def test_engine_options_are_named_values(tmp_path: Path) -> None:
 
 def test_a_build_stopped_while_it_looks_at_problems_says_how_to_go_on(tmp_path: Path) -> None:
     spec = "gym:chain_sum?size=1000000000"
-    command = [*heeding(*CALSET), "build", "--model", str(demo.MODEL), "--problems", spec, "--engine", "transformers"]
-    command += ["--progress", "json"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "checking problems" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
-    last = rest.strip().splitlines()[-1]
-    assert process.returncode == 130
+    read, write = os.pipe()
+    build = warm.warm().start(
+        "calset", "build", "--model", demo.MODEL, "--problems", spec, "--engine", "transformers", "--progress", "json",
+        cwd=tmp_path, streams=[0, write, write],
+    )  # fmt: skip
+    os.close(write)
+    with open(read) as said:
+        for line in said:
+            if "checking problems" in line:
+                break
+        os.kill(build.pid, signal.SIGINT)
+        last = said.read().strip().splitlines()[-1]
+    assert build.wait(timeout=60) == 130
     assert last.startswith(
         "calset: stopped; what was saved stays; run the same command again to continue: calset build "
     )
@@ -216,6 +245,20 @@ def test_a_sampling_value_out_of_range_is_one_line(tmp_path: Path) -> None:
     asked = ("build", "--model", demo.MODEL, "--problems", "demo")
     refused(calset(*asked, "--min-p", "-0.1", cwd=tmp_path), 2, "min_p must lie between 0 and 1")
     refused(calset(*asked, "--repetition-penalty", "0", cwd=tmp_path), 2, "repetition_penalty must be positive")
+
+
+def test_a_librarys_parameter_is_named_as_the_commands_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(spec: str, **options: object) -> None:
+        raise InputError("max_length= is for held_out=: see n_devices=, text=x, ?limit=5 and nothing=")
+
+    monkeypatch.setattr("calset.builder.problems.open_problems", refuse)
+    with pytest.raises(SystemExit) as ended:
+        main(["problems", "demo"])
+    assert ended.value.code == 2
+    said = "--max-length is for --held-out: see --devices, text=x, ?limit=5 and nothing="
+    assert capsys.readouterr().err == f"calset: {said}\n"
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path) -> None:
@@ -300,12 +343,14 @@ def test_a_band_that_is_none(built: Path, band: str) -> None:
 
 def test_a_full_disk_leaves_no_half_model(built: Path, tmp_path: Path) -> None:
     """A file-size limit stands in for the full disk: the weights do not fit, the catalog and report do."""
-    script = (
-        f"ulimit -f 2000; {' '.join(CALSET)} prune {demo.MODEL} --calibration all --sparsity 0.5 -o {tmp_path / 'out'}"
-    )
-    done = subprocess.run(
-        ["bash", "-c", f"{script} --progress none"], cwd=built, capture_output=True, text=True, check=False
-    )
+    code = """
+        import resource, sys
+        from calset.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_048_000, 2_048_000))
+        main(sys.argv[1:])
+    """
+    command = ("prune", demo.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out")
+    done = warm.warm().run("python", "-c", textwrap.dedent(code), *command, "--progress", "none", cwd=built)
     refused(done, 1)
     assert not list(tmp_path.iterdir())
 

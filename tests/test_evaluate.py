@@ -45,7 +45,7 @@ def test_zeros_at_the_end_of_a_sum_are_no_loop() -> None:
 
 def test_an_evaluation_counts_what_it_generated_and_resumes(tmp_path: Path, transformers_engine) -> None:
     catalog = calset.Catalog(tmp_path / "c.duckdb")
-    ask = {"samples": 2, "catalog": catalog, "engine": transformers_engine, "max_tokens": 200}
+    ask = {"samples": 2, "catalog": catalog, "engine": transformers_engine, "max_tokens": 120}
     report = calset.evaluate(demo.MODEL, PROBLEMS, **ask)
     rows = catalog.query("SELECT problem_id, verdict = 'correct', n_tokens, finish_reason FROM trace").rows
     assert len(rows) == report.n_traces == 10
@@ -104,7 +104,7 @@ def test_calibration_questions_are_recognised_in_another_file(tmp_path: Path, sc
 @pytest.mark.slow
 def test_the_demo_runs_from_traces_to_table_and_keeps_what_is_there(tmp_path: Path) -> None:
     settings = DemoSettings(
-        samples=2, budget=1500, build_limit=60, evaluation_limit=4, max_tokens=160, recipes=("rac", "prompts", "text"),
+        samples=2, budget=700, build_limit=24, evaluation_limit=4, max_tokens=120, recipes=("rac", "prompts", "text"),
         methods=("wanda",), shown="rac",
     )  # fmt: skip
     out = tmp_path / "demo"
@@ -112,7 +112,7 @@ def test_the_demo_runs_from_traces_to_table_and_keeps_what_is_there(tmp_path: Pa
     assert [(a.method, a.calibration) for a in report.arms] == [
         ("dense", "-"), ("wanda", "rac"), ("wanda", "prompts"), ("wanda", "text"),
     ]  # fmt: skip
-    assert all(arm.n_tokens <= 1500 for arm in report.arms)
+    assert all(arm.n_tokens <= 700 for arm in report.arms)
     assert (out / "demo.png").stat().st_size > 10_000
     assert (out / "report.json").exists()
     again = run_demo(out, engine="transformers", settings=settings)

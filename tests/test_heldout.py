@@ -255,9 +255,9 @@ def test_what_an_older_record_does_not_list_is_looked_up_or_said_to_be_unknown(t
 def test_progress_follows_both_models_through_blocks_and_batches(pruned):
     events = []
     verify(pruned, held_out=HELD_OUT, batch_tokens=40, progress=events.append)
-    n_batches = len({e["done"] for e in events if e["phase"] == "dense losses"}) - 1
+    n_batches = len({e.done for e in events if e.phase == "dense losses"}) - 1
     assert n_batches > 1
-    told = [(e["phase"], e["done"], e["total"]) for e in events]
+    told = [(e.phase, e.done, e.total) for e in events]
     assert told[[phase for phase, *_ in told].index("dense model") :] == [
         *(("dense model", i, 2) for i in range(3)),
         *(("dense losses", i, n_batches) for i in range(n_batches + 1)),
@@ -317,7 +317,7 @@ def test_the_commands_select_another_split_and_compare_on_it(tmp_path, llama):
     done = calset("verify", tmp_path / "out", "--held-out", f"{tmp_path}/mine")
     assert isinstance(done.exception, InputError)
     done = calset("verify", tmp_path / "out", "--max-length", "9")
-    assert "--max-length is for --held-out" in str(done.exception)
+    assert "max_length= is for held_out=" in str(done.exception)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

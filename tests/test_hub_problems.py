@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import warm
 import yaml
 from conftest import ScriptedEngine
 from hypothesis import given
@@ -531,11 +530,9 @@ def test_a_hub_that_stays_down_is_said_in_a_line_and_the_command_can_be_repeated
 
 def test_the_command_line_previews_a_dataset(hub: LocalHub, tmp_path: Path) -> None:
     hub.commit("org/shown", {"README.md": card(), "train.jsonl": json_lines(SUMS)})
-    environment = {**os.environ, **hub.settings(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def calset(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "calset.cli", "problems", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        return warm.calset("problems", *arguments, cwd=tmp_path, **hub.settings(tmp_path))
 
     done = calset("hf:org/shown", "--limit", "2", "--json")
     assert (done.returncode, done.stderr) == (0, "")

@@ -6,8 +6,7 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import warm
 from local_hub import Client, LocalHub
 
 import calset
@@ -25,8 +25,8 @@ from calset.builder.recovery import Recovery
 from calset.builder.tracefiles import Columns, Draft, RowError, drafts
 from calset.catalog.catalog import Catalog
 from calset.errors import InputError
+from calset.io.progress import Progress
 
-ROOT = Path(__file__).parent.parent
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=6&seed=3"
 OPENR1 = {"problem": "What is 1 + 2?", "answer": "3"}
 ASKED = {"problem": "What is 1 + 2?"}  # without a reference no grader starts, which saves a second
@@ -307,7 +307,8 @@ def test_a_question_is_found_under_a_system_prompt_that_nobody_named(info: Model
         assert recover.question(draft) == ("What is\n1 + 2?", system, True)
     named = Recovery(info, "Think first.").question(Draft(prompt_ids=info.prompt_ids("Why?", "Think first.")))
     assert named == ("Why?", "Think first.", True)
-    free = recover.question(Draft(prompt_ids=recover._encode("just a text"), completion_ids=(19, 2)))
+    just_text = tuple(info.tokenizer("just a text", add_special_tokens=False)["input_ids"])
+    free = recover.question(Draft(prompt_ids=just_text, completion_ids=(19, 2)))
     assert free == ("just a text", None, False)
 
 
@@ -431,42 +432,32 @@ def test_progress_counts_rows_of_parquet_folders_and_limits(tmp_path: Path) -> N
     for n in range(2):
         rows = [{"problem": f"What is {i} + {n}?", "generations": [GOOD]} for i in range(5)]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{n}.parquet")
-    events: list[tuple[int, int | None, dict[str, int]]] = []
-    report = import_traces(
-        demo.MODEL, folder, catalog=tmp_path / "c.duckdb", commit_size=3, progress=lambda *event: events.append(event)
-    )
+    events: list[Progress] = []
+    report = import_traces(demo.MODEL, folder, catalog=tmp_path / "c.duckdb", commit_size=3, progress=events.append)
     assert (report.n_rows, report.n_traces) == (10, 10)
-    assert events[-1] == (10, 10, {"traces": 10, "there": 0, "bad": 0})
-    assert [e[2]["traces"] for e in events] == sorted(e[2]["traces"] for e in events)
+    assert events[-1] == Progress("done", 10, 10, facts={"traces": 10, "there": 0, "bad": 0}, final=True)
+    assert [e.facts["traces"] for e in events] == [3, 6, 9, 10, 10]
     assert Catalog(tmp_path / "c.duckdb").sources()[0].name == "shards"
     again = import_traces(demo.MODEL, folder, catalog=tmp_path / "c.duckdb", limit=4)
     assert (again.n_rows, again.n_existing) == (4, 4)
 
 
-def cli(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "calset.cli", *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_the_command_line_reports_bad_lines_and_ends_well(tmp_path: Path) -> None:
     lines(tmp_path / "t.jsonl", [{**OPENR1, "generations": [GOOD]}, "oops\x1b[31m"])
-    done = cli("import", "t.jsonl", "--model", demo.MODEL, "--json", cwd=tmp_path)
+    done = warm.calset("import", "t.jsonl", "--model", demo.MODEL, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "t.jsonl:2 is not JSON" in done.stderr
     assert "\x1b" not in done.stderr
     assert json.loads(done.stdout)["verdicts"] == {"correct": 1}
-    done = cli("import", "none.jsonl", "--model", demo.MODEL, cwd=tmp_path)
+    done = warm.calset("import", "none.jsonl", "--model", demo.MODEL, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip() == "calset: no file none.jsonl"
-    done = cli("import", "t.jsonl", "--model", demo.MODEL, "--catalog", "b.duckdb", cwd=tmp_path)
+    done = warm.calset("import", "t.jsonl", "--model", demo.MODEL, "--catalog", "b.duckdb", cwd=tmp_path)
     assert "1 new traces of 1 problems" in done.stdout
-    done = cli("merge", "b.duckdb", "none.duckdb", cwd=tmp_path)
+    done = warm.calset("merge", "b.duckdb", "none.duckdb", cwd=tmp_path)
     assert (done.returncode, "there is no catalog at none.duckdb" in done.stderr) == (2, True)
-    done = cli("merge", "b.duckdb", "--json", cwd=tmp_path)
+    done = warm.calset("merge", "b.duckdb", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["n_added"] == 0
 
 
@@ -481,19 +472,19 @@ def test_a_killed_import_is_finished_by_the_same_command(tmp_path: Path) -> None
     import_traces(demo.MODEL, tmp_path / "t.jsonl", catalog=tmp_path / "whole.duckdb")
     code = """if True:
         import sys, calset
-        def said(rows, total, counts): print(counts["traces"], flush=True)
+        def said(event): print(event.facts["traces"], flush=True)
         calset.import_traces(*sys.argv[1:3], catalog=sys.argv[3], commit_size=32, progress=said)
     """
-    command = [sys.executable, "-c", code, str(demo.MODEL), str(tmp_path / "t.jsonl"), str(tmp_path / "c.duckdb")]
+    command = ("python", "-c", code, demo.MODEL, tmp_path / "t.jsonl", tmp_path / "c.duckdb")
     found = []
     for commits in (1, 3, 1):
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert process.stdout is not None
-        saved = [int(process.stdout.readline()) for _ in range(commits)][-1]
-        process.kill()
-        process.wait()
+        read, write = os.pipe()
+        process = warm.warm().start(*command, cwd=tmp_path, streams=[0, write, 2])
+        os.close(write)
+        with open(read) as said:
+            saved = [int(said.readline()) for _ in range(commits)][-1]
+            os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         found.append(
             Catalog(tmp_path / "c.duckdb").query("SELECT count(*) FROM traces JOIN grades USING (trace_id)").rows[0][0]
         )

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 from calset.catalog import card, release, subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.compare import diff
 from calset.catalog.export import MANIFEST, read_directory
 from calset.catalog.names import manifest_path
 from calset.catalog.records import Subset
-from calset.catalog.references import export
+from calset.catalog.references import diff, export
 from calset.catalog.report import report
 from calset.catalog.selection import select, tables
 from calset.errors import InputError

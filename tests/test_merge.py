@@ -348,7 +348,7 @@ def test_a_locked_other_names_its_holder(tmp_path: Path) -> None:
 MERGE = """
     import sys
     from calset.catalog.merge import merge
-    said = lambda done, total, table: print(table, flush=True)
+    said = lambda event: print(event.phase, flush=True)
     print("added", merge(sys.argv[1], sys.argv[2], progress=said).n_added, flush=True)
 """
 

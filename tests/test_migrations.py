@@ -154,23 +154,21 @@ def test_without_room_for_the_copy_nothing_is_upgraded_and_no_half_copy_stays(ol
 
 KILLED = """
     import os, sys
+    from dataclasses import replace
     from calset.catalog import migrations
     from calset.catalog.catalog import Catalog
 
     number, moment = int(sys.argv[2]), sys.argv[3]
-    step, record = migrations._step, migrations._record
-    done = []
 
-    def killed_step(con, migration, **options):
-        if done and moment == "between":
-            os.kill(os.getpid(), 9)
-        step(con, migration, **options)
-        if migration.number == number:
+    def killed(migration):
+        def apply(con):
             if moment == "inside":
-                os.kill(os.getpid(), 9)
-            done.append(number)
+                migration.apply(con)
+            os.kill(os.getpid(), 9)
+        return replace(migration, apply=apply)
 
-    migrations._step = killed_step
+    dies = number if moment == "inside" else number + 1
+    migrations.MIGRATIONS = [killed(m) if m.number == dies else m for m in migrations.MIGRATIONS]
     Catalog(sys.argv[1]).query("FROM trace")
 """
 

@@ -51,20 +51,16 @@ def models(tmp_path_factory):
     return get
 
 
-def of_each_kind():
-    return [*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
-
-
 def of_each_method():
-    """Wanda on every kind; the others where experts are fused, stored apart, or there are none."""
-    for kind in of_each_kind():
-        name, marks = (kind, ()) if isinstance(kind, str) else (kind.values[0], kind.marks)
-        yield pytest.param(name, "wanda", marks=marks)
-        yield pytest.param(name, "sparsegpt", marks=pytest.mark.slow)
+    """SparseGPT on every kind, and every method where experts are fused, stored apart, or there are none."""
+    slow, nightly = [pytest.mark.slow], [pytest.mark.nightly]
+    for kind in (*FAST, *SLOW):
+        yield pytest.param(kind, "wanda", marks=[] if kind in FAST else nightly)
+        yield pytest.param(kind, "sparsegpt", marks=slow)
     for kind in ("Mixtral", "GptOss", "Qwen2"):
-        yield pytest.param(kind, "ria", marks=() if kind == "Mixtral" else pytest.mark.slow)
-        yield pytest.param(kind, "admm", marks=pytest.mark.slow)
-        yield pytest.param(kind, "alps", marks=() if kind == "Qwen2" else pytest.mark.slow)
+        yield pytest.param(kind, "ria", marks=[] if kind == "Mixtral" else slow)
+        yield pytest.param(kind, "admm", marks=slow)
+        yield pytest.param(kind, "alps", marks=[] if kind == "Qwen2" else slow)
 
 
 @pytest.mark.parametrize(("kind", "method"), of_each_method())

@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.compare import diff
 from calset.catalog.export import DATA, MANIFEST, MANIFEST_SCHEMA, read_directory
 from calset.catalog.records import Sample, Subset
-from calset.catalog.references import export, resolve
+from calset.catalog.references import diff, export, resolve
 from calset.catalog.report import report
 from calset.catalog.selection import select
 from calset.catalog.subsets import hash_samples, list_subsets, load

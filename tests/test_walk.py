@@ -151,19 +151,33 @@ def test_linears_that_read_one_tensor_share_statistics_and_count_it_once():
     assert {s.n_tokens for s in got.values()} == {sum(len(s.input_ids) for s in samples)}
 
 
-def test_one_tensor_is_told_from_others_by_identity():
-    from calset.pruning.walk import _is_same
+def overwritten(x: torch.Tensor) -> torch.Tensor:
+    return x.mul_(2)
 
-    x = torch.randn(2, 3, 4)
-    version = x._version
-    assert _is_same(x, version, x)
-    assert _is_same(x, version, x.view(6, 4))
-    assert not _is_same(x, version, x.clone())
-    assert not _is_same(x, version, x.view(3, 8))
-    assert not _is_same(x, version, x[:1])
-    assert not _is_same(x, version, x.transpose(0, 1))
-    x.add_(1)
-    assert not _is_same(x, version, x)
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (lambda x: x, True),
+        (lambda x: x.view(1, *x.shape), True),
+        (lambda x: x.clone(), False),
+        (lambda x: x.transpose(0, 1), False),
+        (overwritten, False),
+    ],
+    ids=["itself", "view", "copy", "transposed", "overwritten"],
+)
+def test_two_linears_share_statistics_only_where_they_read_the_same_values_in_the_same_place(other, same):
+    model = make_model()
+    mlp = model.model.layers[0].mlp
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        gate = mlp.gate_proj(x)
+        return mlp.down_proj(gate + mlp.up_proj(other(x)).reshape(gate.shape))
+
+    mlp.forward = forward
+    got = first_block_statistics(model, batches_of(make_samples((20, 20, 20))))
+    named = {name.rpartition(".")[2]: s for name, s in got.items()}
+    assert (named["gate_proj"] is named["up_proj"]) == same
 
 
 def test_where_only_inputs_count_a_block_runs_no_further_than_to_the_last_of_them():

@@ -20,7 +20,7 @@ from typing import Any
 from calset import ids
 from calset.builder.beliefs import Beliefs, State
 from calset.builder.schedule import NO_RETRY, Opened, Retry, Unit
-from calset.builder.stopping import StoppingRule, stratum
+from calset.builder.stopping import CONFIDENCE, StoppingRule, stratum
 from calset.catalog.recipes import Candidate, Recipe, get_recipe, rank
 from calset.catalog.records import JUDGED, Decision, Problem, Trace
 from calset.errors import InputError
@@ -37,12 +37,19 @@ class Target:
     recipe: Recipe
     need: int | None = None  # samples
     need_tokens: int | None = None  # prompt and completion tokens of samples
-    confidence: float = 0.95  # of stopping a problem
+    confidence: float = CONFIDENCE  # of stopping a problem
 
     @classmethod
-    def of(cls, recipe: str | Path | Recipe, **options: Any) -> Target:
-        """A target by the recipe's name or file."""
-        return cls(get_recipe(recipe), **options)
+    def of(
+        cls,
+        recipe: str | Path | Recipe,
+        *,
+        need: int | None = None,
+        need_tokens: int | None = None,
+        confidence: float | None = None,
+    ) -> Target:
+        """Make a target by the recipe's name or file; ``confidence`` is 0.95 when None."""
+        return cls(get_recipe(recipe), need, need_tokens, CONFIDENCE if confidence is None else confidence)
 
     def __post_init__(self) -> None:
         if self.recipe.kind != "trace":

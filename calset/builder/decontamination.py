@@ -7,7 +7,7 @@ models, engines.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from calset.builder.problems import load_problems
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Contamination, Problem, Source
 from calset.catalog.values import chunks
+from calset.io.progress import OnProgress, Progress, silent
 from calset.overlap import MIN_SHARE, NGRAMS, Decontaminator, OverlapRule, clean
 
 PAGE = 512  # problems checked between two commits
@@ -28,11 +29,14 @@ def against_sources(
     *,
     min_share: float = MIN_SHARE,
     pinned: Mapping[str, str] | None = None,
-    **options: Any,
+    question: str | None = None,
+    answer: str | None = None,
+    limit: int | None = None,
 ) -> Decontaminator:
-    """A ``Decontaminator`` of evaluation sources named as ``load_problems`` takes them (``options`` are its own).
+    """Open a ``Decontaminator`` of evaluation sources, named as ``load_problems`` takes them.
 
     Args:
+        question, answer, limit: see ``load_problems``.
         pinned: spec -> the revision to take, as ``Catalog.source_revisions`` gives them.
 
     Raises:
@@ -41,7 +45,10 @@ def against_sources(
     OverlapRule(tuple(n), min_share)  # before anything is read
     named = [specs] if isinstance(specs, str) else list(specs)
     revisions = pinned or {}
-    opened = (load_problems(spec, revision=revisions.get(spec), **options) for spec in named)
+    opened = (
+        load_problems(spec, revision=revisions.get(spec), question=question, answer=answer, limit=limit)
+        for spec in named
+    )
     return Decontaminator(opened, n, min_share=min_share)
 
 
@@ -74,7 +81,7 @@ def decontaminate(
     min_share: float = MIN_SHARE,
     question: str | None = None,
     answer: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> DecontaminationReport:
     """Check problems against evaluation sources and keep the evidence, so that a selection can leave them out.
 
@@ -85,7 +92,7 @@ def decontaminate(
             that the catalog holds, but for those that it only holds because they were evaluated.
         n, min_share: see ``Decontaminator``.
         question, answer: the columns of the evaluation sources.
-        progress: called with (checked, all) after each page.
+        progress: called with a ``Progress`` of checked problems after each page (phase "checking").
 
     Raises:
         InputError: an unknown source, a rule that makes no sense, or no catalog to check.
@@ -98,6 +105,7 @@ def decontaminate(
         pages, total = _kept_problems(store, decontaminator.sources)
     else:
         pages, total = _named_problems([problems] if isinstance(problems, str) else problems)
+    emit = progress or silent
     strongest: dict[str, Contamination] = {}
     questions: dict[str, str] = {}
     by_source: Counter[str] = Counter()
@@ -113,8 +121,8 @@ def decontaminate(
             strongest[problem.problem_id] = max(evidence, key=lambda c: (c.share, c.n))
             questions[problem.problem_id] = problem.question
         n_checked += len(page)
-        if progress is not None:
-            progress(n_checked, total)
+        emit(Progress("checking", n_checked, total))
+    emit(Progress("done", n_checked, total, final=True))
     worst = sorted(strongest.values(), key=lambda c: (-c.share, -c.n_shared, c.problem_id))[:N_EXAMPLES]
     return DecontaminationReport(
         evaluations=tuple(sorted(source.name for source in decontaminator.sources)),

@@ -11,31 +11,28 @@ import shutil
 import time
 import warnings as python_warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from inspect import signature
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from calset.builder.adaptive import AdaptiveSchedule, Target
-from calset.builder.engines import Engine, Sampling, check_length, check_options, open_engine, resolve_engine
+from calset.builder.adaptive import AdaptiveSchedule
+from calset.builder.engines import Engine, check_length, open_engine, resolve_engine
 from calset.builder.grading import grader_version
 from calset.builder.grading.pool import GradingPool
-from calset.builder.grading.scorers import check_scorers
-from calset.builder.pipeline import BuildProgress, Excluded, Pipeline, Report
+from calset.builder.pipeline import Excluded, Pipeline
 from calset.builder.plan import Plan, make_plan, open_model, open_sources, uncounted
-from calset.builder.problems import gym_tasks
 from calset.builder.schedule import FixedSchedule, Retry, Schedule
+from calset.builder.settings import BuildOptions, BuildSettings
 from calset.catalog.catalog import Catalog
 from calset.catalog.recipes import Recipe
 from calset.catalog.records import RunKind
-from calset.errors import BuildWarning, EngineWarning, InputError
+from calset.errors import BuildWarning, EngineWarning
+from calset.io.keywords import shows
+from calset.io.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
     from calset.builder.planning import PlanReport
     from calset.overlap import Decontaminator
-
-RETRIES = ("truncated", "error")
-MAX_SAMPLES = 1_000_000  # beyond, it is a typing error
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +105,7 @@ def build(
     retry: Collection[str] = (),
     engine_options: Mapping[str, Any] | None = None,
     unsafe_scorers: bool = False,
-    progress: Report | None = None,
+    progress: OnProgress | None = None,
 ) -> BuildReport:
     """Sample a model's own traces of problems, grade them, and keep them in a catalog.
 
@@ -148,7 +145,8 @@ def build(
         engine_options: the engine's own options.
         unsafe_scorers: let reasoning-gym score by code that calset does not know and that may run an answer
             (docs/problems.md).
-        progress: called in this thread with a ``BuildProgress`` before the engine starts and after each commit.
+        progress: called with a ``Progress`` of traces while problems are checked, before the engine starts and after
+            each commit: ``done`` traces are on disk. Phases: "checking problems", "starting engine", "generating".
 
     Raises:
         InputError: a bad model, source or option; found before the engine starts.
@@ -161,50 +159,58 @@ def build(
             of other traces in the catalog, which a selection counts and the target does not.
         EngineWarning: before an error, what the engine had noted, such as servers that it dropped.
     """
-    asked = dict(locals())
-    aim = _checked(asked, engine)
+    settings = BuildSettings(
+        model, problems, samples=samples, target=target, need=need, need_tokens=need_tokens, confidence=confidence,
+        engine=engine, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, max_tokens=max_tokens, seed=seed, system_prompt=system_prompt,
+        template_options=template_options, limit=limit, decontaminate=decontaminate, kind=kind, graded=graded,
+        question=question, answer=answer, grader=grader, device=device, concurrency=concurrency, graders=graders,
+        commit_every_seconds=commit_every_seconds, commit_size=commit_size, retry=retry, engine_options=engine_options,
+        unsafe_scorers=unsafe_scorers,
+    )  # fmt: skip
+    settings.require_engine()
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    plan = _planned(asked, store)
+    plan = _planned(settings, store, progress)
     excluded = Excluded()
-    opened = plan.opened(store, excluded.add)
-    again = Retry(frozenset(retry), plan.max_tokens)
-    schedule: Schedule
-    if aim is not None:
-        schedule = AdaptiveSchedule(opened, plan.key, samples, aim, render=plan.prompt_ids, retry=again, seed=seed)
-    else:
-        schedule = FixedSchedule(opened, plan.key, samples, again)
+    schedule = _schedule(plan, store, excluded)
     if graded:
         for source in plan.sources:
             grader_version(source.source.grader)  # imports it: not only by name is it there
     evaluations = plan.decontaminator.sources if plan.decontaminator else []
     for source in [*(named.source for named in plan.sources), *evaluations]:
         store.add_source(source)
-    work = Pipeline(
-        plan,
-        schedule,
-        store,
-        graded=graded,
-        commit_every_seconds=commit_every_seconds,
-        commit_size=commit_size,
-        excluded=excluded,
-        engine_options=engine_options,
-        progress=progress,
-    )
-    warnings = [*plan.warnings, *plan.existing.warnings, *plan.other_graders]
+    work = Pipeline(plan, schedule, store, excluded=excluded, progress=progress)
     if not work.has_work():
         work.emit("done")
-        return _report(work, None, 0.0, aim, warnings)
+        return _report(work, None, 0.0, [])
     for text in plan.other_graders:
         python_warnings.warn(text, BuildWarning, stacklevel=2)
+    return _generate(work)
+
+
+def _schedule(plan: Plan, store: Catalog, excluded: Excluded) -> Schedule:
+    settings, opened = plan.settings, plan.opened(store, excluded.add)
+    retry = Retry(frozenset(settings.retry), plan.max_tokens)
+    if settings.aim is None:
+        return FixedSchedule(opened, plan.key, settings.samples, retry)
+    return AdaptiveSchedule(
+        opened, plan.key, settings.samples, settings.aim, render=plan.prompt_ids, retry=retry, seed=settings.seed
+    )
+
+
+def _generate(work: Pipeline) -> BuildReport:
+    """Start the engine and the graders, and stream traces into the catalog."""
+    plan, settings, warnings = work.plan, work.settings, []
+    engine = settings.engine
     work.emit("starting engine")
-    with GradingPool(graders, unsafe_scorers=unsafe_scorers) as pool:
-        if graded:
+    with GradingPool(settings.graders, unsafe_scorers=settings.unsafe_scorers) as pool:
+        if settings.graded:
             pool.warm(plan.sources[0].source.grader)
         began = time.monotonic()
-        running = _running(engine, plan, device=device, concurrency=concurrency, options=engine_options or {})
+        running = _running(plan)
         try:
             start_seconds = time.monotonic() - began
-            if isinstance(engine, str) and engine == "auto" and running.name != resolve_engine(engine):
+            if engine == "auto" and running.name != resolve_engine("auto"):
                 warnings.append(
                     f"vLLM is installed but cannot be imported, {running.name} ran instead; --engine vllm says why"
                 )
@@ -213,14 +219,15 @@ def build(
         except Exception:
             # No report will say them, and they may be why: which server was dropped, and for what.
             for text in _said_by(running):
-                python_warnings.warn(text, EngineWarning, stacklevel=2)
+                python_warnings.warn(text, EngineWarning, stacklevel=3)
             raise
         finally:
             if isinstance(engine, str):
                 running.close()
-    return _report(work, running.name, start_seconds, aim, warnings)
+    return _report(work, running.name, start_seconds, warnings)
 
 
+@shows(BuildOptions)
 def dry_run(
     model: str | Path,
     problems: str | Sequence[str],
@@ -228,9 +235,11 @@ def dry_run(
     tokens_per_second: float | None = None,
     gpu: str | None = None,
     n_devices: int | None = None,
-    **options: Any,
+    catalog: Catalog | str | Path | None = None,
+    progress: OnProgress | None = None,
+    **options: Unpack[BuildOptions],
 ) -> PlanReport:
-    """What ``build`` with these arguments would do and cost; starts no engine, writes nothing, needs no GPU.
+    """Estimate what ``build`` with these arguments would do and cost; starts no engine, writes nothing, needs no GPU.
 
     With a ``target`` that is the most that it may do. vLLM and its options are not looked for: it need not be here.
 
@@ -238,7 +247,7 @@ def dry_run(
         tokens_per_second: completion tokens a second of all devices together; the table of measured rates when None.
         gpu: plan for this GPU (H100, H200, A100) instead of what is here.
         n_devices: GPUs in all; those that are here when None.
-        options: ``build``'s.
+        catalog, progress, options: ``build``'s.
 
     Raises:
         InputError: what ``build`` would refuse, or a rate that nothing tells.
@@ -246,12 +255,9 @@ def dry_run(
     from calset.builder.planning import estimate, length_history
     from calset.builder.provenance import hardware
 
-    bound = signature(build).bind(model, problems, **options)
-    bound.apply_defaults()
-    asked = bound.arguments
-    _checked(asked, None if asked["engine"] in ("auto", "vllm") else asked["engine"])
-    store = asked["catalog"] if isinstance(asked["catalog"], Catalog) else Catalog(asked["catalog"])
-    plan = _planned(asked, store)
+    settings = BuildSettings(model, problems, **options)
+    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    plan = _planned(settings, store, progress)
     report = estimate(
         plan.info,
         plan.first_prompt_ids,
@@ -273,76 +279,17 @@ def dry_run(
     return replace(report, warnings=(*said, *report.warnings))
 
 
-def _planned(asked: Mapping[str, Any], store: Catalog) -> Plan:
-    """The checked plan of a build that was asked for with these arguments."""
-    problems, engine = asked["problems"], asked["engine"]
-    sources = open_sources(
-        [problems] if isinstance(problems, str) else list(problems),
-        store,
-        **{name: asked[name] for name in ("question", "answer", "grader", "limit")},
-    )
-    if asked["graded"]:
-        check_scorers(gym_tasks(s.source for s in sources), unsafe_scorers=asked["unsafe_scorers"])
-    info = open_model(asked["model"], store, template_options=asked["template_options"])
-    given = {f.name: asked[f.name] for f in fields(Sampling) if asked[f.name] is not None}
-    plan = make_plan(
-        info,
-        sources,
-        store,
-        sampling=replace(info.sampling, **given),  # the model's own, where nothing else is asked
-        limit=None if isinstance(engine, str) else min(info.max_model_len, engine.max_model_len),
-        decontaminator=_decontaminator(asked["decontaminate"], store),
-        progress=_checking(asked["progress"]),
-        **{name: asked[name] for name in ("samples", "system_prompt", "max_tokens", "kind", "seed", "retry", "graded")},
-    )
-    check_length((asked["engine_options"] or {}).get("max_model_len", plan.longest), plan.longest)
+def _planned(settings: BuildSettings, store: Catalog, progress: OnProgress | None) -> Plan:
+    """Make the plan of a build, warning of what its report would say too late."""
+    sources = open_sources(settings, store)
+    info = open_model(settings.model, store, template_options=settings.template_options)
+    decontaminator = _decontaminator(settings.decontaminate, store)
+    plan = make_plan(settings, info, sources, store, decontaminator=decontaminator, progress=_checking(progress))
+    check_length((settings.engine_options or {}).get("max_model_len", plan.longest), plan.longest)
     # In a report it would come after the hours that it may save.
-    if asked["target"] is not None and plan.kind == "build" and (text := uncounted(plan, store)):
+    if settings.aim is not None and settings.kind == "build" and (text := uncounted(plan, store)):
         python_warnings.warn(text, BuildWarning, stacklevel=3)
     return plan
-
-
-def _checked(asked: Mapping[str, Any], engine: str | Engine | None) -> Target | None:
-    """The target of a build that was asked for with these arguments, all checked that can be without its model.
-
-    Args:
-        engine: whose options are checked; None where it need not be here.
-
-    Raises:
-        InputError: naming the argument.
-    """
-    aim = _target(*(asked[name] for name in ("target", "need", "need_tokens", "confidence", "graded")))
-    samples, seed, retry = (asked[name] for name in ("samples", "seed", "retry"))
-    if not 1 <= samples <= MAX_SAMPLES:
-        raise InputError(f"samples must be at least 1 and at most {MAX_SAMPLES:,}, not {samples}")
-    if not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed must be a whole number of at most 63 bits, not {seed}")
-    if unknown := sorted(set(retry) - set(RETRIES)):
-        raise InputError(f"retry takes {' and '.join(RETRIES)}, not {unknown[0]!r}")
-    if aim is not None:
-        aim.rule(samples)
-    if engine is None or isinstance(engine, str):
-        options = {"concurrency": asked["concurrency"]} | dict(asked["engine_options"] or {})
-        check_options(resolve_engine(engine) if engine else "vllm", options)
-    return aim
-
-
-def _target(
-    target: str | Path | Recipe | None,
-    need: int | None,
-    need_tokens: int | None,
-    confidence: float | None,
-    graded: bool,
-) -> Target | None:
-    given = {"need": need, "need_tokens": need_tokens, "confidence": confidence}
-    given = {name: value for name, value in given.items() if value is not None}
-    if target is None:
-        if given:
-            raise InputError(f"{next(iter(given))} is for an adaptive build: pass a target recipe with it")
-        return None
-    if not graded:
-        raise InputError("an adaptive build decides by verdicts: it cannot run ungraded")
-    return Target.of(target, **given)
 
 
 def _decontaminator(sources: str | Sequence[str], store: Catalog) -> Decontaminator | None:
@@ -353,13 +300,13 @@ def _decontaminator(sources: str | Sequence[str], store: Catalog) -> Decontamina
     return against_sources(sources, pinned=store.source_revisions())
 
 
-def _running(
-    engine: str | Engine, plan: Plan, *, device: str | None, concurrency: int | None, options: Mapping[str, Any]
-) -> Engine:
-    info = plan.info
+def _running(plan: Plan) -> Engine:
+    """Open the engine that the settings name, or give a running one the model's weights."""
+    settings, info = plan.settings, plan.info
+    engine = settings.engine
     if isinstance(engine, str):
-        asked = {"max_model_len": plan.longest, "device": device, "concurrency": concurrency}
-        return open_engine(engine, info, **(asked | dict(options)))
+        given = {"max_model_len": plan.longest, "device": settings.device, **settings.all_engine_options}
+        return open_engine(engine, info, **given)
     # Without this, traces could be recorded as one checkpoint's while another answers.
     if engine.loaded != info.revision:
         engine.load_weights(info.folder, info.revision)
@@ -371,43 +318,43 @@ def _said_by(engine: Engine) -> list[str]:
     return list(getattr(engine, "warnings", ()))
 
 
-def _checking(progress: Report | None) -> Callable[[int], None] | None:
+def _checking(progress: OnProgress | None) -> Callable[[int], None] | None:
     if progress is None:
         return None
-
-    def say(n_problems: int) -> None:
-        progress(BuildProgress(None, 0, 0, 0, 0.0, 0.0, 0, 0, 0, None, "checking problems", n_problems=n_problems))
-
-    return say
+    return lambda n_problems: progress(Progress("checking problems", facts={"problems": n_problems}))
 
 
-def _report(
-    work: Pipeline, engine: str | None, start_seconds: float, target: Target | None, warnings: Sequence[str]
-) -> BuildReport:
-    plan, tally = work.plan, work.tally
+def _report(work: Pipeline, engine: str | None, start_seconds: float, warnings: Sequence[str]) -> BuildReport:
+    plan, saved, aim = work.plan, work.saved, work.settings.aim
     facts = work.schedule.facts()
     return BuildReport(
         run_id=work.run_id,
         generation_key=plan.key,
         model=plan.info.model,
         model_revision=plan.info.revision,
-        kind=plan.kind,
+        kind=work.settings.kind,
         engine=engine,
         n_problems=len(plan.problem_ids),
-        n_requested=plan.n_requested if target is None else None,
+        n_requested=plan.n_requested if aim is None else None,
         n_existing=work.n_existing,
         n_excluded=len(plan.excluded_ids),
-        n_new=tally.saved,
-        n_tokens=tally.tokens,
+        n_new=saved.n_traces,
+        n_tokens=saved.n_tokens,
         seconds=work.seconds,
         start_seconds=start_seconds,
-        verdicts=dict(tally.verdicts),
-        finish_reasons=dict(tally.finish_reasons),
-        truncated=tally.truncated / tally.saved if tally.saved else None,
+        verdicts=dict(saved.verdicts),
+        finish_reasons=dict(saved.finish_reasons),
+        truncated=saved.truncated,
         max_tokens=plan.max_tokens,
         catalog=str(work.store.path),
         stopped=work.stopped,
         problem_ids=plan.problem_ids,
-        target=None if target is None else {**target.as_dict(), **facts},
-        warnings=(*warnings, *([] if work.stopped else work.schedule.warnings())),
+        target=None if aim is None else {**aim.as_dict(), **facts},
+        warnings=(
+            *plan.warnings,
+            *plan.existing.warnings,
+            *plan.other_graders,
+            *warnings,
+            *([] if work.stopped else work.schedule.warnings()),
+        ),
     )

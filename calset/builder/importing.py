@@ -31,15 +31,16 @@ from calset.builder.grading.scorers import check_scorers
 from calset.builder.model_info import ModelInfo
 from calset.builder.plan import open_model
 from calset.builder.problems import ProblemSource, gym_tasks, open_problems
+from calset.builder.progress import Saved
 from calset.builder.provenance import versions
 from calset.builder.recovery import Recovered, Recovery, with_defaults
-from calset.builder.tally import Tally
 from calset.builder.tracefiles import Columns, Draft, RowError, drafts
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Grade, Problem, Run, Source, Trace
 from calset.datafiles import ROW_TYPES, count_rows, list_files, read_rows
 from calset.errors import InputError, first_line
 from calset.hubfiles import PREFIX, open_dataset
+from calset.io.progress import OnProgress, Progress, silent
 from calset.specs import parse
 
 ENGINE = "import"
@@ -101,7 +102,7 @@ def import_traces(
     graders: int = 2,
     commit_size: int = 256,
     unsafe_scorers: bool = False,
-    progress: Callable[[int, int | None, Mapping[str, int]], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> ImportReport:
     """Keep traces of files, grade them, and tokenise those that come as text; the same call again adds nothing.
 
@@ -119,7 +120,8 @@ def import_traces(
         limit: only the first that many rows of each file or folder.
         commit_size: traces kept in one transaction.
         unsafe_scorers: see ``build``.
-        progress: called with (rows read, all or None, counts by name) after each commit.
+        progress: called with a ``Progress`` of rows read after each commit (phase "importing"); its facts count the
+            new traces, those that were there and the bad rows.
 
     Raises:
         InputError: a bad model, file, source or option, or not one row that holds a trace.
@@ -145,7 +147,7 @@ def import_traces(
         generated_by=generated_by or info.model,
         grader=grader,
         limit=limit,
-        progress=progress,
+        progress=progress or silent,
     )
     asked = [problems] if isinstance(problems, str) else list(problems)
     if asked:
@@ -157,6 +159,7 @@ def import_traces(
     if not (work.n_new or work.n_existing):
         why = f": {work.bad[0].where} {work.bad[0].why}" if work.bad else ""
         raise InputError(f"{', '.join(specs)} holds no trace{why}")
+    work.emit("done", final=True)
     return work.report(time.monotonic() - began)
 
 
@@ -285,7 +288,7 @@ class _Import:
         generated_by: str,
         grader: str | None,
         limit: int | None,
-        progress: Callable[[int, int | None, Mapping[str, int]], None] | None,
+        progress: OnProgress,
     ) -> None:
         self._info, self._store, self._places = info, store, places
         self._columns, self._recover, self._generated_by = columns, recovery, generated_by
@@ -300,14 +303,14 @@ class _Import:
         self._said_models: Counter[str] = Counter()
         self._pending: deque[_Pending] = deque()
         self._counts: Counter[str] = Counter()
-        self._tally = Tally()
+        self._saved = Saved()
         self._n_total = _count(places) if limit is None else None
         self.bad: list[BadRow] = []
         self.n_bad = self.n_rows = 0
 
     @property
     def n_new(self) -> int:
-        return self._tally.saved
+        return self._saved.n_traces
 
     @property
     def n_existing(self) -> int:
@@ -534,10 +537,7 @@ class _Import:
             problems = {unit.problem.problem_id: unit.problem for unit in batch.units}
             done = self._store.record([unit.trace for unit in batch.units], grades, problems=list(problems.values()))
             self._count(batch.units, grades, done.fresh)
-        if self._progress is not None:
-            self._progress(
-                self.n_rows, self._n_total, {"traces": self.n_new, "there": self.n_existing, "bad": self.n_bad}
-            )
+        self.emit("importing")
 
     def _keep_parents(self, units: Sequence[_Unit]) -> None:
         for unit in units:
@@ -551,7 +551,7 @@ class _Import:
     def _count(self, units: Sequence[_Unit], grades: Sequence[Grade], fresh: frozenset[tuple[str, int]]) -> None:
         mine = [unit for unit in units if (unit.trace.trace_id, 0) in fresh]
         self._counts["existing"] += len(units) - len(mine)
-        self._tally.add(
+        self._saved.add(
             [unit.trace for unit in mine], [grade for grade in grades if (grade.trace_id, grade.attempt) in fresh]
         )
         self._counts["from text"] += sum(unit.run.engine_version == FROM_TEXT for unit in mine)
@@ -559,6 +559,11 @@ class _Import:
         self._counts["matched"] += sum(unit.matched for unit in mine)
 
     # -- what is said --
+
+    def emit(self, phase: str, *, final: bool = False) -> None:
+        """Send a progress event."""
+        facts = {"traces": self.n_new, "there": self.n_existing, "bad": self.n_bad}
+        self._progress(Progress(phase, self.n_rows, self._n_total, facts=facts, final=final))
 
     def report(self, seconds: float) -> ImportReport:
         counts = self._counts
@@ -569,15 +574,15 @@ class _Import:
             n_traces=self.n_new,
             n_existing=self.n_existing,
             n_problems=len(self._problems),
-            n_tokens=self._tally.tokens,
+            n_tokens=self._saved.n_tokens,
             n_from_file=self.n_new - counts["from text"],
             n_from_text=counts["from text"],
             n_without_reference=counts["without reference"],
             n_matched=counts["matched"],
             n_bad=self.n_bad,
             bad=tuple(self.bad),
-            verdicts=dict(self._tally.verdicts),
-            finish_reasons=dict(self._tally.finish_reasons),
+            verdicts=dict(self._saved.verdicts),
+            finish_reasons=dict(self._saved.finish_reasons),
             run_ids=tuple(sorted(self._kept_runs | self._old_runs)),
             seconds=seconds,
             warnings=tuple(self._warnings()),

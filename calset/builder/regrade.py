@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from calset.builder.grading.scorers import check_scorers
 from calset.catalog import worklist
 from calset.catalog.catalog import Catalog
 from calset.errors import InputError
+from calset.io.progress import OnProgress, Progress, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def grade(
     graders: int = 2,
     commit_size: int = 256,
     unsafe_scorers: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> GradeReport:
     """Grade stored traces again; the newest verdict counts, earlier ones stay.
 
@@ -61,7 +62,7 @@ def grade(
         ungraded: only traces without a verdict.
         force: grade again what would be skipped, too.
         unsafe_scorers: see ``build``.
-        progress: called with (graded and saved, all) after each commit.
+        progress: called with a ``Progress`` of graded traces after each commit (phase "grading").
 
     Raises:
         InputError: an unknown grader or verdict, or a run that is not there.
@@ -90,6 +91,7 @@ def grade(
         check_scorers(worklist.gym_tasks(store, wanted), unsafe_scorers=unsafe_scorers)
     total = worklist.count(store, wanted)
     skipped = worklist.count(store, every) - total
+    emit = progress or silent
     began, now, changes = time.monotonic(), Counter[str](), Counter[tuple[str, str]]()
     with GradingPool(graders, background=False, unsafe_scorers=unsafe_scorers) as pool:
         for page in worklist.pages(store, wanted, commit_size):
@@ -99,8 +101,8 @@ def grade(
             store.add_grades(grades)
             now.update(g.verdict for g in grades)
             changes.update((t.verdict, g.verdict) for t, g in zip(page, grades, strict=True) if t.verdict != g.verdict)
-            if progress is not None:
-                progress(now.total(), max(total, now.total()))
+            emit(Progress("grading", now.total(), max(total, now.total())))
+    emit(Progress("done", now.total(), now.total(), final=True))
     nested: dict[str, dict[str, int]] = {}
     for (before, after), n in sorted(changes.items()):
         nested.setdefault(before, {})[after] = n

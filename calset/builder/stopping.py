@@ -33,6 +33,7 @@ MAX_ITERATIONS = 500
 TOLERANCE = 1e-5
 MAX_PRICE, PRICE_STEPS = 1e5, 1000  # prices are sought up to the one, in steps of 1.2 %
 MAX_SAMPLES = 1000  # beyond, a binomial coefficient is more than a float holds
+CONFIDENCE = 0.95  # of stopping a problem
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,7 +165,7 @@ class StoppingRule:
 
     band: tuple[float, float] | None
     samples: int
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     first: int = 2
 
     def __post_init__(self) -> None:

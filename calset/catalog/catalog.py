@@ -13,13 +13,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import duckdb
 
 from calset import ids
 from calset.catalog.connection import Mode, opened
-from calset.catalog.filters import Filter
+from calset.catalog.filters import Filter, FilterOptions
 from calset.catalog.records import (
     BROKEN,
     Attempt,
@@ -38,6 +38,7 @@ from calset.catalog.records import (
 from calset.catalog.schema import TABLES
 from calset.catalog.values import arrow_batch, clean, clean_params, dump_json, identifier
 from calset.errors import CatalogError, InputError, first_line
+from calset.io.keywords import shows
 from calset.jsonable import jsonable
 from calset.suggest import did_you_mean
 
@@ -560,8 +561,9 @@ class Catalog:
             del found
         return _in_memory(names, types, rows)
 
+    @shows(FilterOptions)
     def traces(
-        self, *, columns: Sequence[str] | None = None, limit: int | None = None, **filters: Any
+        self, *, columns: Sequence[str] | None = None, limit: int | None = None, **filters: Unpack[FilterOptions]
     ) -> duckdb.DuckDBPyRelation:
         """The traces that meet filters, as a relation (see ``sql``), by problem and sample.
 
@@ -570,7 +572,7 @@ class Catalog:
         Args:
             columns: of the view ``trace``; all but its texts (``text``, ``response``) when None, ``["*"]`` for all.
             limit: only the first rows.
-            filters: fields of ``calset.catalog.filters.Filter``.
+            filters: fields of ``calset.catalog.filters.Filter``, which explains them.
 
         Raises:
             InputError: a filter, value or column that there is not, or no catalog.

@@ -16,7 +16,6 @@ from calset.catalog.facts import Fact, facts_of
 from calset.catalog.recipes import nearest_rank
 from calset.catalog.records import Subset
 from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
-from calset.catalog.subsets import load
 
 _SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -64,16 +63,9 @@ class Difference:
         return rows
 
 
-def diff(catalog: Catalog, a: Subset | str, b: Subset | str) -> Difference:
-    """Compare two subsets (or references to them): what they share and how they differ.
-
-    Samples are the same when their ids and token ids are; problems by problem id.
-
-    Raises:
-        InputError: no such subset.
-    """
+def compare(catalog: Catalog, a: Subset, b: Subset) -> Difference:
+    """Compare two subsets: what they share and how they differ; see ``references.diff``."""
     with catalog.reading() if catalog.exists() else nullcontext():
-        a, b = (load(catalog, s) if isinstance(s, str) else s for s in (a, b))
         facts = [facts_of(catalog, subset) for subset in (a, b)]
     keys_a, keys_b = ({(s.sample_id, tuple(s.input_ids)) for s in subset.samples} for subset in (a, b))
     problems_a, problems_b = ({s.problem_id for s in subset.samples if s.problem_id} for subset in (a, b))

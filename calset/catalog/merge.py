@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from calset.catalog.connection import in_memory, opened, opened_as_it_is, quoted
 from calset.catalog.schema import TABLES
 from calset.catalog.values import identifier
 from calset.errors import InputError
+from calset.io.progress import OnProgress, Progress, silent
 
 # What a file says of itself.
 OWN_TABLES = ("meta", "migrations")
@@ -113,7 +114,7 @@ def merge(
     catalog: Catalog | str | Path,
     other: Catalog | str | Path,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> MergeReport:
     """Bring the rows of another catalog into this one, in one transaction; a catalog that is not there is made.
 
@@ -122,7 +123,8 @@ def merge(
     them, and the report names them.
 
     Args:
-        progress: called with (tables done, all, the table that comes next).
+        progress: called with a ``Progress`` of tables before each; the phase is "conflicts", the table that comes
+            next, or "commit".
 
     Raises:
         InputError: there is no other catalog, it is this one, its schema is newer, it is damaged, or it holds something
@@ -130,14 +132,15 @@ def merge(
         CatalogLocked: another process holds one of the files.
         CatalogError: a full disk, or whatever else DuckDB reports. Whatever it is, nothing was added.
     """
-    began = time.monotonic()
+    began, emit = time.monotonic(), progress or silent
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     path = other.path if isinstance(other, Catalog) else Path(other)
     _check_paths(store.path, path)
     with _readable(store, path) as (place, version), store.merging(place) as con:
         work = _Merge(con, path)
         _attach(con, place, path)
-        work.run(progress or (lambda done, total, table: None))
+        work.run(emit)
+    emit(Progress("done", len(work.tables), len(work.tables), final=True))
     return MergeReport(
         catalog=str(store.path),
         other=str(path),
@@ -232,26 +235,28 @@ class _Merge:
 
     def __init__(self, con: duckdb.DuckDBPyConnection, other: Path) -> None:
         self._con, self._other = con, other
+        self.tables = sorted(
+            (table for table in TABLES if table not in OWN_TABLES), key=lambda table: table in PARENTS or table in PARTS
+        )
         self.added: dict[str, int] = {}
         self.not_added: dict[str, int] = {}
         self.n_trace_conflicts = self.n_subset_conflicts = 0
         self.trace_conflicts: tuple[str, ...] = ()
         self.subset_conflicts: tuple[SubsetConflict, ...] = ()
 
-    def run(self, progress: Callable[[int, int, str], None]) -> None:
+    def run(self, progress: OnProgress) -> None:
         """Bring every table's rows, parents before their children."""
-        tables = [table for table in TABLES if table not in OWN_TABLES]
-        tables.sort(key=lambda table: table in PARENTS or table in PARTS)
-        progress(0, len(tables), "conflicts")
+        total = len(self.tables)
+        progress(Progress("conflicts", 0, total))
         for table in KEYS:
             self._require_unique(table)
         self._find_conflicts()
-        for done, table in enumerate(tables):
-            progress(done, len(tables), table)
+        for done, table in enumerate(self.tables):
+            progress(Progress(table, done, total))
             self.added[table] = self._bring(table)
             self.not_added[table] = self._count(f"{_THEIRS}.main.{table}") - self.added[table]
         self._require_whole()
-        progress(len(tables), len(tables), "commit")
+        progress(Progress("commit", total, total))
 
     def _find_conflicts(self) -> None:
         """The other's traces and subsets that have another content here, as temporary tables of keys."""

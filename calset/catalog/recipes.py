@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from calset.errors import InputError
 from calset.suggest import did_you_mean
@@ -33,6 +33,24 @@ class RecipeError(InputError):
     def __init__(self, recipe: str, key: str, said: str) -> None:
         super().__init__(f"recipe {recipe}: {said}")
         self.key, self.said = key, said
+
+
+class RecipeOptions(TypedDict, total=False):
+    """Keyword parameters of ``select`` that replace fields of its recipe."""
+
+    correct: bool
+    finished: bool
+    difficulty: tuple[float, float] | None
+    min_k: int | None
+    length_quantiles: tuple[float, float] | None
+    length_tokens: tuple[float, float] | None
+    order: Order
+    per_problem: int | None
+    samples: int | None
+    tokens: int | None
+    window: int | None
+    stratify: str | None
+    shares: Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +156,7 @@ class Recipe:
             del values["stratify"], values["shares"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    def with_options(self, **options: Any) -> Recipe:
+    def with_options(self, **options: object) -> Recipe:
         """The recipe with options replaced; a budget or a length band of one sort drops the other sort's default.
 
         Raises:

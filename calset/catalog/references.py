@@ -1,4 +1,4 @@
-"""Calibration references: find the subset that a reference names, and export it.
+"""Calibration references: find the subset that a reference names, export it, and compare it with another.
 
 A reference is ``name`` or ``name@2`` of a catalog, the folder of an exported subset, or ``hub:org/repo/name@2``.
 Must not know: how selections are made, how a subset is kept, written or downloaded.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
+from calset.catalog.compare import Difference, compare
 from calset.catalog.export import MANIFEST, provenance_of, read_directory, write_folder
 from calset.catalog.hub import open_reference
 from calset.catalog.names import PREFIX
@@ -83,3 +84,18 @@ def export(catalog: Catalog | str | Path, subset: Subset | str, directory: str |
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     return write_folder(catalog, find(subset, catalog) if isinstance(subset, str) else subset, directory)
+
+
+def diff(catalog: Catalog | str | Path | None, a: Subset | str | Path, b: Subset | str | Path) -> Difference:
+    """Compare two subsets (or references to them): what they share and how they differ.
+
+    Samples are the same when their ids and token ids are; problems by problem id.
+
+    Args:
+        catalog: where names are looked up, and what tells the difficulty, source and verdict of samples.
+
+    Raises:
+        InputError: no such subset.
+    """
+    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    return compare(catalog, *(s if isinstance(s, Subset) else find(s, catalog) for s in (a, b)))

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import duckdb
 
@@ -25,6 +25,7 @@ from calset.catalog.recipes import (
     Candidate,
     Ranking,
     Recipe,
+    RecipeOptions,
     get_recipe,
     rank,
     spend,
@@ -33,10 +34,12 @@ from calset.catalog.recipes import (
     window_start,
 )
 from calset.catalog.records import Sample, Subset
+from calset.catalog.references import resolve
 from calset.catalog.schema import VIEWS
 from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
 from calset.catalog.values import chunks, clean, clean_params
 from calset.errors import InputError, first_line
+from calset.io.keywords import shows
 from calset.overlap import Decontaminator
 from calset.suggest import did_you_mean
 
@@ -75,6 +78,7 @@ class _Taken:
         return self.stop - self.start
 
 
+@shows(RecipeOptions)
 def select(
     catalog: Catalog | str | Path,
     name: str,
@@ -85,8 +89,8 @@ def select(
     seed: int = 0,
     text: str | Path | None = None,
     exclude: Decontaminator | None = None,
-    held_out_from: Sequence[Subset | str] = (),
-    **options: Any,
+    held_out_from: Sequence[Subset | str | Path] = (),
+    **options: Unpack[RecipeOptions],
 ) -> Subset:
     """Take a subset from a catalog by a recipe, and keep it as a new immutable version of ``name``.
 
@@ -103,9 +107,9 @@ def select(
             (``hf:org/name@revision?config=&split=&text=COLUMN``).
         exclude: evaluation questions whose problems are left out (``calset.against_sources("math500")``): those of an
             equal normalised text, and those that share n-grams of words (docs/decontamination.md). Part of the recipe.
-        held_out_from: subsets (or references to some of this catalog) whose problems are left out: the same recipe then
-            gives another split of the same family. Part of the recipe, by their content hashes.
-        options: any field of Recipe (``samples``, ``tokens``, ``difficulty``, ``window``, ...) in its place.
+        held_out_from: subsets, or references to them, whose problems are left out: the same recipe then gives another
+            split of the same family. Part of the recipe, by their content hashes.
+        options: fields of Recipe (``samples``, ``tokens``, ``difficulty``, ``window``, ...) in their place.
 
     Returns:
         the kept subset; when the latest version of ``name`` has this content, recipe and seed already, that version.
@@ -125,7 +129,7 @@ def select(
         return _select_text(catalog, name, chosen, model=model, where=where, seed=seed, text=text)
     if text is not None:
         raise InputError(f"recipe {chosen.name} takes no text file: --text is for recipes of the kind text")
-    others = [subsets.load(catalog, s) if isinstance(s, str) else s for s in held_out_from]
+    others = [s if isinstance(s, Subset) else resolve(s, catalog) for s in held_out_from]
     pool = _pool(catalog, chosen, model, where, exclude, others)
     ranking = rank(pool.candidates, chosen, seed)
     _require_some(ranking, pool)

@@ -40,17 +40,22 @@ def _traces(axes: Any, catalog: Catalog, subset: Subset) -> None:
     """Every calibration trace by difficulty and length; what the subset took on top."""
     rows = catalog.query(
         "SELECT trace_id, difficulty, n_tokens, correct FROM trace WHERE kind = 'build' ORDER BY trace_id"
-    )
+    ).as_dicts()
     taken = {sample.trace_id for sample in subset.samples}
     name = subset.recipe["name"]
-    jitter = np.random.default_rng(0).uniform(-0.035, 0.035, len(rows.rows))
+    jitter = np.random.default_rng(0).uniform(-0.035, 0.035, len(rows))
     groups = {
-        "incorrect or unfinished": (lambda r: not r[3] and r[0] not in taken, "#c3c9d0", 9, 0.55),
-        "correct": (lambda r: r[3] and r[0] not in taken, "#6e7781", 9, 0.45),
-        f"taken by {name} ({subset.n_samples})": (lambda r: r[0] in taken, COLOURS.get(name, INK), 26, 0.95),
+        "wrong": ("incorrect or unfinished", "#c3c9d0", 9, 0.55),
+        "correct": ("correct", "#6e7781", 9, 0.45),
+        "taken": (f"taken by {name} ({subset.n_samples})", COLOURS.get(name, INK), 26, 0.95),
     }
-    for label, (wanted, colour, dot, alpha) in groups.items():
-        points = [(r[1] + j, r[2]) for r, j in zip(rows.rows, jitter, strict=True) if wanted(r)]
+    of_row = ["taken" if row["trace_id"] in taken else "correct" if row["correct"] else "wrong" for row in rows]
+    for group, (label, colour, dot, alpha) in groups.items():
+        points = [
+            (row["difficulty"] + shift, row["n_tokens"])
+            for row, own, shift in zip(rows, of_row, jitter, strict=True)
+            if own == group
+        ]
         if points:
             x, y = zip(*points, strict=True)
             axes.scatter(x, y, s=dot, c=colour, alpha=alpha, linewidths=0, label=label)

@@ -8,27 +8,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.demo import MODEL, PROSE
 from calset.errors import CalsetError, InputError, Stopped
+from calset.io.progress import OnProgress, Progress, silent
 
 if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
     from calset.catalog.catalog import Catalog
     from calset.catalog.records import Subset
     from calset.pruning.evaluate import EvaluationReport
-
-# Progress: (stage, done, total, facts)
-OnProgress = Callable[[str, float, float | None, Mapping[str, Any]], None]
-
-
-def silent(stage: str, done: float, total: float | None, facts: Mapping[str, Any]) -> None:
-    """No progress."""
-
 
 CATALOG = "demo.duckdb"  # not the default name: a demo in a project folder must not write to its catalog
 MODEL_LENGTH = 1024  # prompt and completion tokens that the engine must hold
@@ -114,6 +107,9 @@ def run_demo(
 
     Run again on the same folder it keeps what is there: traces by their ids, pruned models by their ``pruning.json``.
 
+    Args:
+        progress: called with a ``Progress`` whose phase is the stage: what a build, a pruning or an evaluation tells.
+
     Raises:
         InputError: ``out`` holds something else.
         CalsetError: a calibration problem turned up among the held-out ones.
@@ -128,7 +124,7 @@ def run_demo(
     folder = _claim(Path(out))
     catalog = Catalog(folder / CATALOG)
     _check_disjoint()
-    say("starting the engine", 0, None, {})
+    say(Progress("starting the engine"))
     running = open_engine(engine, inspect(MODEL), max_model_len=MODEL_LENGTH)
     try:
         build_traces(catalog, running, seed, settings, say)
@@ -191,10 +187,12 @@ def build_traces(catalog: Catalog, engine: Engine, seed: int, settings: DemoSett
         raise Stopped("the demo was stopped; run the same command again to continue it")
 
 
-def _stage(say: OnProgress, label: str) -> Callable[[Any], None]:
-    def show(event: Any) -> None:
-        speed = round(event.tokens_per_second) if event.tokens_per_second else None
-        say(label, event.existing + event.saved, event.total, {"tokens/s": speed})
+def _stage(say: OnProgress, label: str) -> OnProgress:
+    """Pass events on under the name of the demo's stage."""
+
+    def show(event: Progress) -> None:
+        facts = {name: fact for name, fact in event.facts.items() if name == "tokens/s"}
+        say(replace(event, phase=label, facts=facts, eta_seconds=None))
 
     return show
 
@@ -220,16 +218,15 @@ def prune_model(
             catalog.add_pruning(made)  # a demo killed just before that had not kept it; twice is once
             return out
         raise InputError(f"{out} is from a demo with other settings: name another folder with -o")
-    label = f"prune {out.name}"
-    report = prune(
+    prune(
         MODEL,
         subset,
         out,
         method=method,
         sparsity=settings.sparsity,
-        progress=lambda event: say(label, event["done"], event["total"], {}),
+        catalog=catalog,
+        progress=_stage(say, f"prune {out.name}"),
     )
-    catalog.add_pruning(report.as_dict())
     return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ import numpy as np
 
 from calset.catalog.records import JUDGED
 from calset.errors import CalsetError, Stopped
+from calset.io.progress import OnProgress
 from calset.pruning.record import RECORD, read_record
 
 if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
-    from calset.builder.pipeline import BuildProgress
+    from calset.builder.generate import BuildReport
     from calset.catalog.catalog import Catalog
 
 MAX_PERIOD = 256  # tokens; longer cycles are re-derivations rather than loops
@@ -71,6 +72,25 @@ class EvaluationReport:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def rows(self) -> list[tuple[str, str]]:
+        """(measure, value), for a table."""
+        verdicts = sorted(self.verdicts.items(), key=lambda item: -item[1])
+        return [
+            ("accuracy", f"{self.accuracy:.3f} ± {self.accuracy_se:.3f} ({self.n_problems} problems)"),
+            (
+                "completion tokens",
+                f"mean {self.mean_tokens:.0f}, median {self.median_tokens:.0f}, p90 {self.p90_tokens:.0f}",
+            ),
+            ("non-termination", f"{self.non_termination:.3f} (limit {self.max_tokens} tokens)"),
+            ("loop rate", f"{self.loop_rate:.3f}"),
+            ("no answer", f"{self.no_answer:.3f}"),
+            ("verdicts", ", ".join(f"{n} {verdict}" for verdict, n in verdicts)),
+            (
+                "tokens/s",
+                f"{self.tokens_per_second:,.0f}" if self.tokens_per_second else "- (all traces were there)",
+            ),
+        ]
+
 
 def evaluate(
     model: str | Path,
@@ -95,7 +115,7 @@ def evaluate(
     concurrency: int | None = None,
     engine_options: Mapping[str, Any] | None = None,
     unsafe_scorers: bool = False,
-    progress: Callable[[BuildProgress], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> EvaluationReport:
     """Generate ``samples`` traces a problem with ``model``, grade them, and summarise; recorded in the catalog.
 
@@ -103,7 +123,7 @@ def evaluate(
         model: a checkpoint folder or Hub id, as ``build`` takes it.
         problems: problem sources, as ``build`` takes them; keep them apart from the calibration problems.
         engine: an engine's name, or a running engine that already holds ``model``'s weights.
-        unsafe_scorers: see ``build``.
+        unsafe_scorers, progress: see ``build``.
 
     Raises:
         InputError: bad problems, model or options.
@@ -179,7 +199,7 @@ class _Row:
 
 def _traces(store: Catalog, generation_key: str, problem_ids: Sequence[str], samples: int) -> list[_Row]:
     """The evaluation's traces: those of the asked problems and sample indices, whichever run made them."""
-    result = store.query(
+    rows = store.rows(
         """
         SELECT t.problem_id, t.verdict, t.n_tokens, t.finish_reason, k.completion_ids
         FROM trace t JOIN trace_tokens k USING (trace_id, attempt)
@@ -188,11 +208,20 @@ def _traces(store: Catalog, generation_key: str, problem_ids: Sequence[str], sam
         """,
         [generation_key, samples, list(problem_ids)],
     )
-    return [_Row(p, v, n, f, f == "length" and is_looping(ids)) for p, v, n, f, ids in result.rows]
+    return [
+        _Row(
+            row["problem_id"],
+            row["verdict"],
+            row["n_tokens"],
+            row["finish_reason"],
+            row["finish_reason"] == "length" and is_looping(row["completion_ids"]),
+        )
+        for row in rows
+    ]
 
 
 def _summary(
-    rows: Sequence[_Row], build_report: Any, spec: str, samples: int, seed: int, warnings: Sequence[str]
+    rows: Sequence[_Row], build_report: BuildReport, spec: str, samples: int, seed: int, warnings: Sequence[str]
 ) -> EvaluationReport:
     if not rows:
         raise CalsetError("the evaluation left no traces; see `calset stats`")
@@ -202,10 +231,10 @@ def _summary(
     for row in judged:
         by_problem.setdefault(row.problem_id, []).append(row.verdict == "correct")
     if not judged:
-        raise CalsetError(f"no trace could be graded ({_tally(verdicts)}): see the column detail of the view trace")
+        raise CalsetError(f"no trace could be graded ({_counted(verdicts)}): see the column detail of the view trace")
     if len(judged) < len(rows):
         unjudged = Counter({v: n for v, n in verdicts.items() if v not in JUDGED})
-        warnings = [*warnings, f"{len(rows) - len(judged)} of {len(rows)} traces were not judged: {_tally(unjudged)}"]
+        warnings = [*warnings, f"{len(rows) - len(judged)} of {len(rows)} traces were not judged: {_counted(unjudged)}"]
     means = np.array([np.mean(v) for v in by_problem.values()])
     lengths = np.array([r.n_tokens for r in rows])
     se = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else float("nan")
@@ -237,7 +266,7 @@ def _summary(
     )
 
 
-def _tally(verdicts: Counter[str]) -> str:
+def _counted(verdicts: Counter[str]) -> str:
     return ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
 
 
@@ -260,20 +289,20 @@ def _overlap(store: Catalog, content_hash: str | None, problem_ids: Sequence[str
     """
     if content_hash is None:
         return []
-    if not store.query("SELECT 1 FROM subsets WHERE content_hash = ?", [content_hash]).rows:
+    if not store.rows("SELECT 1 AS there FROM subsets WHERE content_hash = ?", [content_hash]):
         return ["the subset this model was calibrated on is not in this catalog: its problems were not compared"]
-    shared = store.query(
+    (found,) = store.rows(
         """
         WITH calibration AS (
             SELECT DISTINCT lower(trim(p.question)) AS question
             FROM subset_items i JOIN subsets s USING (name, version) JOIN problems p USING (problem_id)
             WHERE s.content_hash = ?
         )
-        SELECT count(*) FROM problems p SEMI JOIN calibration c ON lower(trim(p.question)) = c.question
+        SELECT count(*) AS n FROM problems p SEMI JOIN calibration c ON lower(trim(p.question)) = c.question
         WHERE p.problem_id IN (SELECT unnest(?))
         """,
         [content_hash, list(problem_ids)],
-    ).rows[0][0]
-    if not shared:
+    )
+    if not found["n"]:
         return []
-    return [f"{shared} of the evaluated problems were in the subset this model was calibrated on"]
+    return [f"{found['n']} of the evaluated problems were in the subset this model was calibrated on"]

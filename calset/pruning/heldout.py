@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, VerificationError
+from calset.io.progress import OnProgress, silent
 from calset.pruning.calibration import BATCH_TOKENS, Calibration, read
-from calset.pruning.phases import OnProgress, silent, steps
+from calset.pruning.phases import Phase
 from calset.pruning.streamed import walked
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def compare(
     max_length: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     is_apart: bool | None = None,
-    tell: OnProgress = silent,
+    progress: OnProgress = silent,
 ) -> HeldOut:
     """The losses of both models, one after the other: memory holds a block of one of them.
 
@@ -133,15 +134,15 @@ def compare(
         samples: of ``read_held_out``; ``max_length``: what cut them.
         batch_tokens: positions a micro-batch.
         is_apart: what is known of it; see ``HeldOut``.
-        tell: called with how far each model is; see ``losses``.
+        progress: called with the events of both models; see ``losses``.
 
     Raises:
         InputError: the files do not fit the models, or cannot be read.
         PruningError: activations that are not finite.
         VerificationError: losses that are not.
     """
-    counts, dense_sums = losses(dense, samples, device, batch_tokens, tell=tell, what="dense")
-    _, pruned_sums = losses(pruned, samples, device, batch_tokens, tell=tell, what="pruned")
+    counts, dense_sums = losses(dense, samples, device, batch_tokens, progress=progress, what="dense")
+    _, pruned_sums = losses(pruned, samples, device, batch_tokens, progress=progress, what="pruned")
     warnings = list(samples.warnings)
     if is_apart is None:
         warnings.append(
@@ -190,7 +191,7 @@ def losses(
     device: torch.device,
     batch_tokens: int = BATCH_TOKENS,
     *,
-    tell: OnProgress = silent,
+    progress: OnProgress = silent,
     what: str = "the",
 ) -> tuple[list[int], list[float]]:
     """How many tokens of each sample were predicted, and their summed cross-entropy in nats.
@@ -199,7 +200,7 @@ def losses(
     batches; those without a predicted token are left out.
 
     Args:
-        tell: called with {"done", "total", "phase"}: the blocks that the samples are through ("dense model"), then the
+        progress: called with a ``Progress`` of the blocks that the samples are through ("dense model"), then of the
             batches whose losses are known ("dense losses").
         what: of the model, for the phases.
 
@@ -210,17 +211,17 @@ def losses(
     """
     counts: list[int] = []
     sums: list[float] = []
-    batches, done = samples.batches(batch_tokens), steps(tell, f"{what} losses")
-    with walked(source, batches, device, "the held-out data", steps(tell, f"{what} model")) as walk:
+    batches, known = samples.batches(batch_tokens), Phase(f"{what} losses", progress)
+    with walked(source, batches, device, "the held-out data", Phase(f"{what} model", progress)) as walk:
         for position, batch in enumerate(walk.batches):
-            done(position, len(batches))
+            known.step(position, len(batches))
             wanted = batch.counted[:, 1:]
             found = _sums(walk, position, batch, wanted).tolist()
             for n, total in zip(wanted.sum(1).tolist(), found, strict=True):
                 if n:
                     counts.append(n)
                     sums.append(total)
-        done(len(batches), len(batches))
+        known.step(len(batches), len(batches))
     if not all(map(math.isfinite, sums)):
         raise VerificationError(f"{source.folder} gives losses that are not finite on the held-out data")
     return counts, sums

@@ -1,14 +1,14 @@
 """The pruning methods: one pure function and one registry line each.
 
 A new method is a score in ``scores.py`` or an update (``updates.py``, ``splitting.py``) and a line in ``METHODS``; the
-tests, the command line and ``prune`` pick it up from there. ``NAME+dsnot`` is any of them with its mask refined.
+tests, the command line and ``prune`` pick it up from there. ``NAME+dsnot`` is one of them with its mask refined.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from calset.errors import InputError
 from calset.pruning import scores, splitting, updates
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Score = Callable[["Tensor", "InputStatistics | None"], "Tensor"]
 Update = Callable[[updates.Stack, "InputStatistics", float], updates.Updated]
 Candidate = tuple[float, "Tensor", "Tensor", "str | None"]  # squared error, weight, mask, what it is instead
+Structure = Literal["experts", "blocks"]
 REFINEMENT = "+dsnot"
 
 
@@ -33,7 +34,8 @@ class Method:
     """A way to prune a matrix: a score whose lowest go, or an update that also moves what stays.
 
     ``needs``: the input statistics it asks for. ``group``: within what weights compete unless the caller says.
-    ``refined``: the mask goes through DSnoT. For estimates, of an update: how many ``products`` of the weights with a
+    ``refinable``: DSnoT lowers its loss (measured, see docs/pruning.md); ``refined``: its masks go through DSnoT. For
+    estimates, of an update: how many ``products`` of the weights with a
     matrix of the Gram's size and ``inverses`` of one, beside a Cholesky of the Gram, it takes at most.
     """
 
@@ -43,6 +45,7 @@ class Method:
     group: Group
     score: Score | None = None
     update: Update | None = None
+    refinable: bool = False
     refined: bool = False
     products: float = 0
     inverses: int = 0
@@ -51,7 +54,14 @@ class Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("magnitude", "the smallest weights go; no data", Needs.NOTHING, "matrix", score=scores.magnitude),
+        Method(
+            "magnitude",
+            "the smallest weights go; no data",
+            Needs.NOTHING,
+            "matrix",
+            score=scores.magnitude,
+            refinable=True,
+        ),
         Method("wanda", "the smallest |weight| x input norm go", Needs.MOMENTS, "row", score=scores.wanda),
         Method(
             "sparsegpt",
@@ -60,6 +70,7 @@ METHODS: dict[str, Method] = {
             "block",
             update=updates.sparsegpt,
             products=0.5,
+            refinable=True,
         ),
         Method("ria", "the smallest shares of their row and column go", Needs.MOMENTS, "matrix", score=scores.ria),
         Method(
@@ -83,6 +94,13 @@ METHODS: dict[str, Method] = {
     )
 }
 
+REFINED = tuple(f"{method.name}{REFINEMENT}" for method in METHODS.values() if method.refinable)
+# Methods that drop whole parts of the model, by name.
+STRUCTURED: dict[str, Structure] = {
+    "reap": "experts",  # those that give their tokens the least
+    "depth": "blocks",  # those that change the hidden states least
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
@@ -102,17 +120,19 @@ def find(name: str) -> Method:
     """The method of that name, or NAME+dsnot.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or DSnoT does not lower its loss.
     """
     base = name.removesuffix(REFINEMENT)
     if base not in METHODS:
         raise InputError(
-            f"there is no pruning method {name!r}: choose {', '.join(METHODS)}, each also with {REFINEMENT} after it, "
-            f"or reap or depth, which drop experts or blocks"
+            f"there is no pruning method {name!r}: choose {', '.join((*METHODS, *REFINED))}, or reap or depth, which "
+            f"drop experts or blocks"
         )
     method = METHODS[base]
     if base == name:
         return method
+    if name not in REFINED:
+        raise InputError(f"{REFINEMENT} does not lower the loss of {base}: use {base}, or {' or '.join(REFINED)}")
     needs = method.needs | Needs.MOMENTS
     refit = splitting.CG_STEPS + 2 if method.update else 0
     return replace(method, name=name, needs=needs, refined=True, products=method.products + refit)

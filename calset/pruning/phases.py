@@ -1,36 +1,33 @@
-"""Phases of a pruning or a verification: how far each is, for whoever waits, and its seconds, for the report."""
+"""Phases of a pruning or a verification: events of how far each is, and its seconds for the report."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
-# Events: {"done": how many, "total": of how many or None, "phase": of what kind, the caller documents which}
-OnProgress = Callable[[Mapping[str, Any]], None]
-OnStep = Callable[[int, int], None]  # done, of how many
+from calset.io.progress import OnProgress, Progress, silent
 
 EVENTS = 100  # of a phase at most: a checkpoint can have a hundred thousand tensors
 
 
-def silent(event: Mapping[str, Any]) -> None:
-    """Tells nobody."""
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of a longer work, which sends an event whenever a hundredth of it is done."""
 
+    name: str = ""
+    progress: OnProgress = silent
 
-def steps(tell: OnProgress, phase: str) -> OnStep:
-    """Tells how far a phase is, whenever a hundredth of it is done."""
-
-    def step(done: int, total: int) -> None:
+    def step(self, done: int, total: int) -> None:
+        """Note that ``done`` of ``total`` units are done."""
         if done in (0, total) or done * EVENTS // total != (done - 1) * EVENTS // total:
-            tell({"done": done, "total": total, "phase": phase})
-
-    return step
+            self.progress(Progress(self.name, done, total))
 
 
 @contextmanager
 def timed(phases: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the seconds of a ``with`` block to a phase."""
+    """Add the seconds of a ``with`` block to a phase."""
     began = time.monotonic()
     try:
         yield

@@ -91,9 +91,9 @@ def make_report(
     phases: Mapping[str, float],
     seconds: float,
 ) -> PruneReport:
-    selection, subset, source = plan.selection, plan.subset, plan.source
-    uses_data = plan.uses_data
-    raised = [m for m in matrices if m.damping is not None and m.damping > plan.damping]
+    settings, selection, subset, source = plan.settings, plan.selection, plan.subset, plan.source
+    uses_data, rule = settings.uses_data, settings.rule
+    raised = [m for m in matrices if m.damping is not None and m.damping > settings.damping]
     warnings = list(plan.warnings)
     if raised:
         warnings.append(
@@ -107,17 +107,17 @@ def make_report(
     warnings.extend(_about_experts(plan, matrices))
     size = sum(m.shape[0] * m.shape[1] for m in matrices)
     return PruneReport(
-        out=str(plan.out),
+        out=str(settings.folder),
         method=plan.method.name,
         sparsity=selection.sparsity,
         pattern=str(selection.pattern) if selection.pattern else None,
         realised_sparsity=sum(m.n_zeros for m in matrices) / size,
         group=None if selection.pattern else selection.group,
-        tokens=plan.tokens if uses_data else None,
-        propagate=plan.propagate if uses_data else None,
-        damping=plan.damping if Needs.GRAM in plan.method.needs else None,
+        tokens=settings.tokens if uses_data else None,
+        propagate=settings.propagate if uses_data else None,
+        damping=settings.damping if Needs.GRAM in plan.method.needs else None,
         block_size=selection.block_size,
-        max_length=plan.max_length if uses_data else None,
+        max_length=settings.max_length if uses_data else None,
         n_counted_tokens=plan.calibration.n_counted_tokens if uses_data else 0,
         base=about_base(source),
         calibration=about_calibration(subset, plan.calibration, used=uses_data),
@@ -130,7 +130,7 @@ def make_report(
         versions=versions(),
         warnings=tuple(warnings),
         # Where the file lay is nobody else's business.
-        allocation=plan.allocation if plan.allocation in allocate.RULES else f"file:{Path(plan.allocation).name}",
+        allocation=rule if rule in allocate.RULES else f"file:{Path(rule).name}",
     )
 
 

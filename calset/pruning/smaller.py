@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from calset.builder.model_info import read_config
 from calset.errors import InputError, first_line
@@ -21,9 +21,9 @@ from calset.pruning.checkpoint import Source
 from calset.pruning.decoder import Decoder, find_decoder
 from calset.pruning.drop import Part, Planned
 from calset.pruning.layout import Layout
+from calset.pruning.methods import Structure
 from calset.pruning.tensorfiles import TensorFiles
 
-Structure = Literal["experts", "blocks"]
 Kept = Mapping[str, Sequence[int]]  # numbers of what stays, by the name of the module that holds them
 EXTRA_HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # of multi-token prediction
 

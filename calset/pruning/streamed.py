@@ -17,7 +17,7 @@ from calset.pruning.estimate import nearest_place
 from calset.pruning.hidden import HiddenStates, Where
 from calset.pruning.layout import Layout, place
 from calset.pruning.memory import free_memory
-from calset.pruning.phases import OnStep
+from calset.pruning.phases import Phase
 from calset.pruning.tensorfiles import DTYPES, TensorFiles, exact_dtype
 from calset.pruning.walk import Walk
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def walked(
-    source: Source, batches: Sequence[Batch], device: torch.device, data: str, step: OnStep = lambda done, total: None
+    source: Source, batches: Sequence[Batch], device: torch.device, data: str, phase: Phase | None = None
 ) -> Iterator[Walk]:
     """A walk over ``batches`` with every block finished: ``Walk.logits`` is what is left to do.
 
@@ -39,7 +39,7 @@ def walked(
 
     Args:
         data: what the batches are, for messages.
-        step: told how many blocks are finished.
+        phase: takes a step a block.
 
     Raises:
         InputError: the files do not fit the model, or cannot be read.
@@ -62,12 +62,12 @@ def walked(
             layout.load(layout.names(f"{block.name}."), dtype, device)
 
         with Walk(model, decoder, batches, device, hidden=hidden, load=load, data=data) as walk:
-            n_blocks = len(decoder.blocks)
-            step(0, n_blocks)
+            n_blocks, phase = len(decoder.blocks), phase or Phase()
+            phase.step(0, n_blocks)
             for index in range(n_blocks):
                 walk.advance(index)
                 walk.finish(index)
-                step(index + 1, n_blocks)
+                phase.step(index + 1, n_blocks)
             yield walk
 
 

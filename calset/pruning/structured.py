@@ -11,30 +11,28 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calset.errors import InputError, PruningError
+from calset.errors import PruningError
+from calset.io.progress import OnProgress, Progress
 from calset.pruning import checkpoint, depth, distributed, drop, methods, reap, workfolder
-from calset.pruning.calibration import Calibration, Tokens, read
+from calset.pruning.calibration import Calibration, TokenWeights
 from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate, estimate
 from calset.pruning.hidden import HiddenStates
 from calset.pruning.layout import Layout, place, unload
-from calset.pruning.masks import BLOCK_SIZE
-from calset.pruning.phases import OnProgress, timed
+from calset.pruning.methods import Structure
+from calset.pruning.phases import timed
 from calset.pruning.plan import (
-    DAMPING,
     MAX_DEVIATION,
-    Propagate,
     batch_positions,
-    check_options,
     check_subset,
     find_device,
-    hash_of,
-    settings_of,
+    identity_of,
+    read_samples,
 )
-from calset.pruning.smaller import Smaller, Structure, make_smaller, stack_name
+from calset.pruning.settings import Propagate, PruneSettings
+from calset.pruning.smaller import Smaller, make_smaller, stack_name
 from calset.pruning.stats import Needs, is_finite
 from calset.pruning.structured_report import DropReport, Stack, card_section, make_report
 from calset.pruning.tensorfiles import TensorFiles, exact_dtype
@@ -49,40 +47,23 @@ if TYPE_CHECKING:
     from calset.pruning.walk import Walk
     from calset.pruning.workfolder import WorkFolder
 
-METHODS: dict[str, tuple[Structure, str]] = {
-    "reap": ("experts", "the experts that give their tokens the least go"),
-    "depth": ("blocks", "the blocks that change the hidden states least go"),
-}
-# What chooses zeros within matrices, with its defaults: there are none here.
-_OF_MATRICES: dict[str, Any] = {
-    "pattern": None,
-    "group": None,
-    "allocation": "uniform",
-    "damping": DAMPING,
-    "block_size": BLOCK_SIZE,
-    "include": (),
-    "exclude": (),
-    "allow_partial": False,
-}
-
-
-def is_structured(method: str) -> bool:
-    return method.removesuffix(methods.REFINEMENT) in METHODS
-
 
 @dataclass(frozen=True, slots=True)
 class DropPlan:
-    """All checked, before weights load. ``counts``: the units of each stack; ``n_kept``: those of it that stay."""
+    """Plan of a structured pruning: its settings, and what follows from them before weights load.
 
+    Attributes:
+        propagate: as set, but that blocks are all judged before any goes.
+        counts: the units of each stack; ``n_kept``: those of it that stay.
+        identity: see ``plan.Plan``.
+    """
+
+    settings: PruneSettings
     source: checkpoint.Source
     subset: Subset
-    out: Path
-    method: str
     sparsity: float
     calibration: Calibration
-    tokens: Tokens
     propagate: Propagate
-    max_length: int | None
     batch_tokens: int
     device: torch.device
     dtype: torch.dtype  # of the model while it runs
@@ -93,12 +74,12 @@ class DropPlan:
     n_parameters_dense: int  # stored, as those of the result
     n_bytes_dense: int
     estimate: Estimate
-    settings: Mapping[str, Any]
+    identity: Mapping[str, Any]
     warnings: list[str] = field(default_factory=list)
 
     @property
     def structure(self) -> Structure:
-        return METHODS[self.method][0]
+        return methods.STRUCTURED[self.settings.method]
 
     def choose(self, scores: Sequence[float]) -> tuple[int, ...]:
         """What stays of a stack."""
@@ -127,31 +108,22 @@ class DropEstimate(Estimate):
         return [row for name, value in rows.items() for row in (goes if name == "matrices" else [(name, value)])]
 
 
-def make_plan(asked: Mapping[str, Any]) -> DropPlan:
-    """Check all that ``prune`` was asked.
+def make_plan(settings: PruneSettings, subset: Subset, token_weights: TokenWeights | None) -> DropPlan:
+    """Check everything that can be checked before weights load.
 
     Raises:
         InputError: anything that cannot be done.
         CalsetError: too little free disk.
     """
-    method, sparsity, subset, out = asked["method"], asked["sparsity"], asked["calibration"], Path(asked["out"])
-    _refuse(method, sparsity, asked)
-    check_options(asked["propagate"], asked["damping"], asked["batch_tokens"], asked["hidden"])
-    source = checkpoint.open_source(asked["model"])
-    warnings = check_subset(subset, source, True, asked["force"])
-    calibration = read(
-        subset,
-        asked["tokens"],
-        max_positions=source.max_positions,
-        max_length=asked["max_length"],
-        vocabulary_size=getattr(source.config.get_text_config(), "vocab_size", None),
-        token_weights=asked["token_weights"],
-    )
+    sparsity = settings.sparsity
+    assert sparsity is not None  # its settings say so
+    source = checkpoint.open_source(settings.model)
+    warnings = check_subset(subset, source, settings)
+    calibration = read_samples(subset, source, settings, token_weights)
     warnings.extend(calibration.warnings)
-    device = find_device(asked["device"])
-    asked = {**asked, "batch_tokens": batch_positions(asked["batch_tokens"], device)}
+    device = find_device(settings.device)
     with TensorFiles(source.folder) as files:
-        look = _look(source, files, calibration, device, asked)
+        look = _look(settings, source, files, calibration, device, sparsity)
     left_out = look.provisional.left_out
     warnings.extend(_rounded(sparsity, look.counts, look.n_kept))
     if left_out:
@@ -159,20 +131,17 @@ def make_plan(asked: Mapping[str, Any]) -> DropPlan:
             f"{len(left_out)} tensors that the model does not use, such as {left_out[0]}, are left out: they belong to "
             f"the dense model's blocks"
         )
-    settings = settings_of({**asked, "token_weights": hash_of(calibration.weights)}, source, subset, device)
-    workfolder.check_out(out, look.estimate.disk_bytes)
-    workfolder.check_settings(out, settings)
+    identity = identity_of(settings, source, subset, calibration, device)
+    workfolder.check_out(settings.folder, look.estimate.disk_bytes)
+    workfolder.check_settings(settings.folder, identity)
     return DropPlan(
+        settings=settings,
         source=source,
         subset=subset,
-        out=out,
-        method=method,
         sparsity=sparsity,
         calibration=calibration,
-        tokens=asked["tokens"],
-        propagate=_propagate(asked),
-        max_length=asked["max_length"],
-        batch_tokens=asked["batch_tokens"],
+        propagate=_propagate(settings),
+        batch_tokens=batch_positions(settings.batch_tokens, device),
         device=device,
         dtype=look.dtype,
         counts=look.counts,
@@ -181,27 +150,10 @@ def make_plan(asked: Mapping[str, Any]) -> DropPlan:
         provisional=look.provisional,
         n_parameters_dense=look.n_parameters,
         n_bytes_dense=look.n_bytes,
-        estimate=replace(look.estimate, disk_there=workfolder.held_bytes(out)),
-        settings=settings,
+        estimate=replace(look.estimate, disk_there=workfolder.held_bytes(settings.folder)),
+        identity=identity,
         warnings=warnings,
     )
-
-
-def _refuse(method: str, sparsity: float | None, asked: Mapping[str, Any]) -> None:
-    if method not in METHODS:
-        base = method.removesuffix(methods.REFINEMENT)
-        raise InputError(f"{base} drops {METHODS[base][0]}: it has no mask that {methods.REFINEMENT} could refine")
-    what = METHODS[method][0]
-    for name, default in _OF_MATRICES.items():
-        value = tuple(asked[name]) if isinstance(default, tuple) else asked[name]
-        if value != default:
-            raise InputError(
-                f"--{name.replace('_', '-')} is about zeros within matrices, and {method} drops whole {what}: leave it"
-            )
-    if sparsity is None:
-        raise InputError(f"{method} takes --sparsity, the share of the {what} that go")
-    if not 0 < sparsity < 1:
-        raise InputError(f"sparsity must be between 0 and 1, not {sparsity}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,15 +171,16 @@ class _Look:
 
 
 def _look(
+    settings: PruneSettings,
     source: checkpoint.Source,
     files: TensorFiles,
     calibration: Calibration,
     device: torch.device,
-    asked: Mapping[str, Any],
+    sparsity: float,
 ) -> _Look:
     import torch
 
-    method, sparsity = asked["method"], asked["sparsity"]
+    structure = methods.STRUCTURED[settings.method]
     skeleton = source.skeleton()
     decoder = find_decoder(skeleton, allow_partial=True)
     layout = Layout.of(files, skeleton)
@@ -235,7 +188,7 @@ def _look(
     matrices = [m for block in decoder.blocks for m in layout.matrices(block.weights.values())]
     dtype = exact_dtype(files.stored[m.name].torch_dtype for m in matrices)
     config, n_blocks = source.config.get_text_config(), len(decoder.blocks)
-    if method == "reap":
+    if structure == "experts":
         mixture = reap.find_mixture(decoder, config)
         counts = dict.fromkeys(mixture.modules.values(), mixture.n_experts)
         n_kept = mixture.n_kept(sparsity)
@@ -246,12 +199,12 @@ def _look(
         # Every second block goes, from the front: what upsets schedules by number most.
         scores = [float(i + n_blocks * (i % 2 == 0)) for i in range(n_blocks)]
         kept = {stack_name(decoder): depth.choose(scores, n_blocks - n_kept, depth.kinds(config))}
-    left = make_smaller(source, files, METHODS[method][0], kept)
+    left = make_smaller(source, files, structure, kept)
     # As a method with the cheapest statistics; what it would solve is taken off again.
-    like = methods.Method(method, METHODS[method][1], Needs.MOMENTS, "row")
+    like = methods.Method(settings.method, "", Needs.MOMENTS, "row")
     needed = estimate(
-        skeleton, decoder, files, matrices, calibration, like, "uniform", _propagate(asked), dtype, device,
-        asked["batch_tokens"], asked["hidden"], Path(asked["out"]),
+        skeleton, decoder, files, matrices, calibration, like, "uniform", _propagate(settings), dtype, device,
+        batch_positions(settings.batch_tokens, device), settings.hidden, settings.folder,
     )  # fmt: skip
     n_bytes = left.n_bytes if mixture is not None else _most_bytes(layout, decoder, n_kept)
     return _Look(
@@ -262,13 +215,13 @@ def _look(
         provisional=left,
         n_parameters=sum(math.prod(stored.shape) for stored in files.stored.values()),
         n_bytes=sum(stored.stop - stored.start for stored in files.stored.values()),
-        estimate=_of_drop(needed, files, n_bytes, asked, counts, n_kept),
+        estimate=_of_drop(needed, files, n_bytes, settings, counts, n_kept),
     )
 
 
-def _propagate(asked: Mapping[str, Any]) -> Propagate:
+def _propagate(settings: PruneSettings) -> Propagate:
     # Blocks are all judged before any goes.
-    return asked["propagate"] if asked["method"] == "reap" else "dense"
+    return settings.propagate if methods.STRUCTURED[settings.method] == "experts" else "dense"
 
 
 def _most_bytes(layout: Layout, decoder: Decoder, n_kept: int) -> int:
@@ -279,11 +232,17 @@ def _most_bytes(layout: Layout, decoder: Decoder, n_kept: int) -> int:
 
 
 def _of_drop(
-    needed: Estimate, files: TensorFiles, n_bytes: int, asked: Mapping[str, Any], counts: Mapping[str, int], n_kept: int
+    needed: Estimate,
+    files: TensorFiles,
+    n_bytes: int,
+    settings: PruneSettings,
+    counts: Mapping[str, int],
+    n_kept: int,
 ) -> DropEstimate:
     """An estimate without solves, for a checkpoint of ``n_bytes`` instead of a copy of the dense one."""
     parts = {name: n for name, n in needed.device_parts.items() if name not in ("a solve", "statistics")}
-    if asked["method"] == "reap" and asked["propagate"] == "pruned":
+    structure = methods.STRUCTURED[settings.method]
+    if structure == "experts" and settings.propagate == "pruned":
         parts["it with fewer experts"] = parts["a block's weights"]
     values = {each.name: getattr(needed, each.name) for each in fields(needed)}
     on_device = sum(parts.values())
@@ -297,7 +256,7 @@ def _of_drop(
         "solve_flops": 0.0,
     }
     n_units = sum(counts.values())
-    structure, n_dropped = METHODS[asked["method"]][0], n_units - n_kept * len(counts)
+    n_dropped = n_units - n_kept * len(counts)
     return DropEstimate(**values, structure=structure, n_units=n_units, n_dropped=n_dropped)
 
 
@@ -311,23 +270,26 @@ def _rounded(sparsity: float, counts: Mapping[str, int], n_kept: int) -> list[st
 # --- the work ---------------------------------------------------------------------------------------------------
 
 
-def drop_units(asked: Mapping[str, Any], tell: OnProgress) -> DropReport:
-    """Drop experts or blocks and save the smaller checkpoint; see ``prune``, whose arguments ``asked`` holds."""
+def drop_units(
+    settings: PruneSettings, subset: Subset, token_weights: TokenWeights | None, progress: OnProgress
+) -> DropReport:
+    """Drop experts or blocks and save the smaller checkpoint; see ``prune``."""
     began = time.monotonic()
-    plan = make_plan(asked)
-    plan.estimate.check(asked["force"])
+    plan = make_plan(settings, subset, token_weights)
+    plan.estimate.check(settings.force)
     phases: dict[str, float] = {"checking": time.monotonic() - began}
-    tell({"done": 0, "total": None, "phase": "loading"})
+    progress(Progress("loading"))
     with distributed.joined(plan.device) as team:
         team.part([None] * plan.estimate.n_batches)
-        with team.work(plan.out, partial(workfolder.opened, plan.out, None, plan.settings)) as work:
-            sums = _measure(plan, work, team, phases, tell)
+        with team.work(settings.folder, partial(workfolder.opened, settings.folder, None, plan.identity)) as work:
+            sums = _measure(plan, work, team, phases, progress)
             stacks = _stacks(plan, sums)
             with TensorFiles(plan.source.folder) as files, timed(phases, "saving"):
                 left = make_smaller(plan.source, files, plan.structure, {s.name: s.kept for s in stacks})
                 work.fill(lambda folder: drop.write(left.parts, folder))
             report = make_report(plan, work, stacks, left, phases, time.monotonic() - began)
             work.complete(plan.source.folder, report.as_dict(), card_section(report), left.switches)
+    progress(Progress("done", plan.estimate.n_blocks, plan.estimate.n_blocks, final=True))
     return report
 
 
@@ -336,7 +298,7 @@ def _measure(
     work: WorkFolder,
     team: Team,
     phases: dict[str, float],
-    tell: OnProgress,
+    progress: OnProgress,
 ) -> list[Any]:
     """The sums of each block, in order; None where a block has nothing to score."""
     from calset.pruning.walk import Walk
@@ -360,12 +322,12 @@ def _measure(
 
             with Walk(model, decoder, batches, plan.device, hidden=hidden, load=load) as walk:
                 for index in range(total):
-                    tell({"done": index, "total": total, "phase": "measuring"})
+                    progress(Progress("measuring", index, total))
                     if index >= len(work.blocks) or index + 1 < total:
                         walk.ready(index)  # so that its loading does not count as measuring
                     with timed(phases, "measuring"):
                         _pass(index, walk, plan, work, team, fewer)
-    tell({"done": total, "total": total, "phase": "saving"})
+    progress(Progress("saving", total, total))
     return [record["sums"] for record in work.blocks]
 
 

@@ -101,8 +101,8 @@ def make_report(
 ) -> DropReport:
     n_kept, n_units = counts(stacks)
     return DropReport(
-        out=str(plan.out),
-        method=plan.method,
+        out=str(plan.settings.folder),
+        method=plan.settings.method,
         structure=plan.structure,
         sparsity=plan.sparsity,
         realised_sparsity=1 - n_kept / n_units,
@@ -113,9 +113,9 @@ def make_report(
         n_parameters=left.n_parameters,
         n_bytes_dense=plan.n_bytes_dense,
         n_bytes=left.n_bytes,
-        tokens=plan.tokens,
+        tokens=plan.settings.tokens,
         propagate=plan.propagate,
-        max_length=plan.max_length,
+        max_length=plan.settings.max_length,
         n_counted_tokens=plan.calibration.n_counted_tokens,
         base=about_base(plan.source),
         calibration=about_calibration(plan.subset, plan.calibration, used=True),

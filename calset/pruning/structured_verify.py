@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, VerificationError
+from calset.io.progress import OnProgress
 from calset.pruning import depth, drop, reap
 from calset.pruning.checkpoint import Source, open_folder
 from calset.pruning.decoder import find_decoder
-from calset.pruning.phases import OnProgress, OnStep, steps
+from calset.pruning.phases import Phase
 from calset.pruning.record import RECORD, DropRecord
 from calset.pruning.smaller import make_smaller
 from calset.pruning.tensorfiles import TensorFiles
@@ -63,14 +64,14 @@ def verify_structured(
     dense: Path | None,
     notes: Sequence[str],
     device: torch.device,
-    tell: OnProgress,
+    progress: OnProgress,
 ) -> DropVerifyReport:
     """Prove what a structured pruning's record says; see ``verify``.
 
     Args:
         dense: the dense model's folder, where it is at hand.
         device: where the model runs.
-        tell: called with how far it is: blocks for the logits, then tensors.
+        progress: called with a ``Progress`` of blocks for the logits, then of tensors.
 
     Raises:
         InputError: a model that cannot be read.
@@ -82,10 +83,10 @@ def verify_structured(
             n_tensors = len(tensors.stored)
             source = open_folder(folder)
             _check_counts(record, source)
-            check_logits(source, device, steps(tell, "logits"))
+            check_logits(source, device, Phase("logits", progress))
             n_equal = None
             if dense is not None:
-                n_equal = _check_equal(folder, record, dense, tensors, steps(tell, "tensors"))
+                n_equal = _check_equal(folder, record, dense, tensors, Phase("tensors", progress))
     except InputError as error:
         raise VerificationError(str(error)) from error
     return DropVerifyReport(
@@ -140,7 +141,7 @@ def _check_equal(
     record: DropRecord,
     dense: Path,
     tensors: TensorFiles,
-    step: OnStep,
+    phase: Phase,
 ) -> int:
     """How many tensors there are, each of them the dense model's under the recorded numbers, bit for bit."""
     kept = {stack.name: stack.kept for stack in record.stacks}
@@ -156,7 +157,7 @@ def _check_equal(
             where = "is missing" if odd[0] in parts else "is in neither the dense model nor the record"
             raise VerificationError(f"{odd[0]} {where} ({len(odd)} such tensors)")
         for i, (name, part) in enumerate(parts.items()):
-            step(i, len(parts))
+            phase.step(i, len(parts))
             stored = tensors.stored[name]
             if (stored.shape, stored.dtype) != (part.shape, part.stored.dtype):
                 raise VerificationError(
@@ -164,7 +165,7 @@ def _check_equal(
                 )
             if n_bytes := drop.n_differing(part, stored):
                 raise VerificationError(f"{name} differs from {part.source} of the dense model in {n_bytes} bytes")
-        step(len(parts), len(parts))
+        phase.step(len(parts), len(parts))
     return len(parts)
 
 

@@ -7,7 +7,7 @@ business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from calset.pruning.distributed import Team
     from calset.pruning.layout import Matrix
+    from calset.pruning.phases import Phase
     from calset.pruning.stats import InputStatistics
     from calset.pruning.walk import Walk
 
@@ -29,7 +30,7 @@ def survey(
     walk: Walk,
     matrices: Sequence[Sequence[Matrix]],
     team: Team,
-    tell: Callable[[int], None] = lambda index: None,
+    phase: Phase,
 ) -> dict[str, float]:
     """Return ``outliers`` of each block that has matrices to prune, by the block's name; the model is left as it was.
 
@@ -37,14 +38,14 @@ def survey(
 
     Args:
         matrices: of each block, those to prune.
-        tell: called with each block's number before it is run.
+        phase: takes a step before each block.
 
     Raises:
         PruningError: see ``Walk.statistics``.
     """
     measured = {}
     for index, (block, chosen) in enumerate(zip(walk.decoder.blocks, matrices, strict=True)):
-        tell(index)
+        phase.step(index, len(matrices))
         is_last = index + 1 == len(matrices)
         if not chosen and is_last:
             break

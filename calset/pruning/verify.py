@@ -11,7 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calset.catalog.records import Subset
+from calset.catalog.references import resolve
 from calset.errors import InputError, PruningError, VerificationError
+from calset.io.progress import OnProgress, Progress, silent
 from calset.pruning import heldout
 from calset.pruning.calibration import Calibration
 from calset.pruning.checkpoint import open_folder
@@ -19,7 +22,7 @@ from calset.pruning.heldout import HeldOut
 from calset.pruning.layout import Layout, cut, label
 from calset.pruning.masks import Pattern, Selection, nearest
 from calset.pruning.memory import enough_memory
-from calset.pruning.phases import OnProgress, OnStep, silent, steps
+from calset.pruning.phases import Phase
 from calset.pruning.plan import batch_positions, find_device
 from calset.pruning.record import RECORD, DropRecord, MatrixRecord, ZerosRecord, read_record
 from calset.pruning.stats import is_finite
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
     from calset.catalog.catalog import Catalog
-    from calset.catalog.records import Subset
     from calset.pruning.checkpoint import Source
     from calset.pruning.structured_verify import DropVerifyReport
 
@@ -78,7 +80,7 @@ def verify(
     directory: str | Path,
     *,
     base: str | Path | None = None,
-    held_out: Subset | None = None,
+    held_out: Subset | str | Path | None = None,
     max_length: int | None = None,
     batch_tokens: int | None = None,
     device: str | None = None,
@@ -97,15 +99,15 @@ def verify(
 
     Args:
         base: the dense model's folder; default: where ``pruning.json`` says it was, if it is still there unchanged.
-        held_out: samples on whose completions the pruned model's loss is compared with the dense model's; none of
-            those that calibrated the pruning, nor of their problems.
+        held_out: a subset, or a reference to one, on whose completions the pruned model's loss is compared with the
+            dense model's; it has none of the samples that calibrated the pruning, nor of their problems.
         max_length: cut longer held-out samples.
         batch_tokens: positions of a micro-batch of held-out samples; default: 8192, on a CPU 2048.
         device: where models run; default: with held-out samples CUDA when there is one, else the CPU.
-        catalog: where the samples of a calibration subset are looked up that an older ``pruning.json`` does not list.
-        progress: called with {"done", "total", "phase"}: matrices, then blocks of the pruned model for its logits, then
-            tensors compared with the dense model's; with held-out samples blocks and batches of each model; at last
-            the phase is done.
+        catalog: where subsets are looked up: ``held_out`` by its name, and the one that calibrated the pruning, whose
+            samples an older ``pruning.json`` does not list.
+        progress: called with a ``Progress`` of matrices, then of blocks of the pruned model for its logits, then of
+            tensors compared with the dense model's; with held-out samples of blocks and batches of each model.
 
     Raises:
         InputError: no such folder, no or a corrupt ``pruning.json``, a ``base`` that is not the recorded one; held-out
@@ -113,7 +115,12 @@ def verify(
         VerificationError: naming the matrix and the numbers that differ.
         PruningError: activations on the held-out samples that are not finite, or too little memory.
     """
-    folder, tell = Path(directory), progress or silent
+    folder, progress = Path(directory), progress or silent
+    for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
+        if held_out is None and value is not None:
+            raise InputError(f"{name}= is for held_out=: pass both or neither")
+    if held_out is not None and not isinstance(held_out, Subset):
+        held_out = resolve(held_out, catalog)
     if not folder.is_dir():
         raise InputError(f"there is no folder {directory}")
     record = read_record(folder)
@@ -127,18 +134,18 @@ def verify(
         samples = heldout.read_held_out(held_out, *models, max_length)
         compare = partial(
             heldout.compare, held_out, samples, *models, place, max_length=max_length, is_apart=is_apart,
-            batch_tokens=batch_positions(batch_tokens, place), tell=tell,
+            batch_tokens=batch_positions(batch_tokens, place), progress=progress,
         )  # fmt: skip
     with enough_memory("lower --batch-tokens, cut the samples with --max-length, or on a GPU use --device cpu"):
         report: VerifyReport | DropVerifyReport
         if isinstance(record, DropRecord):
             from calset.pruning.structured_verify import verify_structured
 
-            report = verify_structured(folder, record, dense, notes, place, tell)
+            report = verify_structured(folder, record, dense, notes, place, progress)
         else:
-            report = _verify_zeros(folder, record, dense, notes, place, tell)
+            report = _verify_zeros(folder, record, dense, notes, place, progress)
         report = report if compare is None else replace(report, held_out=compare())
-    tell({"done": 1, "total": 1, "phase": "done"})
+    progress(Progress("done", 1, 1, final=True))
     return report
 
 
@@ -148,24 +155,24 @@ def _verify_zeros(
     dense: Path | None,
     notes: Sequence[str],
     device: torch.device,
-    tell: OnProgress,
+    progress: OnProgress,
 ) -> VerifyReport:
     selection = _selection(record, folder)
     with _files(folder) as tensors:
         n_zeros, size = 0, 0
-        step = steps(tell, "matrices")
+        phase = Phase("matrices", progress)
         for i, matrix in enumerate(record.matrices):
-            step(i, len(record.matrices))
+            phase.step(i, len(record.matrices))
             n_zeros += _check_matrix(matrix, tensors, _own(selection, matrix, record, folder))
             size += matrix.size
-        step(len(record.matrices), len(record.matrices))
+        phase.step(len(record.matrices), len(record.matrices))
         _check_total(record, selection)
         pruned = {matrix.name for matrix in record.matrices}
-        _check_model(folder, tensors, record, device, steps(tell, "logits"))
+        _check_model(folder, tensors, record, device, Phase("logits", progress))
         n_untouched = None
         if dense:
             with _files(dense) as others:
-                n_untouched = _check_untouched(tensors, others, pruned, steps(tell, "untouched tensors"))
+                n_untouched = _check_untouched(tensors, others, pruned, Phase("untouched tensors", progress))
     return VerifyReport(
         directory=str(folder),
         n_matrices=len(record.matrices),
@@ -274,7 +281,7 @@ def _opened(folder: Path) -> Source:
         raise VerificationError(str(error)) from error
 
 
-def _check_model(folder: Path, tensors: TensorFiles, record: ZerosRecord, device: torch.device, step: OnStep) -> None:
+def _check_model(folder: Path, tensors: TensorFiles, record: ZerosRecord, device: torch.device, phase: Phase) -> None:
     """Every tensor is there and the logits are finite.
 
     The listed matrices and those left dense must be all of its decoder's: one that is in neither list would be neither
@@ -285,11 +292,11 @@ def _check_model(folder: Path, tensors: TensorFiles, record: ZerosRecord, device
         _check_list(source, tensors, record)
     except InputError as error:
         raise VerificationError(str(error)) from error
-    check_logits(source, device, step)
+    check_logits(source, device, phase)
 
 
-def check_logits(source: Source, device: torch.device, step: OnStep) -> None:
-    """Run a few tokens through a model, block by block; ``step`` is told how many are finished.
+def check_logits(source: Source, device: torch.device, phase: Phase) -> None:
+    """Run a few tokens through a model, block by block, each a step of ``phase``.
 
     Raises:
         VerificationError: its tensors do not make it, or its logits are not finite.
@@ -300,7 +307,7 @@ def check_logits(source: Source, device: torch.device, step: OnStep) -> None:
     token_ids = [i % vocabulary for i in range(1, LOGIT_TOKENS + 1)]
     batches = Calibration([token_ids], [(0, LOGIT_TOKENS)]).batches()
     try:
-        with walked(source, batches, device, "a few tokens", step) as walk:
+        with walked(source, batches, device, "a few tokens", phase) as walk:
             for logits in walk.logits(0, [torch.arange(LOGIT_TOKENS)]):
                 if not is_finite(logits):
                     raise VerificationError(f"{source.folder} gives logits that are not finite")
@@ -385,13 +392,13 @@ def _look_up(content_hash: str | None, catalog: Catalog | str | Path | None) -> 
     return ([r["sample_id"] for r in rows], [r["problem_id"] for r in rows if r["problem_id"]]) if rows else None
 
 
-def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], step: OnStep) -> int:
+def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], phase: Phase) -> int:
     """Count the tensors that are the dense model's, bit for bit."""
     import torch
 
     n_equal = 0
     for i, name in enumerate(tensors.stored):
-        step(i, len(tensors.stored))
+        phase.step(i, len(tensors.stored))
         if name not in dense.stored:
             raise VerificationError(f"{name} is not in the dense model at {dense.folder}")
         tensor, other = tensors.read(name), dense.read(name)
@@ -406,5 +413,5 @@ def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str],
             n_changed = int((tensor != other).sum())
             raise VerificationError(f"{name} differs from the dense model's in {n_changed} of {tensor.numel()} values")
         n_equal += 1
-    step(len(tensors.stored), len(tensors.stored))
+    phase.step(len(tensors.stored), len(tensors.stored))
     return n_equal

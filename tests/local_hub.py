@@ -253,9 +253,9 @@ def serve_calls() -> None:
 def hurry(seconds: float = 0.02) -> None:
     """Called in a client's process: shorter waits before it asks or publishes again."""
     from calset import hubfiles
-    from calset.catalog import publishing
+    from calset.io.retry import Backoff
 
-    publishing.WAIT_SECONDS, hubfiles.RETRY_WAITS_SECONDS = seconds, (seconds,) * 3
+    hubfiles.BACKOFF = Backoff(first=seconds, longest=seconds)
 
 
 # --- the endpoints ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from processes import heeding
 from warm import warm
 
 SEEN = """
@@ -24,11 +25,17 @@ sys.exit("bye")
 def test_a_warm_command_sees_what_a_cold_one_sees(tmp_path: Path) -> None:
     hub = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_me", "HF_HUB_OFFLINE": "0"}
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "mine"), "LC_ALL": "C.UTF-8", **hub}
-    command = [sys.executable, "-c", SEEN, "one", "two"]
+    command = ["-c", SEEN, "one", "two"]
     cold = subprocess.run(
-        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        heeding(sys.executable, *command),
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    done = warm().run("python", *command[1:], cwd=tmp_path, env=environment)
+    done = warm().run("python", *command, cwd=tmp_path, env=environment)
     assert done.stdout == cold.stdout
     assert (done.returncode, done.stderr) == (cold.returncode, cold.stderr) == (1, "bye\n")
 

@@ -23,7 +23,7 @@ test-ci: $(VENV)/.ready $(VENV)/duckdb-1.5
 	$(PYTEST) -m "not nightly" --durations=20
 
 test-nightly: $(VENV)/.ready $(VENV)/.smollm2 $(VENV)/duckdb-1.5 $(VENV)/.chromium
-	HYPOTHESIS_PROFILE=nightly $(PYTEST) --durations=40
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) --timeout 3600 --durations=40
 	$(BIN)/python benchmarks/crash.py
 
 lint: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""How fast is a large catalog? Filters, stats, ingest, a commit and the file's size, at 1 and at 10 million traces.
+"""How fast is a large catalog? Filters, stats, ingest, a commit, the file's size, a subset; at 1 and 10 million traces.
 
 The catalog is generated in SQL: 16 samples of each (problem, model), two models, words drawn by Zipf's law whose token
 ids are those of the text, one trace in a hundred retried and one in a hundred graded again. Ten million come without
@@ -17,6 +17,8 @@ import os
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +34,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.compact import compact
 from calset.catalog.connection import opened
 from calset.catalog.records import Grade, Run, Trace
-from calset.catalog.selection import _CANDIDATES
+from calset.catalog.selection import _CANDIDATES, select
 from calset.catalog.stats import stats
 from calset.catalog.values import arrow_batch
 
@@ -42,6 +44,8 @@ RETRIED, REGRADED = 97, 101  # one trace in so many
 ROWS_A_STEP = 245_760  # two of DuckDB's row groups
 WORDS = 30_000
 COMMIT = 256
+BUDGET = 1_000_000  # tokens of a subset
+SUBSET_SECONDS = 2.0  # wanted of what is asked of it
 FILTER = "difficulty BETWEEN 0.3 AND 0.8 AND correct AND n_tokens BETWEEN 40 AND 100"
 WANTED = {False: {"filter": 2.0}, True: {"filter": 0.3, "stats": 1.0, "commit": 0.1}}  # seconds, by: with texts?
 
@@ -279,6 +283,41 @@ def size(path: Path) -> None:
         )
 
 
+def of_a_subset(path: Path) -> None:
+    """report, diff and export of a subset of a million tokens, each in a process of its own, on a copy."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        copy = Path(folder) / "c.duckdb"
+        shutil.copyfile(path, copy)
+        a, b = (select(copy, f"of-{model}", "ssgr", model=model, tokens=BUDGET) for model in MODELS)
+        commands = {
+            "report": ["report", a.ref, "-o", f"{folder}/report.html"],
+            "diff": ["diff", a.ref, b.ref, "--json"],
+            "export": ["export", a.ref, "-o", f"{folder}/out"],
+        }
+        for what, arguments in commands.items():
+            runs = [process([*arguments, "--catalog", str(copy)], Path(folder)) for _ in range(3)]
+            seconds, peak = (statistics.median(run[i] for run in runs) for i in range(2))
+            said = f"{what} of {a.n_samples:,} samples"
+            print(
+                f"{said:34} {seconds:8.3f} s  (peak memory {peak / 1e6:.0f} MB)   wanted <= {SUBSET_SECONDS:g} s: "
+                f"{'yes' if seconds <= SUBSET_SECONDS else 'NO'}",
+                flush=True,
+            )
+
+
+def process(arguments: list[str], folder: Path) -> tuple[float, float]:
+    """Run a command of calset in a fresh process; returns wall seconds and the most bytes of memory that it had."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "calset.cli", *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {child.returncode}")
+    return time.perf_counter() - began, used.ru_maxrss * 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=int, default=1_000_000)
@@ -298,6 +337,7 @@ def main() -> None:
             commit(path, args.traces)
             ingest(Path(folder))
             size(path)
+            of_a_subset(path)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,14 @@ class Build:
         # Grading workers have a process group of their own, but the session is the build's.
         return [int(pid) for sess, pid, stat, args in rows if sess == mine and stat[0] != "Z" and mark in args]
 
+    def wait_for_pids(self, mark: str, seconds: float = 60) -> list[int]:
+        """The only grading worker may be dead, and the next one about to start."""
+        deadline = time.monotonic() + seconds
+        while not (found := self.pids(mark)):
+            assert time.monotonic() < deadline, f"no process {mark}: {self.errors.read_text()}"
+            time.sleep(0.05)
+        return found
+
     def end(self) -> str:
         """Wait until the build and all it started are gone; return its standard error."""
         self.process.wait(timeout=900)
@@ -211,12 +219,10 @@ class Crashes:
         assert not build.finished, "the build ended before it was killed: give it more to do"
         self.kills[victim] += 1
         if victim == "grader":
-            workers = build.pids(GRADER)
-            assert workers, build.errors.read_text()
-            os.kill(self.chance.choice(workers), signal.SIGKILL)
+            os.kill(self.chance.choice(build.wait_for_pids(GRADER)), signal.SIGKILL)
             return
         if victim == "engine":
-            os.kill(build.pids(CORES[self.engine])[0], signal.SIGKILL)
+            os.kill(build.wait_for_pids(CORES[self.engine])[0], signal.SIGKILL)
         else:
             if victim == "writer":  # the next commit is at most a tenth of a second away
                 build.wait_for_commit()

@@ -10,10 +10,8 @@ Must not know: what the files' columns mean.
 
 from __future__ import annotations
 
-import random
 import re
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +21,14 @@ from typing import Any, TypeVar
 from calset.datafiles import file_type
 from calset.errors import CalsetError, InputError, first_line
 from calset.files import size
+from calset.io.retry import Backoff, retried
 
 T = TypeVar("T")
 Layout = dict[str, dict[str, tuple[str, ...]]]  # config -> split -> the files' paths in the repository
 
 PREFIX = "hf:"
-RETRY_WAITS_SECONDS = (1.0, 2.0, 4.0)
-LONGEST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
+BACKOFF = Backoff(first=1.0, longest=32.0)
+ATTEMPTS = 4
 CARD_BYTES = 4 << 20  # of a README.md; the longest, with thousands of configs, have 1 MB
 DEFAULT = "default"
 # The names that datasets takes for a split, and what may stand around them in a path.
@@ -310,39 +309,12 @@ def _list(value: Any) -> list[Any]:
 
 
 def patiently(ask: Callable[[], T], *, connecting: bool = False) -> T:
-    """Ask again, a few times, when the Hub is overloaded or fails; with the Hub's own Retry-After, and jitter.
+    """Ask again, a few times, when the Hub is overloaded or fails.
 
     Args:
         connecting: also when it cannot be reached. Downloads try that for half a minute themselves.
     """
-    for seconds in RETRY_WAITS_SECONDS:
-        try:
-            return ask()
-        except Exception as error:
-            if not is_transient(error, connecting) or not wait(error, seconds):
-                raise
-    return ask()
-
-
-def wait(error: BaseException, seconds: float) -> bool:
-    """Sleep before asking again: as long as the Hub said, else about ``seconds``, so that many do not return at once.
-
-    Returns:
-        False, at once, when the Hub wants to be left alone for longer than anybody would wait.
-    """
-    response = getattr(error, "response", None)
-    asked = _retry_after(getattr(response, "headers", {}))
-    if asked is not None and asked > LONGEST_WAIT_SECONDS:
-        return False
-    time.sleep((asked or 0.0) + seconds * random.uniform(0.5, 1.0))
-    return True
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds from Retry-After, or until the Hub's rate limit starts anew (``ratelimit: "api";r=0;t=55``)."""
-    said = re.fullmatch(r"\s*(\d{1,9})\s*", headers.get("retry-after", ""))
-    limit = re.search(r"\bt=(\d{1,9})", headers.get("ratelimit", ""))
-    return float(said[1]) if said else float(limit[1]) if limit else None
+    return retried(ask, BACKOFF, lambda error: is_transient(error, connecting), attempts=ATTEMPTS)
 
 
 def is_transient(error: BaseException | None, connecting: bool) -> bool:

@@ -229,9 +229,9 @@ class Client:
         with self._lock:
             self._process.send((function, args, options))
             assert self._process.poll(120)
-            result, error = self._process.recv()
+            result, error, where = self._process.recv()
         if error is not None:
-            raise error
+            raise error from Exception(where)
         return result
 
 
@@ -244,19 +244,18 @@ def serve_calls() -> None:
         except EOFError:
             return
         try:
-            answer = function(*args, **options), None
+            answer = function(*args, **options), None, None
         except BaseException as error:
-            error.add_note(traceback.format_exc())
-            answer = None, error
+            answer = None, error, traceback.format_exc()
         calls.send(answer)
 
 
 def hurry(seconds: float = 0.02) -> None:
     """Called in a client's process: shorter waits before it asks or publishes again."""
     from calset import hubfiles
-    from calset.catalog import publishing
+    from calset.io.retry import Backoff
 
-    publishing.WAIT_SECONDS, hubfiles.RETRY_WAITS_SECONDS = seconds, (seconds,) * 3
+    hubfiles.BACKOFF = Backoff(first=seconds, longest=seconds)
 
 
 # --- the endpoints ----------------------------------------------------------------------------------------------

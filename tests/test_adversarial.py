@@ -44,12 +44,12 @@ def check(n: int, seed: int, hangs: int) -> Counter[str]:
 
 
 def test_hostile_answers_neither_crash_nor_hang_nor_pass():
-    counts = check(200, seed=1, hangs=1)
-    assert counts["correct"] >= 6
-    assert counts["truncated"] >= 3
+    counts = check(100, seed=1, hangs=1)
+    assert counts["correct"] >= 3
+    assert counts["truncated"] >= 1
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
 def test_ten_thousand_hostile_answers():
     check(10_000, seed=2026, hangs=25)

@@ -206,7 +206,7 @@ def test_truncated_traces_run_again_with_more_tokens_and_the_new_ones_count(
     assert rest.n_new == 14  # what finished before the engine died is not run a third time
     assert build(tiny_model, SUMS, engine=scripted_engine(loaded), **longer).n_new == 0
     store = Catalog(path)
-    assert store.query("SELECT DISTINCT attempt, finish_reason, verdict FROM trace").rows == [(1, "stop", "incorrect")]
+    assert store.query("SELECT DISTINCT attempt, finish_reason, verdict FROM trace").rows == [(1, "stop", "no_answer")]
     assert store.query("SELECT count(*), count(DISTINCT trace_id) FROM trace").rows == [(24, 24)]
     assert store.query("SELECT attempt, count(*) FROM traces GROUP BY attempt ORDER BY attempt").rows == [
         (0, 24),
@@ -221,7 +221,7 @@ def test_traces_that_the_engine_failed_on_run_again_when_asked(tiny_model: Path,
     build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded, finish_reason="abort"))
     assert build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded)).n_new == 0
     assert build(tiny_model, SUMS, samples=1, catalog=path, engine=scripted_engine(loaded), retry=["error"]).n_new == 12
-    assert Catalog(path).query("SELECT DISTINCT verdict FROM trace").rows == [("incorrect",)]
+    assert Catalog(path).query("SELECT DISTINCT verdict FROM trace").rows == [("no_answer",)]
 
 
 def test_requests_carry_their_own_seeds_and_other_run_seeds_give_others(tiny_model: Path, tmp_path, scripted_engine):

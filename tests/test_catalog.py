@@ -651,7 +651,7 @@ WRITER = """
 """
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.nightly)])
 def test_kill_9_loses_nothing_that_was_acknowledged_and_halves_nothing(tmp_path: Path, kills: int) -> None:
     path = tmp_path / "c.duckdb"
     acknowledged = 0
@@ -672,7 +672,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged_and_halves_nothing(tmp_path:
         assert only(Catalog(path), "SELECT count(*) FROM trace_tokens") == n
 
 
-@pytest.mark.parametrize("batches", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batches", [8, pytest.param(40, marks=pytest.mark.nightly)])
 def test_readers_in_another_process_see_whole_batches_while_a_build_writes(tmp_path: Path, batches: int) -> None:
     path = tmp_path / "c.duckdb"
     fill(path, [[("correct", 5)] * 4])
@@ -688,7 +688,7 @@ def test_readers_in_another_process_see_whole_batches_while_a_build_writes(tmp_p
     assert only(Catalog(path), "SELECT count(*) FROM trace") == 4 + 4 * batches
 
 
-@pytest.mark.parametrize("shared", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shared", [2, pytest.param(6, marks=pytest.mark.nightly)])
 def test_two_writers_at_once_lose_no_rows_and_double_none(tmp_path: Path, shared: int) -> None:
     path = tmp_path / "c.duckdb"
     processes = [python(WRITER, path, start, 2 * shared) for start in (0, shared)]
@@ -731,7 +731,7 @@ def test_a_lock_that_stays_names_its_holder_and_the_remedy(tmp_path: Path, read_
     assert catalog.add_run(make_run("b")) == 1
 
 
-@pytest.mark.parametrize(("n_threads", "each"), [(3, 2), pytest.param(6, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n_threads", "each"), [(3, 2), pytest.param(6, 5, marks=pytest.mark.nightly)])
 def test_threads_of_one_process_share_a_catalog_without_wrong_rows(tmp_path: Path, n_threads: int, each: int) -> None:
     path = tmp_path / "c.duckdb"
     problem, run = make_problem(), make_run()

@@ -10,10 +10,8 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -27,7 +25,6 @@ from warm import calset as run_calset
 from warm import warm
 
 import calset
-from calset import hubfiles
 from calset.catalog import card
 from calset.catalog.catalog import Catalog
 from calset.catalog.export import MANIFEST_SCHEMA, read_directory
@@ -1035,26 +1032,6 @@ def test_licences_are_carried_as_the_hub_names_them() -> None:
         "cc-by-4.0", "mit", "other", "unknown",
     ]  # fmt: skip
     assert card.unknown_licences(manifest(None, a="mit", b=None)) == ["questions of b", "model m"]
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({"retry-after": "7"}, 7),
-        ({"ratelimit": '"api";r=0;t=55'}, 55),
-        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
-        ({}, 0),
-    ],
-)
-def test_the_wait_is_the_one_that_the_hub_names(
-    headers: dict[str, str], seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    error = Exception()
-    error.response = SimpleNamespace(headers=headers)  # type: ignore[attr-defined]
-    assert hubfiles.wait(error, 0.0)
-    assert waited == [seconds]
 
 
 def test_versions_are_read_from_tags() -> None:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from calset.catalog import card, release, subsets
 from calset.catalog.catalog import Catalog
 from calset.catalog.export import MANIFEST, read_directory
+from calset.catalog.names import manifest_path
 from calset.catalog.records import Subset
-from calset.catalog.references import export
+from calset.catalog.references import diff, export
 from calset.catalog.report import report
 from calset.catalog.selection import select, tables
 from calset.errors import InputError
@@ -44,7 +45,7 @@ class Bench:
         made = release.make(subset, catalog, self.published)
         self.manifests = {
             self.exported / MANIFEST: json.loads((self.exported / MANIFEST).read_text()) | {"hub": PLACE},
-            self.published / release.manifest_path("math"): json.loads(json.dumps(made.manifest)),
+            self.published / manifest_path("math"): json.loads(json.dumps(made.manifest)),
         }
         self.empty = folder / "empty.duckdb"
         with Catalog(self.empty).transaction():
@@ -67,7 +68,7 @@ class Bench:
             assert subsets.load(catalog, kept.ref) == kept
             assert report(catalog, kept, work / "r.html").stat().st_size > 1000
             other = replace(kept, samples=kept.samples[1:])
-            shown = [*subsets.diff(catalog, kept, other).rows(), *subsets.diff(catalog, other, kept).rows()]
+            shown = [*diff(catalog, kept, other).rows(), *diff(catalog, other, kept).rows()]
             shown += [row for _, _, rows in tables(kept) for row in rows]
             shown += [tuple(listed.items()) for listed in subsets.list_subsets(catalog)]
             assert "".join(cell(value) for row in shown for value in row).encode()

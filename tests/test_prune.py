@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from factories import fill
@@ -20,7 +21,7 @@ from calset.builder.model_info import folder_revision
 from calset.catalog import subsets
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
 from calset.io.progress import Progress
-from calset.pruning import checkpoint, workfolder
+from calset.pruning import checkpoint, record, workfolder
 from calset.pruning.layout import Layout
 from calset.pruning.methods import METHODS, REFINED
 from calset.pruning.phases import Phase
@@ -650,11 +651,40 @@ def test_a_record_of_wrong_types_is_bad_input_in_a_line(copy_of_pruned, change):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", b"\xff", '{"schema_version": 1, "calibration": null, "matrices": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", b"\xff", '{"schema_version": 1, "calibration": null, "matrices": []}', '{"a": ' + "[" * 100_000,
+        '{"schema_version": 2, "matrices": [{"name": "a", "shape": [1, 1], "n_zeros": 1, "n_pruned": 1e999}]}',
+    ],
+)  # fmt: skip
 def test_read_record_refuses_what_it_cannot_read(tmp_path, text):
     (tmp_path / "pruning.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=r"pruning\.json is corrupt"):
-        checkpoint.read_record(tmp_path)
+    with pytest.raises(InputError, match=r"pruning\.json is corrupt") as caught:
+        record.read_record(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_that_is_too_long_or_no_file_is_not_read(tmp_path):
+    with (tmp_path / "pruning.json").open("wb") as file:
+        file.truncate(record.MAX_BYTES + 1)
+    with pytest.raises(InputError, match="too long for a pruning's record"):
+        record.read_record(tmp_path)
+    (tmp_path / "pruning.json").unlink()
+    os.mkfifo(tmp_path / "pruning.json")
+    with pytest.raises(InputError, match=r"has no pruning\.json"):
+        record.read_record(tmp_path)
+
+
+def test_a_record_says_no_more_and_no_less_than_before_it_was_typed(pruned):
+    """The names of the fields on the disk are those of the reports."""
+    text = json.loads((pruned / "pruning.json").read_text())
+    known = record.read_record(pruned)
+    read = json.loads(msgspec.json.encode(known))
+    assert read.keys() <= text.keys()
+    assert [{key: entry[key] for key in read["matrices"][0]} for entry in text["matrices"]] == read["matrices"]
+    for key in ("base", "calibration"):
+        assert read[key] == {name: text[key][name] for name in read[key]}
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_nearest_rank_is_exact_where_floats_are_not(thousandths: int, n: int) ->
     assert nearest_rank(thousandths / 1000, n) == max(1, -(-thousandths * n // 1000))
 
 
-@pytest.mark.slow  # test_select_laws.py has the same law on one catalog and every sort of recipe
+@pytest.mark.nightly  # test_select_laws.py has the same law on one catalog and every sort of recipe
 @settings(fewer(5), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.lists(

@@ -19,7 +19,6 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -826,24 +825,6 @@ def test_the_time_for_an_answer_fits_its_tokens(max_tokens, slowest):
     patience = Patience(slowest_tokens_per_second=slowest)
     assert patience.read_seconds(max_tokens) > max_tokens / slowest
     assert Patience(read_timeout=5.0).read_seconds(max_tokens) == 5.0
-
-
-@given(st.text())
-def test_no_retry_after_header_breaks_anything(text):
-    seconds = wire.retry_after_seconds(text, time.time())
-    assert seconds is None or seconds >= 0
-
-
-def test_a_retry_after_of_no_clock_is_none():
-    assert wire.retry_after_seconds("Mon, 01 Jan 2001 00:00:00 +" + "9" * 30, 0.0) is None
-
-
-def test_a_retry_after_may_be_a_date():
-    from datetime import UTC, datetime, timedelta
-
-    now = datetime(2030, 1, 1, tzinfo=UTC)
-    header = format_datetime(now + timedelta(seconds=90), usegmt=True)
-    assert wire.retry_after_seconds(header, now.timestamp()) == 90.0
 
 
 # --- a build ----------------------------------------------------------------------------------------------------

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pairs import pairwise
-from processes import die, killed, peak_bytes
+from processes import ENVIRONMENT, die, killed, peak_bytes
 from safetensors.torch import load_file, save_file
 from small_models import make_samples, make_subset, save_model
+from warm import Running, warm
 
 from calset.errors import CalsetError, InputError, PruningError, Stopped
 from calset.pruning import checkpoint, memory, workfolder
@@ -161,31 +161,28 @@ def test_killed_while_the_files_are_copied_or_put_in_place_it_ends_the_same(tmp_
 @pytest.mark.slow
 def test_a_process_killed_from_outside_continues_to_the_same_bytes(tmp_path, tiny_model):
     code = (
-        "import sys; sys.path.insert(0, {tests!r})\n"
         "from small_models import make_samples, make_subset\n"
         "from calset.pruning.prune import prune\n"
         "import torch; torch.set_num_threads(1)\n"
         "prune({model!r}, make_subset(make_samples([200 + 13 * (i % 9) for i in range(24)])), {out!r}, sparsity=0.5)\n"
     )
 
-    def command(out: Path) -> list[str]:
-        text = code.format(tests=str(Path(__file__).parent), model=str(tiny_model), out=str(out))
-        return [sys.executable, "-c", text]
+    def start(out: Path) -> Running:
+        text = code.format(model=str(tiny_model), out=str(out))
+        return warm().start("python", "-c", text, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, streams=[0, 1, 2])
 
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    assert start(tmp_path / "whole").wait() == 0
     out = tmp_path / "out"
     progress = folder_of(out) / workfolder.PROGRESS
     for n_lines in (2, 4):  # the settings and one block, then three
-        running = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
+        running = start(out)
         while not (progress.is_file() and len(progress.read_bytes().splitlines()) >= n_lines):
-            assert running.poll() is None
-            assert time.monotonic() < deadline
+            assert Path(f"/proc/{running.pid}").exists()
             time.sleep(0.005)
-        running.kill()
+        os.kill(running.pid, signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL
         assert not out.exists()
-    subprocess.run(command(out), check=True, capture_output=True)
+    assert start(out).wait() == 0
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +17,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import ENVIRONMENT, die, killed
+from processes import die, killed, ranks
 from safetensors.torch import load_file, save_file
 from small_models import VOCABULARY, make_model, make_subset, save_model
 
@@ -759,18 +756,13 @@ def test_verify_says_when_the_dense_model_is_gone(tmp_path, models):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method"), [("Llama", "depth"), ("GptOss", "reap")])
 def test_two_processes_choose_as_one_does(tmp_path, models, dropped, kind, method):
-    script = tmp_path / "run.py"
-    script.write_text(
+    code = (
         "import torch; torch.set_num_threads(1)\nfrom small_models import make_subset\n"
         "from calset.pruning.prune import prune\n"
         f"prune({str(models(kind))!r}, make_subset(), {str(tmp_path / 'out')!r}, method={method!r}, sparsity=0.5, "
         "batch_tokens=64, device='cpu')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    assert ranks(code) == [0, 0]
     whole, report = dropped(kind, method)
     record = json.loads((tmp_path / "out/pruning.json").read_text())
     for stack, one in zip(record["stacks"], report.stacks, strict=True):

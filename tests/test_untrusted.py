@@ -98,6 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows: lis
         engine=engine,
         catalog=folder / "calset.duckdb",
         system_prompt="'\x1b[2J\x00",
+        grader="exact",
         graders=1,
     )
     assert report.n_new == len(rows) + 1

@@ -215,7 +215,11 @@ def work(command: list[str], cwd: str, env: dict[str, str], streams: list[int]) 
             exec(compile(command[2], "<string>", "exec"), main.__dict__)
         code = 0
     except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        code = int(exit.code is not None)
+        if isinstance(exit.code, int):
+            code = exit.code
+        elif exit.code is not None:
+            print(exit.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1

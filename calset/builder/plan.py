@@ -27,6 +27,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.records import Contamination, Problem, Run
 from calset.catalog.values import chunks
 from calset.errors import BuildWarning, CatalogLocked, InputError
+from calset.io.retry import Backoff, retried
 
 if TYPE_CHECKING:
     from calset.overlap import Decontaminator
@@ -36,6 +37,7 @@ MIN_TOKENS = 8
 BLOCK = 256  # problems read at a time: one look into the catalog each, and one call of the chat template's process
 IDS_A_LOOK = 10_000
 LOCK_PATIENCE_SECONDS = 600.0
+_LOCKED = Backoff(first=0.1, longest=1.0)  # beside the catalog's own wait for the lock
 
 T = TypeVar("T")
 LeaveOut = Callable[[Problem, list[Contamination]], None]
@@ -369,10 +371,5 @@ def patiently(work: Callable[[], T]) -> T:
     Raises:
         CatalogLocked: it held it for ``LOCK_PATIENCE_SECONDS``.
     """
-    began = time.monotonic()
-    while True:
-        try:
-            return work()
-        except CatalogLocked:
-            if time.monotonic() - began > LOCK_PATIENCE_SECONDS:
-                raise
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    return retried(work, _LOCKED, lambda error: isinstance(error, CatalogLocked), deadline=deadline)

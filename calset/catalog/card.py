@@ -49,7 +49,7 @@ def render(repo: str, manifests: Sequence[Mapping[str, Any]], before: str | None
     """
     ordered = sorted(manifests, key=lambda m: m["name"])
     metadata, text = _split(before or "")
-    ours = "\n\n".join([BEGIN, _introduction(repo, ordered), *(_section(m) for m in ordered), END])
+    ours = "\n\n".join([BEGIN, _text(repo, ordered).strip(), END])
     if BEGIN in text and END in text:
         head, tail = text[: text.index(BEGIN)], text[text.rindex(END) + len(END) :]
         body = head + ours + tail
@@ -127,140 +127,49 @@ def _identifier(licence: str | None) -> str:
 # --- the text -----------------------------------------------------------------------------------------------------
 
 
-def _introduction(repo: str, manifests: Sequence[Mapping[str, Any]]) -> str:
-    first = manifests[0]
-    name, version = first["name"], first["version"]
-    reference = f"{PREFIX}{repo}/{name}@{version}"
-    rows = [
-        (
-            f"`{m['name']}`",
-            f"`{tag_of(m['name'], m['version'])}`",
-            m["n_samples"],
-            m["n_tokens"],
-            line(m["model"]),
-        )
-        for m in manifests
-    ]
-    return f"""# Calibration sets for pruning reasoning models
+def _text(repo: str, manifests: Sequence[Mapping[str, Any]]) -> str:
+    """What the card says between calset's marks, by ``card.md.jinja``."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
-{_table(("subset", "newest version", "samples", "tokens", "made by"), rows)}
-
-Each row is one calibration sample: the exact token ids that a model was served and answered with, for measuring what
-its weights do before some are removed. A reasoning model's own graded traces are the best data for that: see
-[Think Before You Prune](https://arxiv.org/abs/2511.18864) and
-[RAC](https://arxiv.org/abs/2509.12464). Every version has a tag that never moves; a content hash over the token ids
-says whether what you hold is what was published.
-
-## Use
-
-Prune with it, with calset (`pip install calset`):
-
-```bash
-calset pull {reference}
-calset prune {code(first["model"])} --calibration {reference} --method sparsegpt --sparsity 0.5 -o pruned
-```
-
-With datasets:
-
-```python
-from datasets import load_dataset
-
-rows = load_dataset("{repo}", "{name}", split="train", revision="{tag_of(name, version)}")
-```
-
-With polars:
-
-```python
-import polars as pl
-
-rows = pl.read_parquet("hf://datasets/{repo}@{tag_of(name, version)}/{data_folder(name)}*.parquet")
-```
-
-| column | holds |
-|---|---|
-| `input_ids` | prompt and completion as token ids, as served; the first `n_prompt_tokens` are the prompt |
-| `n_tokens` | completion tokens |
-| `messages`, `text` | the conversation and the completion, to read; re-encoding them may give other token ids |
-| `question`, `answer`, `source` | the problem, its reference answer and where it comes from |
-| `verdict`, `difficulty` | how the trace was graded; 1 - the model's pass rate on the problem |
-| `sample_id`, `trace_id`, `problem_id`, `kind`, `finish_reason` | identity, and why generation ended |"""
-
-
-def _section(m: Mapping[str, Any]) -> str:
-    parts = [f"## {m['name']}", _how_made(m), _facts(m)]
-    if distributions := _distributions(m):
-        parts.append(distributions)
-    parts.append(f"![Lengths and difficulties of {m['name']}]({plot_path(m['name'])})")
-    if pool := m.get("pool"):
-        parts += [
-            "What was selected, and from how many:",
-            _table(
-                ("stage", "candidates"),
-                [(line(k), v if isinstance(v, int) else line(v)) for k, v in pool.items()],
-            ),
-        ]
-    if warnings := m.get("warnings"):
-        parts.append("\n".join(["Known limits:", "", *(f"- {line(w)}" for w in warnings)]))
-    return "\n\n".join(parts)
-
-
-def _how_made(m: Mapping[str, Any]) -> str:
-    recipe = m["recipe"]
-    chosen = ", ".join(
-        f"{line(key)} {line(value)}" for key, value in recipe.items() if key != "name" and value is not None
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        # Of Jinja's escaping only that what is Markup stays as it is: all else becomes Markdown, and then Markup.
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(line(value)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    made = [f"Selected by the recipe `{code(recipe.get('name'))}`" + (f" ({chosen})" if chosen else "")]
-    for run in m.get("runs", ()):
-        sampling = ", ".join(f"{line(k)} {line(v)}" for k, v in (run.get("sampling") or {}).items())
-        made.append(
-            f"from traces of {line(run.get('model'))}, generated with {line(run.get('engine'))} "
-            f"{line(run.get('engine_version'))} ({sampling}; at most {line(run.get('max_tokens'))} tokens; seed "
-            f"{line(run.get('seed'))}; run `{code(run.get('run_id'))[:16]}`)"
-        )
-    return ", ".join(made) + "."
+    environment.filters |= {"code": lambda value: Markup(code(value)), "cell": lambda value: Markup(_cell(value))}
+    first = manifests[0]
+    return environment.get_template("card.md.jinja").render(
+        repo=repo,
+        manifests=manifests,
+        first=first,
+        reference=f"{PREFIX}{repo}/{first['name']}@{first['version']}",
+        tag=lambda m: tag_of(m["name"], m["version"]),
+        chosen=lambda m: [(key, value) for key, value in m["recipe"].items() if key != "name" and value is not None],
+        licences_of=_licences,
+        quantiles=_quantiles,
+        manifest_path=manifest_path,
+        plot_path=plot_path,
+        data_folder=data_folder,
+    )
 
 
-def _facts(m: Mapping[str, Any]) -> str:
-    licence_rows = [(line(what), f"licence {line(licence or 'unknown')}") for what, licence in _licences(m).items()]
-    rows = [
-        ("version", f"{m['version']} (tag `{tag_of(m['name'], m['version'])}`)"),
-        ("content hash", f"`{code(m['content_hash'])}`"),
-        ("samples", m["n_samples"]),
-        ("tokens, prompts and completions", m["n_tokens"]),
-        ("problems", m.get("n_problems")),
-        ("model", f"{line(m['model'])}, revision `{code(m.get('model_revision'))}`"),
-        ("tokenizer and chat template hash", f"`{code(m.get('tokenizer_hash'))}`"),
-        ("seed of the selection", m.get("seed")),
-        *licence_rows,
-        ("manifest", f"[`{manifest_path(m['name'])}`]({manifest_path(m['name'])})"),
-    ]
-    return _table(("", ""), rows)
-
-
-def _distributions(m: Mapping[str, Any]) -> str:
-    rows = [
-        (what, *(_number(quantiles.get(q)) for q in _QUANTILES))
-        for what in ("length", "difficulty")
-        if isinstance(quantiles := m.get(f"{what}_quantiles"), Mapping)
-    ]
-    return _table(("", "least", "p10", "p25", "median", "p75", "p90", "most"), rows) if rows else ""
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def _quantiles(m: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+    found = [(what, m.get(f"{what}_quantiles")) for what in ("length", "difficulty")]
+    return [(what, [of.get(q) for q in _QUANTILES]) for what, of in found if isinstance(of, Mapping)]
 
 
 def _cell(value: Any) -> str:
+    """A table's cell: numbers short, a dash for what is missing, any text as one escaped line."""
     if value is None:
         return "-"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)  # texts come escaped
-
-
-def _number(value: Any) -> float | int | None:
-    return value if isinstance(value, (int, float)) else None
+    return f"{value:.3g}" if isinstance(value, float) else line(value)
 
 
 def _list(value: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ class Difference:
 
 def compare(catalog: Catalog, a: Subset, b: Subset) -> Difference:
     """Compare two subsets: what they share and how they differ; see ``references.diff``."""
-    facts = [facts_of(catalog, subset) for subset in (a, b)]
+    with catalog.reading() if catalog.exists() else nullcontext():
+        facts = [facts_of(catalog, subset) for subset in (a, b)]
     keys_a, keys_b = ({(s.sample_id, tuple(s.input_ids)) for s in subset.samples} for subset in (a, b))
     problems_a, problems_b = ({s.problem_id for s in subset.samples if s.problem_id} for subset in (a, b))
 

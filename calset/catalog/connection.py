@@ -30,6 +30,7 @@ from calset.catalog.interrupts import as_keyboard_interrupt, interruptible
 from calset.catalog.turns import turn
 from calset.errors import CatalogError, CatalogLocked, InputError, first_line
 from calset.files import drafted
+from calset.io.retry import Backoff, retried
 
 _T = TypeVar("_T")
 # "own" is calset's own reading SQL: it joins "read" or "query", whichever is open already, and opens "query" else.
@@ -56,6 +57,7 @@ _BESIDE = ("", ".wal", ".wal.checkpoint", ".wal.recovery")
 MERGE_EVERY = 64
 MERGE_BYTES = 256 << 20
 _ROW_GROUP = 122_880
+_LOCK = Backoff(first=0.005, longest=0.2, factor=1.5)  # while another process holds the file
 
 
 class _Gate:
@@ -409,18 +411,12 @@ def _inode(path: Path) -> int:
 
 
 def _retried(open_file: Callable[[], _T], path: Path, deadline: float) -> _T:
-    pause = 0.005
-    with turn(path.parent, deadline) as mine:
-        while True:
-            try:
-                return open_file()
-            except duckdb.Error as error:
-                if not _is_lock(error) or time.monotonic() >= deadline:
-                    raise translate(error, path) from error
-            mine.tick()
-            # Jitter: equal pauses would let two processes collide for ever.
-            time.sleep(min(random.uniform(pause / 2, pause), max(0.0, deadline - time.monotonic())))
-            pause = min(pause * 1.5, 0.2)
+    """Open a file as soon as nobody else holds it."""
+    try:
+        with turn(path.parent, deadline) as mine:
+            return retried(open_file, _LOCK, _is_lock, deadline=deadline, waiting=mine.tick)
+    except duckdb.Error as error:
+        raise translate(error, path) from error
 
 
 def _is_lock(error: Exception) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,11 @@ def write_folder(catalog: Catalog, subset: Subset, directory: str | Path) -> Pat
     directory = Path(directory)
     if _holds(directory, subset):
         return directory
-    facts = facts_of(catalog, subset)
-    table = rows_table(subset, catalog, facts)
-    manifest = manifest_of(subset, catalog, facts)
+    # One connection under all the questions: opening the file for each of them takes longer than answering.
+    with catalog.reading() if catalog.exists() else nullcontext():
+        facts = facts_of(catalog, subset)
+        table = rows_table(subset, catalog, facts)
+        manifest = manifest_of(subset, catalog, facts)
     with written(directory, "folder"):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with drafted(directory) as draft:

@@ -18,12 +18,14 @@ from calset.catalog import samplefiles, subsets
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Sample, Subset
 from calset.catalog.schema import TABLES
+from calset.catalog.values import number_array, text_array
 from calset.errors import CatalogError, InputError, TextsMissing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _BATCH_ROWS = 1024  # of an Arrow batch, which holds at most 2 GiB of text
+_NUMBERS = ("position", "attempt", "served")  # columns of ``calset_wanted``
 # The columns of a row that are not the sample's own.
 TEXTS = tuple(name for name in TABLES["published_rows"] if name not in ("name", "version", "position"))
 
@@ -90,8 +92,10 @@ def texts_of(catalog: Catalog, subset: Subset, facts: Sequence[Fact | None]) -> 
         with catalog.reading() as con:
             own = _own_texts(con, catalog, subset, facts)
         found |= {name: own[name] for name in own.column_names}
-        judged = ("verdict", "difficulty", "finish_reason")
-        found |= {name: pa.array([fact and getattr(fact, name) for fact in facts]) for name in judged}
+        found |= {
+            name: text_array([fact and getattr(fact, name) for fact in facts]) for name in ("verdict", "finish_reason")
+        }
+        found["difficulty"] = number_array([fact and fact.difficulty for fact in facts], pa.float64())
     return pa.table([found[field.name].cast(field.type) for field in wanted], schema=wanted)
 
 
@@ -149,7 +153,8 @@ def _kept(con: duckdb.DuckDBPyConnection, subset: Subset, columns: Collection[st
     sql = f"""
         SELECT position, {", ".join(typed.get(name, name) for name in columns)} FROM published_rows
         WHERE name = $name AND version = $version AND EXISTS (
-            FROM subsets WHERE name = $name AND version = $version AND content_hash = $content AND origin IS NOT NULL)
+            FROM subsets
+            WHERE name = $name AND version = $version AND content_hash = $content AND starts_with(origin, '{{'))
         ORDER BY position
     """
     params = {"name": subset.name, "version": subset.version, "content": subset.content_hash}
@@ -167,27 +172,41 @@ _ATTEMPT = """
 """
 
 
-def trace_at(catalog: Catalog, trace_id: str, attempt: int) -> dict[str, Any]:
-    """Do as ``Catalog.trace`` for an attempt that need not be the latest; its token ids are those of the latest."""
-    row = catalog.trace(trace_id)
-    if row["attempt"] != attempt:
-        row |= catalog.rows(f"FROM ({_ATTEMPT}) WHERE trace_id = ? AND attempt = ?", [trace_id, attempt])[0]
-    return row
+def traces_of(catalog: Catalog, samples: Sequence[Sample], facts: Sequence[Fact | None]) -> dict[str, dict[str, Any]]:
+    """Return the traces of some samples by trace id, each at the attempt that its sample holds.
+
+    Returns:
+        the columns of the view ``trace``, and ``answer_start`` (see ``Trace``).
+    """
+    held = {s.trace_id: fact.attempt for s, fact in zip(samples, facts, strict=True) if fact and s.trace_id}
+    if not held:
+        return {}
+    ids = list(held)
+    sql = """
+        SELECT v.*, t.answer_start FROM trace v JOIN traces t ON t.trace_id = v.trace_id AND t.attempt = v.attempt
+        WHERE v.trace_id IN (SELECT unnest(?::VARCHAR[]))
+    """
+    found = {row["trace_id"]: row for row in catalog.rows(sql, [ids])}
+    if any(row["attempt"] != held[trace] for trace, row in found.items()):
+        for row in catalog.rows(f"FROM ({_ATTEMPT}) WHERE trace_id IN (SELECT unnest(?::VARCHAR[]))", [ids]):
+            if row["attempt"] == held[row["trace_id"]]:
+                found[row["trace_id"]] |= row
+    return found
 
 
 def _own_facts(con: duckdb.DuckDBPyConnection, catalog: Catalog, subset: Subset) -> list[Fact | None]:
     attempts = attempts_of(con, catalog, subset)
-    with _registered(con, trace_id=list(attempts)) as wanted:
-        rows = con.execute(f"""
+    with _registered(con, trace_id=list(attempts)):
+        rows = con.execute("""
             SELECT trace_id, verdict, difficulty, finish_reason, source, n_tokens, attempt, run_id
-            FROM trace SEMI JOIN {wanted} USING (trace_id)
+            FROM trace SEMI JOIN calset_wanted USING (trace_id)
         """).fetchall()
     known = {trace: Fact(*rest) for trace, *rest in rows}
     if earlier := {trace: attempts[trace] for trace, fact in known.items() if fact.attempt != attempts[trace]}:
-        with _registered(con, trace_id=list(earlier), attempt=list(earlier.values())) as wanted:
+        with _registered(con, trace_id=list(earlier), attempt=list(earlier.values())):
             rows = con.execute(f"""
                 SELECT trace_id, verdict, finish_reason, n_tokens, attempt, run_id
-                FROM ({_ATTEMPT}) SEMI JOIN {wanted} USING (trace_id, attempt)
+                FROM ({_ATTEMPT}) SEMI JOIN calset_wanted USING (trace_id, attempt)
             """).fetchall()
         for trace, *changed in rows:
             names = ("verdict", "finish_reason", "n_tokens", "attempt", "run_id")
@@ -199,8 +218,8 @@ def attempts_of(con: duckdb.DuckDBPyConnection, catalog: Catalog, subset: Subset
     """Return the attempt at each trace that the samples hold: among several, the one with the sample's token ids."""
     samples = {s.trace_id: s for s in subset.samples if s.trace_id}
     there: dict[str, list[int]] = {}
-    with _registered(con, trace_id=list(samples)) as wanted:
-        sql = f"SELECT trace_id, attempt FROM traces SEMI JOIN {wanted} USING (trace_id) ORDER BY ALL"
+    with _registered(con, trace_id=list(samples)):
+        sql = "SELECT trace_id, attempt FROM traces SEMI JOIN calset_wanted USING (trace_id) ORDER BY ALL"
         for trace, attempt in con.execute(sql).fetchall():
             there.setdefault(trace, []).append(attempt)
     found = {trace: attempts[-1] for trace, attempts in there.items()}
@@ -240,8 +259,8 @@ def _own_texts(
             CASE WHEN p.problem_id IS NULL THEN NULL
                 WHEN w.sample_id = w.trace_id AND r.run_id IS NOT NULL
                 THEN {_TURNS.format(system="r.system_prompt", answer="t.text")}
-                WHEN w.served THEN {_TURNS.format(system="w.system", answer="w.solution")} END AS messages
-        FROM {{wanted}} w
+                WHEN w.served = 1 THEN {_TURNS.format(system="w.system", answer="w.solution")} END AS messages
+        FROM calset_wanted w
         LEFT JOIN problems p ON p.problem_id = w.problem_id
         LEFT JOIN traces t ON t.trace_id = w.trace_id AND t.attempt = w.attempt
         LEFT JOIN runs r ON r.run_id = t.run_id
@@ -255,12 +274,12 @@ def _own_texts(
         "trace_id": [s.trace_id for s in subset.samples],
         "attempt": [fact and fact.attempt for fact in facts],
         "problem_id": [s.problem_id for s in subset.samples],
-        "served": [s.sample_id in prompts for s in subset.samples],
+        "served": [int(s.sample_id in prompts) for s in subset.samples],
         "system": [prompts.get(s.sample_id) for s in subset.samples],
         "solution": [solutions.get(s.problem_id or "") if s.kind == "gold" else None for s in subset.samples],
     }
-    with _registered(con, **columns) as wanted:
-        table = con.sql(sql.format(wanted=wanted)).to_arrow_reader(_BATCH_ROWS).read_all()
+    with _registered(con, **columns):
+        table = con.sql(sql).to_arrow_reader(_BATCH_ROWS).read_all()
     if table.num_rows != subset.n_samples:
         raise CatalogError(f"{catalog.path} holds rows twice: calset doctor says which; restore a backup")
     return table
@@ -275,23 +294,22 @@ def _served_prompts(con: duckdb.DuckDBPyConnection, subset: Subset) -> dict[str,
     if not samples:
         return {}
     kinds = {s.kind for s in samples}
-    with _registered(con, problem_id=sorted({s.problem_id for s in samples if s.problem_id})) as wanted:
-        rows = con.execute(f"""
+    with _registered(con, problem_id=sorted({s.problem_id for s in samples if s.problem_id})):
+        rows = con.execute("""
             SELECT DISTINCT t.problem_id, t.generation_key, r.system_prompt
-            FROM (FROM traces SEMI JOIN {wanted} USING (problem_id)) t JOIN runs r ON r.run_id = t.run_id
+            FROM (FROM traces SEMI JOIN calset_wanted USING (problem_id)) t JOIN runs r ON r.run_id = t.run_id
         """).fetchall()
     return {subsets.prompt_sample_id(kind, problem, key): prompt for problem, key, prompt in rows for kind in kinds}
 
 
 @contextmanager
-def _registered(con: duckdb.DuckDBPyConnection, **columns: list[Any]) -> Iterator[str]:
-    """Columns as a table that the connection knows while the block lasts; yields its name."""
+def _registered(con: duckdb.DuckDBPyConnection, **columns: list[Any]) -> Iterator[None]:
+    """Columns as the table ``calset_wanted``, which the connection knows while the block lasts."""
     import pyarrow as pa
 
-    types = {"position": pa.int32(), "attempt": pa.int32(), "served": pa.bool_()}
-    arrays = [pa.array(values, types.get(name, pa.large_string())) for name, values in columns.items()]
-    con.register("calset_wanted", pa.table(arrays, names=list(columns)))
+    arrays = [number_array(v, pa.int32()) if name in _NUMBERS else text_array(v) for name, v in columns.items()]
+    con.register("calset_wanted", pa.Table.from_arrays(arrays, names=list(columns)))
     try:
-        yield "calset_wanted"
+        yield
     finally:
         con.unregister("calset_wanted")

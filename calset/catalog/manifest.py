@@ -84,6 +84,13 @@ class _Licences(Struct):
     model: str | None = None
 
 
+class _Origin(Struct):
+    runs: list[_Run]
+    sources: list[_Source]
+    hub: _Place | None = None
+    licences: _Licences | None = None
+
+
 class _Manifest(Struct):
     name: str
     version: Annotated[int, Meta(ge=1, le=999_999_999)]  # as in references and tags
@@ -162,6 +169,16 @@ def _fault(manifest: Mapping[str, Any]) -> str | None:
     except (ValueError, OverflowError) as error:  # msgspec's are ValueErrors
         return _short(str(error))
     return None
+
+
+def is_origin(value: Any) -> bool:
+    """Return True if a value is the ``origin`` of a subset: the parts of a manifest that say where it comes from."""
+    try:
+        _require_plain(value)
+        msgspec.convert(value, _Origin)
+    except ValueError:
+        return False
+    return True
 
 
 def moment(text: str) -> datetime:

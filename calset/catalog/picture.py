@@ -36,10 +36,6 @@ class Scale(NamedTuple):
         shortest = max(1, shortest)
         return cls(shortest, max(longest, shortest + 1))
 
-    def row(self, n_tokens: int) -> int:
-        """The row of cells (0 at the bottom) of a length."""
-        return min(ROWS - 1, int(self._share(n_tokens) * ROWS))
-
     def y(self, n_tokens: float) -> float:
         return HEIGHT - BOTTOM - self._share(n_tokens) * (HEIGHT - TOP - BOTTOM)
 
@@ -54,9 +50,17 @@ class Scale(NamedTuple):
         return found if len(found) > 1 else [self.shortest, self.longest]
 
 
-def column(difficulty: float) -> int:
-    """The column of cells of a difficulty."""
-    return min(COLUMNS - 1, max(0, round(difficulty * (COLUMNS - 1))))
+def cell_sql(difficulty: str, n_tokens: str, scale: Scale) -> tuple[str, str]:
+    """SQL expressions for the column and the row (0 at the bottom) of the cell of a difficulty and a length.
+
+    In SQL, because a pool may have as many pairs of them as traces.
+    """
+    low, span = math.log(scale.shortest), math.log(scale.longest) - math.log(scale.shortest)
+    share = f"(ln(greatest({n_tokens}, 1)) - {low!r}) / {span!r}"
+    return (
+        f"greatest(0, least({COLUMNS - 1}, round({difficulty} * {COLUMNS - 1})))::INTEGER",
+        f"greatest(0, least({ROWS - 1}, floor({share} * {ROWS})))::INTEGER",
+    )
 
 
 def draw(cells: dict[tuple[int, int], int], dots: Sequence[Dot], scale: Scale, label: str) -> str:

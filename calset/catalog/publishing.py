@@ -22,12 +22,12 @@ from calset.catalog.names import data_folder, manifest_path
 from calset.catalog.records import Subset
 from calset.catalog.release import Release
 from calset.errors import CalsetError, InputError
+from calset.io.retry import retried
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 ATTEMPTS = 6  # at a commit, when others publish at the same time or the Hub fails
-WAIT_SECONDS = 1.0  # before the second attempt; doubled with each
 
 
 @contextmanager
@@ -83,6 +83,9 @@ class Publishing:
         self.repo, self.made, self.public = repo, made, public
         self.subset = made.subset
         self.trees: dict[str, dict[str, Any]] = {}  # of commits, which do not change
+        self.sent = self.sending = (
+            False  # a commit: one whose answer may have been lost, and the present attempt at one
+        )
 
     def run(self) -> Placed:
         commit, new, text = self._place()
@@ -95,30 +98,30 @@ class Publishing:
 
     def _place(self) -> tuple[str, bool, str | None]:
         """The commit that holds the release, made if there is none; whether it was, and its card."""
-        sent = False
-        for attempt in range(ATTEMPTS):
-            place = self._look()
-            if place.found is not None:
-                return place.found, sent, None
-            if place.public and not self.public:
-                raise InputError(f"{self.repo} is public: add --public to publish {self.subset.ref} there")
-            text = card.render(self.repo, [*place.manifests.values()], self._read_card(place))
-            try:
-                commit = self._send(place, text)
-            except Exception as error:
-                sent = sent or not _is_stale(error)  # whose answer was lost may have arrived
-                if attempt + 1 == ATTEMPTS or not _may_pass(error):
-                    raise
-                if not hubfiles.wait(error, WAIT_SECONDS * 2**attempt):
-                    raise
-                continue
-            if not self._is_whole(commit, self.made.manifest):
-                raise CalsetError(
-                    f"{self.repo} does not hold what was sent to it (commit {commit[:12]}): not tagged; "
-                    "run the same again"
-                )
-            return commit, True, text
-        raise AssertionError("the last attempt returns or raises")
+        # The questions of a look are asked again by themselves.
+        may_pass = lambda error: self.sending and _may_pass(error)  # noqa: E731
+        return retried(self._look_and_send, hubfiles.BACKOFF, may_pass, attempts=ATTEMPTS)
+
+    def _look_and_send(self) -> tuple[str, bool, str | None]:
+        self.sending = False
+        place = self._look()
+        if place.found is not None:
+            return place.found, self.sent, None
+        if place.public and not self.public:
+            raise InputError(f"{self.repo} is public: add --public to publish {self.subset.ref} there")
+        text = card.render(self.repo, [*place.manifests.values()], self._read_card(place))
+        self.sending = True
+        try:
+            commit = self._send(place, text)
+        except Exception as error:
+            self.sent = self.sent or not _is_stale(error)  # whose answer was lost may have arrived
+            raise
+        self.sending = False
+        if not self._is_whole(commit, self.made.manifest):
+            raise CalsetError(
+                f"{self.repo} does not hold what was sent to it (commit {commit[:12]}): not tagged; run the same again"
+            )
+        return commit, True, text
 
     def _send(self, place: _Place, text: str) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete

@@ -34,8 +34,21 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
     return locate(ref, catalog)[0]
 
 
+def find(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Subset:
+    """Do as ``resolve``, without looking for the runs of a subset that was selected here: its ``origin`` is None."""
+    return _found(ref, catalog)[0]
+
+
 def locate(ref: str | Path, catalog: Catalog | str | Path | None = None) -> tuple[Subset, Path | None]:
     """Do as ``resolve``, and return the exported folder too that the subset was read from, None if it was none."""
+    subset, folder = _found(ref, catalog)
+    if subset.origin is None:
+        origin = provenance_of(subset, catalog if isinstance(catalog, Catalog) else Catalog(catalog))
+        subset = replace(subset, origin=origin)
+    return subset, folder
+
+
+def _found(ref: str | Path, catalog: Catalog | str | Path | None) -> tuple[Subset, Path | None]:
     path = Path(ref)
     if isinstance(ref, str) and ref.startswith(PREFIX):
         return open_reference(ref), None
@@ -47,10 +60,8 @@ def locate(ref: str | Path, catalog: Catalog | str | Path | None = None) -> tupl
             f"no calibration subset at {ref}: give NAME or NAME@VERSION of the catalog, an exported folder, or "
             "hub:ORG/REPO/NAME@VERSION"
         )
-    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     try:
-        subset = subsets.load(catalog, ref)
-        return (subset if subset.origin else replace(subset, origin=provenance_of(subset, catalog))), None
+        return subsets.load(catalog if isinstance(catalog, Catalog) else Catalog(catalog), ref), None
     except InputError:
         # A name means the catalog's subset; a folder of that name here counts only when there is none.
         if os.path.isfile(path / MANIFEST):
@@ -72,7 +83,7 @@ def export(catalog: Catalog | str | Path, subset: Subset | str, directory: str |
         CatalogError: no space left.
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    return write_folder(catalog, resolve(subset, catalog) if isinstance(subset, str) else subset, directory)
+    return write_folder(catalog, find(subset, catalog) if isinstance(subset, str) else subset, directory)
 
 
 def diff(catalog: Catalog | str | Path | None, a: Subset | str | Path, b: Subset | str | Path) -> Difference:
@@ -87,4 +98,4 @@ def diff(catalog: Catalog | str | Path | None, a: Subset | str | Path, b: Subset
         InputError: no such subset.
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    return compare(catalog, *(s if isinstance(s, Subset) else resolve(s, catalog) for s in (a, b)))
+    return compare(catalog, *(s if isinstance(s, Subset) else find(s, catalog) for s in (a, b)))

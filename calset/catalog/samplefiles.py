@@ -14,6 +14,7 @@ import numpy as np
 
 from calset.catalog.recipes import Kind
 from calset.catalog.records import Sample
+from calset.catalog.values import number_array, text_array
 from calset.errors import InputError, first_line
 from calset.parquetfiles import Bounds, read_batches
 
@@ -78,18 +79,20 @@ def sample_columns(samples: Sequence[Sample]) -> pa.Table:
     ids = [np.asarray(s.input_ids, dtype=np.int32) for s in samples]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids], dtype=np.int64)]).astype(np.int32)
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
-    prompts = np.asarray([s.n_prompt_tokens for s in samples], dtype=np.int32)
-    columns = {
-        "sample_id": [s.sample_id for s in samples],
-        "kind": [s.kind for s in samples],
-        "problem_id": [s.problem_id for s in samples],
-        "trace_id": [s.trace_id for s in samples],
-        "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)),
-        "n_prompt_tokens": prompts,
-        "n_tokens": np.diff(offsets) - prompts,
+    token_ids = pa.Array.from_buffers(pa.int32(), len(flat), [None, pa.py_buffer(flat)])
+    buffers = [None, pa.py_buffer(offsets)]
+    texts = {name: [getattr(s, name) for s in samples] for name in ("sample_id", "kind", "problem_id", "trace_id")}
+    numbers = {
+        "n_prompt_tokens": [s.n_prompt_tokens for s in samples],
+        "n_tokens": [len(s.input_ids) - s.n_prompt_tokens for s in samples],
     }
-    own = schema(columns)
-    return pa.table([pa.array(columns[f.name], f.type) for f in own], schema=own)
+    own = schema([*texts, "input_ids", *numbers])
+    arrays = {
+        **{name: text_array(values).cast(pa.string()) for name, values in texts.items()},
+        "input_ids": pa.Array.from_buffers(pa.list_(pa.int32()), len(ids), buffers, children=[token_ids]),
+        **{name: number_array(values, pa.int32()) for name, values in numbers.items()},
+    }
+    return pa.Table.from_arrays([arrays[name] for name in own.names], schema=own)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

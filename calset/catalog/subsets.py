@@ -15,15 +15,17 @@ import duckdb
 
 from calset import ids
 from calset.catalog.catalog import Catalog
+from calset.catalog.manifest import is_origin
 from calset.catalog.records import Sample, Subset
 from calset.catalog.schema import TABLES
-from calset.catalog.values import arrow_batch, dump_json
+from calset.catalog.values import arrow_batch, dump_json, int_lists
 from calset.errors import CatalogError, InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BATCH_ROWS = 1024  # of samples, in an Arrow batch
 _REFERENCE = re.compile(r"(?P<name>[^@]*)(?:@(?P<version>[0-9]{1,9}))?")
 
 
@@ -99,7 +101,7 @@ def keep(catalog: Catalog, subset: Subset, rows: pa.Table | None = None) -> Subs
     check_name(subset.name)
     with catalog.transaction() as con:
         there = con.execute(
-            "SELECT content_hash, origin IS NOT NULL FROM subsets WHERE name = ? AND version = ?",
+            "SELECT content_hash, starts_with(origin, '{') FROM subsets WHERE name = ? AND version = ?",
             [subset.name, subset.version],
         ).fetchall()
         if there and there[0][0] != subset.content_hash:
@@ -159,13 +161,16 @@ def load(catalog: Catalog, ref: str) -> Subset:
         head = next((h for h in heads if version in (None, h["version"])), None)
         if head is None:
             raise InputError(_not_found(name, version, [h["version"] for h in heads], catalog))
-        rows = con.execute(
-            "SELECT sample_id, input_ids, n_prompt_tokens, kind, trace_id, problem_id FROM subset_items "
+        items = con.sql(
+            "SELECT sample_id, n_prompt_tokens, kind, trace_id, problem_id, input_ids FROM subset_items "
             "WHERE name = ? AND version = ? ORDER BY position",
-            [name, head["version"]],
-        ).fetchall()
-    subset = _subset(head, [Sample(*row) for row in rows])
-    if hash_samples(subset.samples) != subset.content_hash:
+            params=[name, head["version"]],
+        )
+        table = items.to_arrow_reader(_BATCH_ROWS).read_all()
+    if head["origin"] is not None and not is_origin(head["origin"]):
+        raise InputError(f"{catalog.path} holds an origin that calset did not write: use another copy of the file")
+    subset, found = _read(head, table)
+    if found != subset.content_hash:
         raise CatalogError(
             f"the samples of {subset.ref} in {catalog.path} no longer have its content hash "
             f"{subset.content_hash[:12]}: the file was changed or is damaged; select again or restore a backup"
@@ -179,8 +184,16 @@ def _not_found(name: str, version: int | None, versions: Sequence[int], catalog:
     return f"no subset {name!r} in {catalog.path}: calset subsets lists them, calset select makes one"
 
 
-def _subset(head: dict[str, Any], samples: Sequence[Sample]) -> Subset:
-    return Subset(**{key: head[key] for key in head if key not in ("n_samples", "n_tokens")}, samples=samples)
+def _read(head: dict[str, Any], table: pa.Table) -> tuple[Subset, str]:
+    """A subset from its row and its samples' rows, and the content hash of these."""
+    sample_ids, n_prompt_tokens, *others = (table[name].to_pylist() for name in table.column_names[:-1])
+    views = int_lists(table["input_ids"])
+    lists = table["input_ids"].to_pylist() if views is None else [view.tolist() for view in views]
+    samples = [Sample(*row) for row in zip(sample_ids, lists, n_prompt_tokens, *others, strict=True)]
+    subset = Subset(**{key: head[key] for key in head if key not in ("n_samples", "n_tokens")}, samples=samples)
+    if views is None:
+        return subset, hash_samples(samples)
+    return subset, ids.content_hash(zip(sample_ids, views, n_prompt_tokens, strict=True))
 
 
 def list_subsets(catalog: Catalog) -> list[dict[str, Any]]:

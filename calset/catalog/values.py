@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,8 +73,7 @@ def _arrow_array(kind: str, values: list[Any]) -> pa.Array:
     import pyarrow as pa
 
     if kind in ("VARCHAR", "JSON"):
-        # large_string: a batch of long texts may pass the 2 GiB that plain string offsets can address.
-        return pa.array([None if v is None else clean(v) for v in values], pa.large_string())
+        return text_array(values)
     if kind == "INTEGER[]":
         parts = [np.asarray(v, dtype=np.int32) for v in values]
         offsets = np.zeros(len(parts) + 1, dtype=np.int64)
@@ -88,6 +88,57 @@ def _arrow_array(kind: str, values: list[Any]) -> pa.Array:
         "TIMESTAMP": pa.timestamp("us"),
     }
     return pa.array(values, types[kind])
+
+
+def text_array(values: Sequence[str | None]) -> pa.Array:
+    """Texts as an Arrow array, cleaned.
+
+    Why from buffers: ``pa.array`` imports pandas where it is installed, which takes half a second. Large strings: a
+    batch of long texts may pass the 2 GiB that plain string offsets can address.
+    """
+    import pyarrow as pa
+
+    encoded = [b"" if value is None else _utf8(value) for value in values]
+    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in encoded], out=offsets[1:])
+    buffers = [_validity(values), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.large_string(), len(encoded), buffers)
+
+
+def number_array(values: Sequence[float | None], kind: pa.DataType) -> pa.Array:
+    """Numbers as an Arrow array of the type int32 or float64, without pandas."""
+    import pyarrow as pa
+
+    numpy_kinds = {pa.int32(): np.int32, pa.float64(): np.float64}
+    numbers = np.asarray([0 if value is None else value for value in values], dtype=numpy_kinds[kind])
+    return pa.Array.from_buffers(kind, len(numbers), [_validity(values), pa.py_buffer(numbers)])
+
+
+def _validity(values: Sequence[Any]) -> pa.Buffer | None:
+    """Arrow's bitmap of the values that are not null; None where all are there."""
+    import pyarrow as pa
+
+    there = [value is not None for value in values]
+    return None if all(there) else pa.py_buffer(np.packbits(there, bitorder="little").tobytes())
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return clean(text).encode("utf-8")
+
+
+def int_lists(column: pa.ChunkedArray) -> list[memoryview] | None:
+    """An Arrow column of lists of 32-bit integers as C ints, row by row; None where a list or an integer is null."""
+    found: list[memoryview] = []
+    for chunk in column.chunks:
+        if chunk.null_count or chunk.values.null_count:
+            return None
+        numbers: Any = chunk.values.to_numpy()
+        view = memoryview(numbers)
+        found += [view[start:stop] for start, stop in pairwise(chunk.offsets.to_numpy().tolist())]
+    return found
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,15 +18,13 @@ from typing import TYPE_CHECKING, Any
 from calset import ids
 from calset.errors import InputError, first_line
 from calset.hubfiles import check_token, progress_bar
-from calset.jsonable import read_object
+from calset.jsonable import jsonable
 from calset.pruning.layout import parameters_on_meta, quiet
+from calset.pruning.record import RECORD
 
 if TYPE_CHECKING:
     import torch
 
-RECORD = "pruning.json"
-SCHEMA_VERSION = 2
-STRUCTURED_SCHEMA_VERSION = 3  # of records that list what was dropped, not pruned matrices
 # Copied as they are: configuration, tokenizer, templates, licences. Never code, never other weights.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "LICENCE*", "NOTICE*")
 NOT_COPIED = ("*.index.json", RECORD, "*.safetensors", "*.bin")
@@ -137,7 +134,7 @@ def write_companions(
         text = json.dumps({**config, **switches}, indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(source, section), encoding="utf-8")
-    text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
+    text = json.dumps(jsonable(record), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
@@ -159,83 +156,3 @@ def _card(source: Path, section: str) -> str:
     front = head[0] if head else ""
     rest = base[len(front) :].strip()
     return f"{front}{section.strip()}\n" + (f"\n# Card of the dense model\n\n{rest}\n" if rest else "")
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The ``pruning.json`` of a pruned checkpoint.
-
-    Raises:
-        InputError: missing, corrupt, or of a newer calset.
-    """
-    path = folder / RECORD
-    if not path.is_file():
-        raise InputError(f"{folder} has no {RECORD}: it is no checkpoint that calset pruned")
-    record = read_object(path)
-    version, matrices = record.get("schema_version"), record.get("matrices")
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise InputError(f"{path} is corrupt: it has no schema_version")
-    if version > (newest := max(SCHEMA_VERSION, STRUCTURED_SCHEMA_VERSION)):
-        raise InputError(f"{path} has schema {version}, newer than this calset's {newest}: upgrade calset")
-    for key in ("base", "calibration"):
-        if not isinstance(record.get(key, {}), dict):
-            raise InputError(f"{path} is corrupt: {key} is {json.dumps(record[key])[:40]}, not an object")
-    for key in ("sample_ids", "problem_ids"):
-        listed = record.get("calibration", {}).get(key, [])
-        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-            raise InputError(f"{path} is corrupt: the calibration's {key} are no list of names")
-    if "structure" in record:
-        _check_structured(record, path)
-        return record
-    if not isinstance(matrices, list) or not matrices or not all(map(_is_matrix, matrices)):
-        raise InputError(f"{path} is corrupt: it does not list the pruned matrices")
-    left = record.get("left_dense", [])
-    if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
-        raise InputError(f"{path} is corrupt: left_dense is no list of names")
-    return record
-
-
-def _check_structured(record: Mapping[str, Any], path: Path) -> None:
-    stacks, sparsity = record.get("stacks"), record.get("sparsity")
-    if record["structure"] not in ("experts", "blocks") or not isinstance(stacks, list) or not stacks:
-        raise InputError(f"{path} is corrupt: it does not list what stays")
-    if not all(map(_is_stack, stacks)) or (record["structure"] == "blocks" and len(stacks) > 1):
-        raise InputError(f"{path} is corrupt: its stacks do not say which of how many stay")
-    if not isinstance(sparsity, int | float) or isinstance(sparsity, bool) or not 0 < sparsity < 1:
-        raise InputError(f"{path} is corrupt: its sparsity is {json.dumps(sparsity)[:40]}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_matrix(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        return False
-    shape = entry.get("shape")
-    is_shape = isinstance(shape, list) and len(shape) == 2 and all(_is_count(side) and side > 0 for side in shape)
-    expert, rows = entry.get("expert"), entry.get("rows")
-    is_placed = (expert is None or _is_count(expert)) and (rows is None or _is_range(rows))
-    counts = _is_count(entry.get("n_zeros")) and _is_count(entry.get("n_pruned"))
-    return is_shape and is_placed and isinstance(entry.get("transposed", False), bool) and counts
-
-
-def _is_range(rows: Any) -> bool:
-    return isinstance(rows, list) and len(rows) == 2 and all(map(_is_count, rows)) and rows[0] < rows[1]
-
-
-def _is_stack(entry: Any) -> bool:
-    """Whether an entry can be a ``structured_report.Stack``."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        return False
-    scores, n_tokens, kept, kinds = (entry.get(key) for key in ("scores", "n_tokens", "kept", "kinds"))
-    if not isinstance(scores, list) or not isinstance(n_tokens, list) or not isinstance(kept, list):
-        return False
-    if len(scores) != len(n_tokens) or not all(map(_is_count, [*n_tokens, *kept])) or not all(map(_is_score, scores)):
-        return False
-    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != len(scores)):
-        return False
-    return bool(kept) and kept == sorted(set(kept)) and kept[-1] < len(scores)
-
-
-def _is_score(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -21,7 +21,7 @@ import numpy as np
 from calset.catalog.records import JUDGED
 from calset.errors import CalsetError, Stopped
 from calset.io.progress import OnProgress
-from calset.pruning.checkpoint import RECORD, read_record
+from calset.pruning.record import RECORD, read_record
 
 if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
@@ -278,8 +278,8 @@ def _calibrated_on(model: str | Path) -> str | None:
     """
     if not (Path(model) / RECORD).is_file():
         return None
-    calibration = read_record(Path(model)).get("calibration", {})
-    return calibration.get("content_hash") if calibration.get("used", True) else None
+    calibration = read_record(Path(model)).calibration
+    return calibration.content_hash if calibration.used else None
 
 
 def _overlap(store: Catalog, content_hash: str | None, problem_ids: Sequence[str]) -> list[str]:

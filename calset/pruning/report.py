@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.markdown import code, line
-from calset.pruning import allocate, checkpoint
+from calset.pruning import allocate, record
 from calset.pruning.layout import label
 from calset.pruning.plan import Plan, device_name, hash_of, versions
 from calset.pruning.stats import Needs
@@ -19,6 +19,7 @@ from calset.pruning.stats import Needs
 if TYPE_CHECKING:
     from calset.catalog.records import Subset
     from calset.pruning.calibration import Calibration
+    from calset.pruning.checkpoint import Source
     from calset.pruning.structured_report import DropReport
     from calset.pruning.workfolder import WorkFolder
 
@@ -73,7 +74,7 @@ class PruneReport:
     versions: Mapping[str, str]
     warnings: Sequence[str] = ()
     allocation: str = "uniform"  # or owl, file:NAME
-    schema_version: int = checkpoint.SCHEMA_VERSION
+    schema_version: int = record.SCHEMA_VERSION
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,7 +134,7 @@ def make_report(
     )
 
 
-def about_base(source: checkpoint.Source) -> dict[str, Any]:
+def about_base(source: Source) -> dict[str, Any]:
     """The dense model, for the record."""
     return {
         "model": source.name,
@@ -198,7 +199,7 @@ def card_section(report: PruneReport) -> str:
         f"{card_table(report, rows)}Embeddings, norms and lm_head are the dense model's, bit for bit. Zeros are stored "
         f"as ordinary weights: the checkpoint is as large and as fast as the dense one where the runtime does not use "
         f"sparsity. "
-        f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
+        f"`{record.RECORD}` lists every matrix; `calset verify` proves it.\n"
     )
 
 

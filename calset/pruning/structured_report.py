@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from calset.files import size
-from calset.pruning.checkpoint import RECORD, STRUCTURED_SCHEMA_VERSION
 from calset.pruning.plan import device_name, versions
+from calset.pruning.record import RECORD, STRUCTURED_SCHEMA_VERSION
 from calset.pruning.report import about_base, about_calibration, card_table, named_calibration
 
 if TYPE_CHECKING:

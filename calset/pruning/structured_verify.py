@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import InputError, VerificationError
 from calset.io.progress import OnProgress
 from calset.pruning import depth, drop, reap
-from calset.pruning.checkpoint import RECORD, Source, open_folder
+from calset.pruning.checkpoint import Source, open_folder
 from calset.pruning.decoder import find_decoder
 from calset.pruning.phases import Phase
+from calset.pruning.record import RECORD, DropRecord
 from calset.pruning.smaller import make_smaller
 from calset.pruning.tensorfiles import TensorFiles
 from calset.pruning.verify import check_logits
@@ -59,7 +60,7 @@ class DropVerifyReport:
 
 def verify_structured(
     directory: str | Path,
-    record: Mapping[str, Any],
+    record: DropRecord,
     dense: Path | None,
     notes: Sequence[str],
     device: torch.device,
@@ -68,7 +69,6 @@ def verify_structured(
     """Prove what a structured pruning's record says; see ``verify``.
 
     Args:
-        record: of ``read_record``.
         dense: the dense model's folder, where it is at hand.
         device: where the model runs.
         progress: called with a ``Progress`` of blocks for the logits, then of tensors.
@@ -77,24 +77,24 @@ def verify_structured(
         InputError: a model that cannot be read.
         VerificationError: naming what differs.
     """
-    folder, stacks = Path(directory), record["stacks"]
+    folder, stacks = Path(directory), record.stacks
     try:
         with TensorFiles(folder) as tensors:
             n_tensors = len(tensors.stored)
             source = open_folder(folder)
-            _check_counts(record, stacks, source)
+            _check_counts(record, source)
             check_logits(source, device, Phase("logits", progress))
             n_equal = None
             if dense is not None:
-                n_equal = _check_equal(folder, record, stacks, dense, tensors, Phase("tensors", progress))
+                n_equal = _check_equal(folder, record, dense, tensors, Phase("tensors", progress))
     except InputError as error:
         raise VerificationError(str(error)) from error
     return DropVerifyReport(
         directory=str(directory),
-        method=str(record.get("method")),
-        structure=record["structure"],
-        n_units=sum(len(stack["scores"]) for stack in stacks),
-        n_kept=sum(len(stack["kept"]) for stack in stacks),
+        method=record.method,
+        structure=record.structure,
+        n_units=sum(len(stack.scores) for stack in stacks),
+        n_kept=sum(len(stack.kept) for stack in stacks),
         n_tensors=n_tensors,
         base=None if dense is None else str(dense),
         n_equal=n_equal,
@@ -102,28 +102,28 @@ def verify_structured(
     )
 
 
-def _check_counts(record: Mapping[str, Any], stacks: Sequence[Mapping[str, Any]], source: Source) -> None:
+def _check_counts(record: DropRecord, source: Source) -> None:
     """As many stay of each stack as were asked, those of the highest scores, and the config makes as many."""
     from torch.nn import ModuleList
 
-    config, sparsity = source.config.get_text_config(), record["sparsity"]
+    config, sparsity, stacks = source.config.get_text_config(), record.sparsity, record.stacks
     model, mixture = source.skeleton(), None
-    if record["structure"] == "experts":
+    if record.structure == "experts":
         mixture = reap.find_mixture(find_decoder(model, allow_partial=True), config)
         made = dict.fromkeys(mixture.modules.values(), mixture.n_experts)
     else:
         lists = {name: len(part) for name, part in model.named_modules() if isinstance(part, ModuleList)}
-        made = {name: lists[name] for name in (stacks[0]["name"],) if name in lists}
-    if odd := sorted(made.keys() ^ {stack["name"] for stack in stacks}):
+        made = {name: lists[name] for name in (stacks[0].name,) if name in lists}
+    if odd := sorted(made.keys() ^ {stack.name for stack in stacks}):
         raise VerificationError(f"{odd[0]} is not both in {RECORD} and in the model that config.json makes")
     for stack in stacks:
-        scores, kept, name = stack["scores"], stack["kept"], stack["name"]
+        scores, kept, name = stack.scores, stack.kept, stack.name
         if mixture is not None:
             want = replace(mixture, n_experts=len(scores)).n_kept(sparsity)
             chosen = reap.choose(scores, want, mixture.n_groups)
         else:
             want = depth.n_kept(len(scores), sparsity)
-            kinds = stack.get("kinds")
+            kinds = stack.kinds
             if kinds is not None and [kinds[i] for i in kept] != depth.kinds(config):
                 raise VerificationError(f"{name} keeps blocks of other kinds than config.json says")
             chosen = depth.choose(scores, len(scores) - want, kinds)
@@ -138,18 +138,17 @@ def _check_counts(record: Mapping[str, Any], stacks: Sequence[Mapping[str, Any]]
 
 def _check_equal(
     folder: Path,
-    record: Mapping[str, Any],
-    stacks: Sequence[Mapping[str, Any]],
+    record: DropRecord,
     dense: Path,
     tensors: TensorFiles,
     phase: Phase,
 ) -> int:
     """How many tensors there are, each of them the dense model's under the recorded numbers, bit for bit."""
-    kept = {stack["name"]: stack["kept"] for stack in stacks}
+    kept = {stack.name: stack.kept for stack in record.stacks}
     source = open_folder(dense)
     with TensorFiles(source.folder) as files:
         try:
-            left = make_smaller(source, files, record["structure"], kept)
+            left = make_smaller(source, files, record.structure, kept)
         except (InputError, KeyError, IndexError) as error:
             raise VerificationError(f"{RECORD} does not fit the dense model at {dense}: {error}") from error
         _check_config(folder, source.folder, left.switches)

@@ -13,7 +13,6 @@ import http.cookiejar
 import json
 import os
 import queue
-import random
 import socket
 import threading
 import time
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from calset.builder.engines import wire
 from calset.builder.engines.base import CLOSED, RESUME_HINT, Completion, Request, RequestFeed, Sampling, wait_on
 from calset.errors import EngineError, InputError
+from calset.io.retry import Backoff, asked_seconds
 
 if TYPE_CHECKING:
     from calset.builder.model_info import ModelInfo
@@ -152,10 +152,8 @@ class _Server:
 
 
 def _pause(patience: Patience, times: int, asked: float | None) -> float:
-    """What the server asked for, or exponential backoff with full jitter."""
-    if asked is not None:
-        return min(asked, ASKED_PAUSE_SECONDS)
-    return random.uniform(0, min(PAUSE_SECONDS, patience.backoff * 2 ** (times - 1)))
+    backoff = Backoff(patience.backoff, PAUSE_SECONDS, longest_asked=ASKED_PAUSE_SECONDS)
+    return backoff.seconds(times, None if asked is None else min(asked, backoff.longest_asked))
 
 
 async def _read(answer: Any, most: int) -> bytes:
@@ -408,7 +406,7 @@ class ServerEngine:
             raise _Unavailable(f"{type(error).__name__}{': ' if said else ''}{said}") from error
         if answer.is_success:
             return body
-        pause = wire.retry_after_seconds(answer.headers.get("Retry-After"), time.time())
+        pause = asked_seconds(answer.headers, time.time())
         if answer.status_code == 429:
             raise _Busy(pause)
         said = wire.error_text(answer.status_code, self._hide(body.decode(errors="replace")))

@@ -6,7 +6,6 @@ The dialect is that of vLLM's ``/v1/completions``, which SGLang speaks too: prom
 
 from __future__ import annotations
 
-import email.utils
 import json
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -237,16 +236,3 @@ def one_line(text: str) -> str:
     """A stranger's text for an error of ours: one line, printable, not too long."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return flat if len(flat) <= LINE else f"{flat[:LINE]}…"
-
-
-def retry_after_seconds(header: str | None, now: float) -> float | None:
-    """A Retry-After header's seconds from ``now`` (Unix time), of its seconds or date; None when it says nothing."""
-    if not header:
-        return None
-    text = header.strip()
-    if text.isascii() and text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now)
-    except (ValueError, OverflowError):
-        return None

@@ -112,7 +112,14 @@ def test_an_orderly_stop_is_the_last_event(tmp_path: Path, tiny_model, scripted_
 
     engine = scripted_engine(inspect(tiny_model).revision)
     report = calset.build(
-        tiny_model, "demo", samples=50, catalog=tmp_path / "c.duckdb", engine=engine, commit_size=1, progress=stop
+        tiny_model,
+        "demo",
+        samples=9,
+        limit=9,
+        catalog=tmp_path / "c.duckdb",
+        engine=engine,
+        commit_size=9,
+        progress=stop,
     )
     assert report.stopped
     check_course(events, last="stopped")

@@ -117,7 +117,7 @@ def test_a_bad_prune_setting_is_one_line_that_names_it(options: dict[str, Any], 
 
 
 @given(
-    st.sampled_from(["magnitude", "wanda", "sparsegpt", "alps+dsnot"]),
+    st.sampled_from(["magnitude", "wanda", "sparsegpt", "sparsegpt+dsnot"]),
     st.floats(0, 1, exclude_min=True, exclude_max=True) | st.tuples(st.integers(1, 7), st.integers(8, 16)),
     st.sampled_from([None, "row", "matrix"]),
 )
@@ -125,7 +125,7 @@ def test_a_selection_is_what_was_set_or_the_methods_own(method: str, how: Any, g
     share = {"pattern": f"{how[0]}:{how[1]}"} if isinstance(how, tuple) else {"sparsity": how}
     settings = PruneSettings("org/model", "out", method=method, group=group, **share)
     selection = settings.selection
-    assert selection.group == (group or {"wanda": "row", "sparsegpt": "block"}.get(method, "matrix"))
+    assert selection.group == (group or {"magnitude": "matrix", "wanda": "row"}.get(method, "block"))
     assert (selection.sparsity, selection.pattern and str(selection.pattern)) == (
         share.get("sparsity"),
         share.get("pattern"),

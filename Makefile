@@ -30,6 +30,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --warnings
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

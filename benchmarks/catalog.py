@@ -29,14 +29,14 @@ from typing import Any
 import duckdb
 
 from calset import ids
-from calset.catalog import schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.compact import compact
-from calset.catalog.connection import opened
+from calset.catalog.maintenance.compact import compact
+from calset.catalog.query.stats import stats
 from calset.catalog.records import Grade, Run, Trace
-from calset.catalog.selection import _CANDIDATES, select
-from calset.catalog.stats import stats
-from calset.catalog.values import arrow_batch
+from calset.catalog.select import _CANDIDATES, select
+from calset.catalog.store import schema
+from calset.catalog.store.connection import opened
+from calset.catalog.store.values import arrow_batch
 
 SAMPLES = 16
 MODELS = ("lrm-7b", "lrm-1.5b")

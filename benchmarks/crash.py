@@ -28,10 +28,10 @@ import calset
 from calset.builder import pipeline
 from calset.builder.engines import Completion, Request, Sampling, open_engine
 from calset.builder.engines.base import RESUME_HINT
-from calset.builder.model_info import ModelInfo, inspect
+from calset.builder.model.info import ModelInfo, inspect
 from calset.builder.problems import load_problems
+from calset.bundled import MODEL
 from calset.catalog.catalog import Catalog
-from calset.demo import MODEL
 from calset.errors import EngineError
 
 SAMPLES = 8

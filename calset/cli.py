@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast
 import click
 from click.core import ParameterSource
 
-from calset import __version__, terminal
 from calset.errors import (
     BuildWarning,
     CalsetError,
@@ -30,17 +29,19 @@ from calset.errors import (
     Stopped,
     TextsMissing,
 )
+from calset.io import terminal
+from calset.version import __version__
 
 if TYPE_CHECKING:
-    from calset.builder.generate import BuildReport
+    from calset.builder.build import BuildReport
+    from calset.builder.grade import GradeReport
     from calset.builder.judge import JudgeReport
     from calset.builder.problems import Preset
-    from calset.builder.regrade import GradeReport
     from calset.builder.settings import BuildOptions, GenerationOptions
     from calset.catalog.filters import Band, FilterOptions
-    from calset.catalog.recipes import RecipeOptions
+    from calset.catalog.query.stats import Stats
     from calset.catalog.records import Subset
-    from calset.catalog.stats import Stats
+    from calset.catalog.subsets.recipes import RecipeOptions
     from calset.pruning.settings import PruneOptions
 
 SEED = click.IntRange(-(2**63), 2**63 - 1)
@@ -293,9 +294,9 @@ def build(
     **options: Unpack[BuildOptions],
 ) -> None:
     """Generate and grade a model's own traces; killed or stopped, the same command continues."""
+    from calset.builder.build import build as run
+    from calset.builder.build import dry_run as plan
     from calset.builder.engines.base import RESUME_HINT
-    from calset.builder.generate import build as run
-    from calset.builder.generate import dry_run as plan
 
     if dry_run:
         with terminal.progress(progress_mode, "planned") as show:
@@ -404,8 +405,8 @@ def grade(
     as_json: bool,
 ) -> None:
     """Grade stored traces again, or let a model judge them; earlier verdicts stay in the history."""
+    from calset.builder.grade import grade as grade_traces
     from calset.builder.judge import judge as judge_traces
-    from calset.builder.regrade import grade as grade_traces
 
     if judge is None:
         if judge_engine is not None or engine_options:
@@ -524,7 +525,7 @@ def decontaminate(
     as_json: bool,
 ) -> None:
     """Find problems that an evaluation source holds too, and keep the evidence (the view excluded)."""
-    from calset.builder.decontamination import decontaminate as run
+    from calset.builder.decontaminate import decontaminate as run
 
     with terminal.progress(progress_mode, "checked", main="checking") as show:
         report = run(
@@ -555,7 +556,7 @@ def decontaminate(
 @json_option
 def stats(catalog: Path, model: str | None, source: str | None, as_json: bool) -> None:
     """Counts, pass rate, verdicts, and a difficulty x length table."""
-    from calset.catalog.stats import stats as compute
+    from calset.catalog.query.stats import stats as compute
 
     result = compute(catalog, model=model, source=source)
     if as_json:
@@ -620,8 +621,8 @@ def query(
       calset query "SELECT question, difficulty FROM problem ORDER BY difficulty DESC LIMIT 10"
       calset query --difficulty 0.3..0.8 --correct --tokens 2000..8000 --source gsm8k -o hard.parquet
     """
-    from calset.answers import Question, format_of, print_answer, save_answer
     from calset.catalog.catalog import Catalog
+    from calset.catalog.query.output import Question, format_of, print_answer, save_answer
 
     if as_json and form not in (None, "jsonl"):
         raise InputError(f"--json is --format jsonl: leave one of --json and --format {form} out")
@@ -717,7 +718,7 @@ def import_(
     as_json: bool,
 ) -> None:
     """Keep traces that other programs collected, and grade them; the same files again add nothing."""
-    from calset.builder.importing import import_traces as run
+    from calset.builder.importing.importer import import_traces as run
 
     with terminal.progress(progress_mode, "rows", main="importing") as show:
         report = run(
@@ -750,7 +751,7 @@ def import_(
 @json_option
 def merge(others: tuple[Path, ...], catalog: Path, progress_mode: str, as_json: bool) -> None:
     """Bring the rows of other catalogs into this one, each in one transaction; again adds nothing."""
-    from calset.catalog.merge import merge as run
+    from calset.catalog.maintenance.merge import merge as run
 
     for other in others:
         with terminal.progress(progress_mode, "merged tables") as show:
@@ -838,12 +839,12 @@ def select(
 ) -> None:
     """Take a subset from the catalog by a recipe, as a new immutable version of NAME."""
     from calset.catalog.catalog import Catalog
-    from calset.catalog.selection import select as run
-    from calset.catalog.selection import tables
+    from calset.catalog.select import select as run
+    from calset.catalog.select import tables
 
     store, exclude = Catalog(catalog), None
     if evaluations:
-        from calset.builder.decontamination import against_sources
+        from calset.builder.decontaminate import against_sources
 
         exclude = against_sources(evaluations, pinned=store.source_revisions())
     subset = run(
@@ -871,7 +872,7 @@ def _subset_facts(subset: Subset) -> dict[str, Any]:
 def subsets(catalog: Path, as_json: bool) -> None:
     """List the subsets."""
     from calset.catalog.catalog import Catalog
-    from calset.catalog.subsets import list_subsets
+    from calset.catalog.subsets.versions import list_subsets
 
     rows = list_subsets(Catalog(catalog))
     if as_json:
@@ -945,7 +946,7 @@ def publish(reference: str, repo: str, public: bool, dry_run: bool, catalog: Pat
 
     The login is huggingface_hub's own: hf auth login. Run again after whatever happened, it does what is left to do.
     """
-    from calset.catalog.hub import publish as run
+    from calset.catalog.hub.publish import publish as run
 
     report = run(reference, repo, catalog=catalog, public=public, dry_run=dry_run)
     if as_json:
@@ -970,7 +971,7 @@ def publish(reference: str, repo: str, public: bool, dry_run: bool, catalog: Pat
 @json_option
 def pull(reference: str, out: Path | None, catalog: Path, as_json: bool) -> None:
     """Download hub:ORG/REPO/NAME@VERSION (or the latest version), check it, and keep it in the catalog."""
-    from calset.catalog.hub import pull as run
+    from calset.catalog.hub.pull import pull as run
 
     subset = run(reference, catalog, directory=out)
     if as_json:
@@ -986,7 +987,7 @@ def pull(reference: str, out: Path | None, catalog: Path, as_json: bool) -> None
 @json_option
 def search(text: str | None, author: str | None, limit: int, as_json: bool) -> None:
     """List the calset repositories on the Hub, or those whose name holds TEXT."""
-    from calset.catalog.hub import search as run
+    from calset.catalog.hub.search import search as run
 
     found = run(text, author=author, limit=limit)
     if as_json:
@@ -1005,7 +1006,7 @@ def search(text: str | None, author: str | None, limit: int, as_json: bool) -> N
 @json_option
 def report(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
     """Write one self-contained HTML page about a subset: recipe, picture, verdicts, samples, provenance."""
-    from calset.catalog.report import report as write
+    from calset.catalog.report.page import report as write
 
     path = write(catalog, reference, out)
     if as_json:
@@ -1022,8 +1023,8 @@ def compact(catalog: Path, as_json: bool) -> None:
 
     Nobody can write to it meanwhile. Killed at any moment, it leaves the old file or the new one.
     """
-    from calset.catalog.compact import compact as rewrite
-    from calset.files import size
+    from calset.catalog.maintenance.compact import compact as rewrite
+    from calset.io.files import size
 
     done = rewrite(catalog)
     if as_json:
@@ -1113,7 +1114,7 @@ def prune(
 
     Killed or stopped, the same command continues where it was.
     """
-    from calset.pruning.distributed import is_first
+    from calset.pruning.blockwise.distributed import is_first
     from calset.pruning.prune import plan_pruning
     from calset.pruning.prune import prune as run
 
@@ -1206,7 +1207,7 @@ def evaluate(
     **options: Unpack[GenerationOptions],
 ) -> None:
     """Generate and grade held-out problems: accuracy, length, non-termination, loops, tokens/s."""
-    from calset.pruning.evaluate import evaluate as run
+    from calset.evaluation.evaluate import evaluate as run
 
     with terminal.progress(progress_mode, "evaluated", main="generating") as show:
         report = run(model, problems, samples=samples, catalog=catalog, progress=show, **options)
@@ -1257,7 +1258,7 @@ def _print_stats(result: Stats) -> None:
 
 
 def _print_trace(row: dict[str, Any], *, full: bool) -> None:
-    from calset.catalog.show import facts, tables, texts
+    from calset.catalog.query.show import facts, tables, texts
 
     for what, value in facts(row):
         terminal.say(f"{what + ':':<11} {terminal.cell(value)}")

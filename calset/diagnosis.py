@@ -1,8 +1,8 @@
 """doctor(): what stands between this machine and a working calset, each thing with its remedy.
 
-The catalog is looked at in catalog/doctor.py; here is what surrounds it: packages, engines, GPUs, graders, the Hub.
-What may crash or hang when it is imported runs in a process of its own. Of a token it is only asked whether it is there
-and whether the Hub takes it.
+The catalog is looked at in catalog/maintenance/checks.py; here is what surrounds it: packages, engines, GPUs, graders,
+the Hub. What may crash or hang when it is imported runs in a process of its own. Of a token it is only asked whether it
+is there and whether the Hub takes it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from calset.catalog.catalog import Catalog
-from calset.catalog.doctor import Check, examine
+from calset.catalog.maintenance.checks import Check, examine
 from calset.errors import InputError, first_line
-from calset.hubfiles import check_token
+from calset.io.hub import check_token
 from calset.io.progress import OnProgress, Progress, silent
+from calset.version import __version__
 
 IMPORT_SECONDS = 300.0  # vLLM's first import after an installation compiles and reads a great deal
 GPU_REMEDY = "install the torch that fits the driver (nvidia-smi names it)"
@@ -80,9 +81,7 @@ def packages() -> Iterator[Check]:
 
     from packaging.requirements import Requirement
 
-    import calset
-
-    yield Check("calset", "ok", f"calset {calset.__version__}, Python {sys.version.split()[0]} ({sys.executable})")
+    yield Check("calset", "ok", f"calset {__version__}, Python {sys.version.split()[0]} ({sys.executable})")
     try:
         required = [Requirement(text) for text in requires("calset") or []]
     except PackageNotFoundError:

@@ -23,8 +23,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and OpenMP's threads spin while they wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from calset import demo
-from calset.builder.engines.base import Completion, Request, Sampling
+from calset import bundled
+from calset.builder.engines.base import Completion, Request
+from calset.builder.model.sampling import Sampling
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
@@ -71,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The bundled reasoning model."""
-    return demo.MODEL
+    return bundled.MODEL
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +82,7 @@ def altered_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("models") / "altered"
-    shutil.copytree(demo.MODEL, folder)
+    shutil.copytree(bundled.MODEL, folder)
     generator = torch.Generator().manual_seed(1)
     weights = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():
@@ -116,7 +117,7 @@ def vllm_engine(tiny_model: Path) -> Iterator[object]:
     if not HAS_VLLM:
         pytest.skip("vLLM is not installed")
     from calset.builder.engines import open_engine
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
 
     engine = open_engine("vllm", inspect(tiny_model), max_model_len=2048, concurrency=32)
     yield engine
@@ -127,7 +128,7 @@ def vllm_engine(tiny_model: Path) -> Iterator[object]:
 def transformers_engine(tiny_model: Path) -> Iterator[object]:
     """The transformers engine on the bundled model."""
     from calset.builder.engines import open_engine
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
 
     engine = open_engine("transformers", inspect(tiny_model), max_model_len=1024, device="cpu", concurrency=16)
     yield engine

@@ -252,7 +252,7 @@ def serve_calls() -> None:
 
 def hurry(seconds: float = 0.02) -> None:
     """Called in a client's process: shorter waits before it asks or publishes again."""
-    from calset import hubfiles
+    from calset.io import hub as hubfiles
     from calset.io.retry import Backoff
 
     hubfiles.BACKOFF = Backoff(first=seconds, longest=seconds)

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from factories import make_problem, make_run, make_trace
 
-from calset.builder.adaptive import AdaptiveSchedule, Target
+from calset.builder.build import build, dry_run
 from calset.builder.engines import Completion, Request, Sampling
-from calset.builder.generate import build, dry_run
-from calset.builder.model_info import ModelInfo, inspect
-from calset.builder.schedule import FixedSchedule, Opened, Retry
+from calset.builder.model.info import ModelInfo, inspect
+from calset.builder.schedule.adaptive import AdaptiveSchedule, Target
+from calset.builder.schedule.fixed import FixedSchedule, Opened, Retry
 from calset.catalog.catalog import Catalog
-from calset.catalog.recipes import Recipe
 from calset.catalog.records import Attempt, Problem
-from calset.catalog.selection import select
+from calset.catalog.select import select
+from calset.catalog.subsets.recipes import Recipe
 from calset.errors import BuildWarning, EngineError, InputError
 
 SAMPLES = 8

@@ -9,7 +9,7 @@ from adversarial import Case, cases
 
 from calset.builder.grading import Outcome, verdict_without_grading
 from calset.builder.grading.pool import GradingPool
-from calset.builder.reasoning import ReasoningFormat, split
+from calset.builder.model.reasoning import ReasoningFormat, split
 from calset.catalog.records import VERDICTS
 
 DEADLINE_SECONDS = 5.0

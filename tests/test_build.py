@@ -20,12 +20,12 @@ from click.testing import CliRunner
 from conftest import HAS_VLLM
 from processes import heeding, holding
 
-from calset.builder import generate
+from calset.builder import build as generate
+from calset.builder.build import dry_run
 from calset.builder.engines import Completion, Request, Sampling
-from calset.builder.generate import dry_run
-from calset.builder.model_info import inspect
+from calset.builder.grade import grade
+from calset.builder.model.info import inspect
 from calset.builder.progress import Rate
-from calset.builder.regrade import grade
 from calset.catalog.catalog import Catalog
 from calset.cli import cli
 from calset.errors import BuildWarning, CatalogLocked, EngineError, InputError
@@ -554,7 +554,7 @@ def test_a_question_longer_than_the_context_is_named(tiny_model: Path, tmp_path:
 
 SCRIPT = """
 import sys
-from calset.builder.generate import build
+from calset.builder.build import build
 if __name__ == "__main__":
     model, catalog, engine, max_tokens = sys.argv[1:]
     report = build(model, "gym:chain_sum?size=20&seed=5", samples=4, catalog=catalog, engine=engine,

@@ -19,15 +19,15 @@ from factories import START, fill, make_grade, make_problem, make_run, make_sour
 from processes import python
 
 from calset import ids
-from calset.catalog import connection, migrations, schema
 from calset.catalog.catalog import Catalog
+from calset.catalog.query.stats import stats
 from calset.catalog.references import diff, export
-from calset.catalog.selection import select
-from calset.catalog.stats import stats
-from calset.catalog.subsets import load
-from calset.catalog.values import clean, dump_json
+from calset.catalog.select import select
+from calset.catalog.store import connection, migrations, schema
+from calset.catalog.store.values import clean, dump_json
+from calset.catalog.subsets.versions import load
 from calset.errors import CatalogError, CatalogLocked, InputError, SchemaTooNew
-from calset.jsonable import jsonable
+from calset.io.jsonable import jsonable
 
 ROOT = Path(__file__).parent.parent
 

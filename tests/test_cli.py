@@ -15,9 +15,10 @@ import duckdb
 import pytest
 import warm
 
-from calset import __version__, demo
+from calset import bundled
 from calset.cli import main
 from calset.errors import InputError
+from calset.version import __version__
 
 BIN = str(Path(sys.executable).parent)
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=6&seed=3"
@@ -42,7 +43,7 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a catalog of 18 traces and a subset ``all@1``."""
     folder = tmp_path_factory.mktemp("cli")
-    done = calset("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
+    done = calset("build", "--model", bundled.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
                   "--json", cwd=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n_new"] == 18
@@ -96,7 +97,7 @@ def test_a_warning_of_calsets_own_is_one_line_without_code(kind: str, tmp_path: 
 
 
 def test_a_finished_build_has_nothing_left_to_do(built: Path) -> None:
-    done = calset("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
+    done = calset("build", "--model", bundled.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
                   "--json", cwd=built)  # fmt: skip
     report = json.loads(done.stdout)
     assert (report["n_new"], report["n_existing"]) == (0, 18)
@@ -124,8 +125,8 @@ def test_tables_are_tab_separated_where_nobody_looks(built: Path) -> None:
 
 @pytest.mark.slow
 def test_progress_can_be_json_or_silent(built: Path, tmp_path: Path) -> None:
-    build = ("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "1", "--max-tokens", "60", "--limit",
-             "2", "--catalog", tmp_path / "c.duckdb")  # fmt: skip
+    build = ("build", "--model", bundled.MODEL, "--problems", PROBLEMS, "--samples", "1", "--max-tokens", "60",
+             "--limit", "2", "--catalog", tmp_path / "c.duckdb")  # fmt: skip
     events = [json.loads(line) for line in calset(*build, "--progress", "json", cwd=built).stderr.splitlines()]
     assert events[-1]["final"]
     assert events[-1]["done"] == 2
@@ -135,7 +136,7 @@ def test_progress_can_be_json_or_silent(built: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_prune_verify_and_evaluate(built: Path, tmp_path: Path) -> None:
     out = tmp_path / "pruned"
-    done = calset("prune", demo.MODEL, "--calibration", "all", "--method", "wanda", "--pattern", "2:4", "-o", out,
+    done = calset("prune", bundled.MODEL, "--calibration", "all", "--method", "wanda", "--pattern", "2:4", "-o", out,
                   "--json", cwd=built)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["realised_sparsity"] == pytest.approx(0.5, abs=1e-3)
@@ -153,7 +154,7 @@ def test_prune_verify_and_evaluate(built: Path, tmp_path: Path) -> None:
 
 def test_prune_says_what_it_calibrated_on_or_that_it_used_nothing(built: Path, tmp_path: Path) -> None:
     done = calset(
-        "prune", demo.MODEL, "--calibration", "all", "--method", "magnitude", "--sparsity", "0.5",
+        "prune", bundled.MODEL, "--calibration", "all", "--method", "magnitude", "--sparsity", "0.5",
         "-o", tmp_path / "out", "--device", "cpu", cwd=built,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -163,7 +164,7 @@ def test_prune_says_what_it_calibrated_on_or_that_it_used_nothing(built: Path, t
 
 @pytest.mark.slow
 def test_a_dry_run_of_a_pruning_plans_and_writes_nothing(built: Path, tmp_path: Path) -> None:
-    asked = ("prune", demo.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out", "--dry-run")
+    asked = ("prune", bundled.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out", "--dry-run")
     done = calset(*asked, "--include", "mlp", "--exclude", "layers.0", "--json", cwd=built)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -175,7 +176,7 @@ def test_a_dry_run_of_a_pruning_plans_and_writes_nothing(built: Path, tmp_path: 
 
 
 def test_engine_options_are_named_values(tmp_path: Path) -> None:
-    ask = ("build", "--model", demo.MODEL, "--problems", "demo", "--engine", "transformers", "--engine-option")
+    ask = ("build", "--model", bundled.MODEL, "--problems", "demo", "--engine", "transformers", "--engine-option")
     refused(calset(*ask, "tensor_parallel_size", cwd=tmp_path), 2, "NAME=VALUE")
     refused(calset(*ask, "tensor_parallel_size=2", cwd=tmp_path), 2, "no option 'tensor_parallel_size'")
     assert not any(tmp_path.iterdir())
@@ -185,8 +186,8 @@ def test_a_build_stopped_while_it_looks_at_problems_says_how_to_go_on(tmp_path: 
     spec = "gym:chain_sum?size=1000000000"
     read, write = os.pipe()
     build = warm.warm().start(
-        "calset", "build", "--model", demo.MODEL, "--problems", spec, "--engine", "transformers", "--progress", "json",
-        cwd=tmp_path, streams=[0, write, write],
+        "calset", "build", "--model", bundled.MODEL, "--problems", spec, "--engine", "transformers",
+        "--progress", "json", cwd=tmp_path, streams=[0, write, write],
     )  # fmt: skip
     os.close(write)
     with open(read) as said:
@@ -207,7 +208,7 @@ def test_a_build_stopped_while_it_looks_at_problems_says_how_to_go_on(tmp_path: 
 def test_evaluating_never_feeds_calibration(built: Path, tmp_path: Path) -> None:
     catalog = tmp_path / "c.duckdb"
     shutil.copy(built / "calset.duckdb", catalog)
-    done = calset("evaluate", demo.MODEL, "--problems", PROBLEMS, "--samples", "2", "--max-tokens", "100",
+    done = calset("evaluate", bundled.MODEL, "--problems", PROBLEMS, "--samples", "2", "--max-tokens", "100",
                   "--catalog", catalog, cwd=built)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(calset("stats", "--json", "--catalog", catalog, cwd=built).stdout)["traces"] == 18
@@ -230,19 +231,19 @@ def test_unknown_option_and_missing_option(tmp_path: Path) -> None:
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"prompt": "1+1?", "solution": "2"}\n')
-    done = calset("build", "--model", demo.MODEL, "--problems", "q.jsonl", cwd=tmp_path)
+    done = calset("build", "--model", bundled.MODEL, "--problems", "q.jsonl", cwd=tmp_path)
     refused(done, 2, "question", "prompt", "solution")
     assert not (tmp_path / "calset.duckdb").exists()
 
 
 @pytest.mark.parametrize("spec", ["gsm9k", "gym:chain_summ", "gym:chain_sum?terms=3", "nothing.jsonl"])
 def test_unknown_problems(spec: str, tmp_path: Path) -> None:
-    refused(calset("build", "--model", demo.MODEL, "--problems", spec, cwd=tmp_path), 2)
+    refused(calset("build", "--model", bundled.MODEL, "--problems", spec, cwd=tmp_path), 2)
     assert not (tmp_path / "calset.duckdb").exists()
 
 
 def test_a_sampling_value_out_of_range_is_one_line(tmp_path: Path) -> None:
-    asked = ("build", "--model", demo.MODEL, "--problems", "demo")
+    asked = ("build", "--model", bundled.MODEL, "--problems", "demo")
     refused(calset(*asked, "--min-p", "-0.1", cwd=tmp_path), 2, "min_p must lie between 0 and 1")
     refused(calset(*asked, "--repetition-penalty", "0", cwd=tmp_path), 2, "repetition_penalty must be positive")
 
@@ -262,7 +263,7 @@ def test_a_librarys_parameter_is_named_as_the_commands_option(
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path) -> None:
-    asked = ("build", "--model", demo.MODEL, "--problems", "demo", "--limit", "5", "--samples", "4", "--dry-run")
+    asked = ("build", "--model", bundled.MODEL, "--problems", "demo", "--limit", "5", "--samples", "4", "--dry-run")
     done = calset(*asked, "--tokens-per-second", "100", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -273,7 +274,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path) -> N
 
 
 def test_a_target_needs_a_need(tmp_path: Path) -> None:
-    asked = ("build", "--model", demo.MODEL, "--problems", "demo")
+    asked = ("build", "--model", bundled.MODEL, "--problems", "demo")
     refused(calset(*asked, "--target", "ssgr", cwd=tmp_path), 2, "need")
     refused(calset(*asked, "--need", "5", cwd=tmp_path), 2, "target")
     refused(calset(*asked, "--seed", str(10**26), cwd=tmp_path), 2, "--seed")
@@ -281,7 +282,7 @@ def test_a_target_needs_a_need(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
-    shutil.copytree(demo.MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template*"))
+    shutil.copytree(bundled.MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template*"))
     config = tmp_path / "model" / "tokenizer_config.json"
     settings = json.loads(config.read_text())
     settings.pop("chat_template", None)
@@ -296,14 +297,14 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [("--sparsity", "1.2"), ("--sparsity", "0"), ("--pattern", "4:2"), ()])
 def test_a_sparsity_or_pattern_that_makes_no_sense(built: Path, tmp_path: Path, bad: tuple[str, ...]) -> None:
-    refused(calset("prune", demo.MODEL, "--calibration", "all", "-o", tmp_path / "out", *bad, "--progress", "none",
+    refused(calset("prune", bundled.MODEL, "--calibration", "all", "-o", tmp_path / "out", *bad, "--progress", "none",
                    cwd=built), 2)  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
 def test_a_subset_of_another_tokenizer(built: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    shutil.copytree(demo.MODEL, other)
+    shutil.copytree(bundled.MODEL, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
@@ -349,7 +350,7 @@ def test_a_full_disk_leaves_no_half_model(built: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_048_000, 2_048_000))
         main(sys.argv[1:])
     """
-    command = ("prune", demo.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out")
+    command = ("prune", bundled.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out")
     done = warm.warm().run("python", "-c", textwrap.dedent(code), *command, "--progress", "none", cwd=built)
     refused(done, 1)
     assert not list(tmp_path.iterdir())

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from small_models import make_subset, save_model
 
 from calset.errors import InputError, PruningError, Stopped
-from calset.pruning import survey
-from calset.pruning.layout import Layout, cut
-from calset.pruning.masks import nearest
-from calset.pruning.methods import METHODS, REFINED
+from calset.pruning.blockwise.workfolder import WorkFolder, folder_of
+from calset.pruning.methods import sensitivity
+from calset.pruning.methods.masks import nearest
+from calset.pruning.methods.registry import METHODS, REFINED
+from calset.pruning.model.layout import Layout, cut
 from calset.pruning.prune import plan_pruning, prune
 from calset.pruning.verify import verify
-from calset.pruning.workfolder import WorkFolder, folder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,13 +49,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def kill_in_the_survey() -> None:
-    own, seen = survey.outliers, [0]
+    own, seen = sensitivity.outliers, [0]
 
     def measured(*args):
         seen[0] += 1
         return die() if seen[0] == 2 else own(*args)
 
-    survey.outliers = measured
+    sensitivity.outliers = measured
 
 
 def kill_before_block(block: int) -> None:
@@ -112,7 +112,7 @@ def test_what_was_surveyed_is_not_surveyed_again(tmp_path, models, monkeypatch):
     with pytest.raises(Stopped, match="0 blocks done; the same command continues"):
         prune(models("Llama"), SUBSET, tmp_path / "out", **options)
     monkeypatch.undo()
-    monkeypatch.setattr(survey, "outliers", lambda *a: pytest.fail("surveyed again"))
+    monkeypatch.setattr(sensitivity, "outliers", lambda *a: pytest.fail("surveyed again"))
     report = prune(models("Llama"), SUBSET, tmp_path / "out", **options)
     monkeypatch.undo()
     whole = prune(models("Llama"), SUBSET, tmp_path / "whole", **options)
@@ -123,7 +123,7 @@ def test_a_survey_that_fails_for_good_leaves_nothing(tmp_path, models, monkeypat
     def fail(*args: object) -> None:
         raise PruningError("no")
 
-    monkeypatch.setattr(survey, "outliers", fail)
+    monkeypatch.setattr(sensitivity, "outliers", fail)
     with pytest.raises(PruningError):
         prune(models("Llama"), SUBSET, tmp_path / "out", sparsity=0.5, allocation="owl")
     assert list(tmp_path.iterdir()) == []

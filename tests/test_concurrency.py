@@ -9,7 +9,7 @@ import pytest
 from factories import fill, make_problem, make_run
 from processes import python
 
-from calset.catalog.subsets import list_subsets, load
+from calset.catalog.subsets.versions import list_subsets, load
 
 COMMON = """
     import sys, time
@@ -17,7 +17,7 @@ COMMON = """
     from factories import make_grade, make_problem, make_run, make_trace
     from calset.catalog.catalog import Catalog
     from calset.catalog.records import Publication
-    from calset.catalog.selection import select
+    from calset.catalog.select import select
 
     catalog, stop = Catalog(sys.argv[1]), Path(sys.argv[1]).with_name("stop")
     n = 0

@@ -15,9 +15,9 @@ from warm import calset
 
 from calset import Catalog, InputError, decontaminate, select
 from calset.builder.problems import load_problems
+from calset.catalog.contamination.overlap import Decontaminator, OverlapRule, clean
+from calset.catalog.contamination.words import normalise
 from calset.catalog.records import Contamination, Problem, Source
-from calset.overlap import Decontaminator, OverlapRule, clean
-from calset.words import normalise
 
 GSM = (
     "A baker sells 14 trays of rolls every morning and 9 trays every evening. Each tray holds 24 rolls and each roll "

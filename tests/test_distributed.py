@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from small_models import make_subset, save_model
 
 from calset.errors import InputError
-from calset.pruning.distributed import Team, own_gpu
+from calset.pruning.blockwise.distributed import Team, own_gpu
 from calset.pruning.prune import prune
 from calset.pruning.verify import verify
 
@@ -24,7 +24,7 @@ CODE = """
 import torch; torch.set_num_threads(1)
 from small_models import make_subset
 from calset.pruning.prune import prune
-from calset.pruning.workfolder import WorkFolder
+from calset.pruning.blockwise.workfolder import WorkFolder
 {before}
 options = dict(method={method!r}, sparsity=0.5, hidden={hidden!r}, batch_tokens=64, device="cpu")
 prune({model!r}, make_subset(), {out!r}, allocation={allocation!r}, **options)
@@ -132,7 +132,7 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     before = """
 from calset.errors import PruningError
 import os
-from calset.pruning.walk import Walk
+from calset.pruning.blockwise.walk import Walk
 statistics = Walk.statistics
 def fail(walk, index, *args, **options):
     if index == 1 and os.environ["RANK"] == "1": raise PruningError("this one cannot")

@@ -17,7 +17,7 @@ import click
 import pytest
 import warm
 
-from calset import demo
+from calset import bundled
 from calset.cli import cli
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def demo_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A catalog in which the pages that build ``demo`` in passing find their traces."""
     folder = tmp_path_factory.mktemp("docs")
     asked = ("--problems", "demo", "--limit", "40", "--samples", "3", "--max-tokens", "300", "--json")
-    done = warm.calset("build", "--model", demo.MODEL, *asked, cwd=folder, CALSET_ENGINE="transformers")
+    done = warm.calset("build", "--model", bundled.MODEL, *asked, cwd=folder, CALSET_ENGINE="transformers")
     assert json.loads(done.stdout)["n_new"] == 120
     return folder / "calset.duckdb"
 

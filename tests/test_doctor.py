@@ -19,12 +19,12 @@ from local_hub import TOKEN, LocalHub
 from processes import holding, python
 
 import calset
-from calset.catalog import doctor as module
-from calset.catalog import migrations, schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.doctor import Check, examine
-from calset.catalog.selection import select
-from calset.catalog.subsets import load
+from calset.catalog.maintenance import checks as module
+from calset.catalog.maintenance.checks import Check, examine
+from calset.catalog.select import select
+from calset.catalog.store import migrations, schema
+from calset.catalog.subsets.versions import load
 from calset.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -293,7 +293,7 @@ def test_a_catalog_of_another_duckdb_is_sound_too(tmp_path: Path) -> None:
     code = """
         import sys, duckdb
         from factories import fill
-        from calset.catalog.doctor import examine
+        from calset.catalog.maintenance.checks import examine
         assert duckdb.__version__.startswith("1.5")
         fill(sys.argv[1], [[("correct", 3)]])
         print([c.state for c in examine(sys.argv[2], full=True)])

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calset import demo, ids
-from calset.builder.families import FAMILIES
-from calset.builder.model_info import ModelInfo, inspect
-from calset.builder.reasoning import split
+from calset import bundled, ids
+from calset.builder.model.families import FAMILIES
+from calset.builder.model.info import ModelInfo, inspect
+from calset.builder.model.reasoning import split
 from calset.errors import InputError
 
 CHATML = (
@@ -144,7 +144,7 @@ def make_tokenizer(made: Made) -> Any:
 
 def make_folder(folder: Path, made: Made, **generation: Any) -> Path:
     """The bundled model with another family's tokenizer, template and config type."""
-    shutil.copytree(demo.MODEL, folder, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*", "README*"))
+    shutil.copytree(bundled.MODEL, folder, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*", "README*"))
     tokenizer = make_tokenizer(made)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -176,7 +176,7 @@ def test_a_format_is_told_from_tokenizer_and_template(infos: dict[str, ModelInfo
 
 
 def test_the_marks_of_the_template_go_before_those_that_only_the_tokenizer_knows() -> None:
-    from calset.builder.reasoning import detect
+    from calset.builder.model.reasoning import detect
 
     made = replace(MADE["magistral-2507"], added=THINK)  # a tokenizer that serves several models
     assert detect(make_tokenizer(made), made.template).name == "mistral"

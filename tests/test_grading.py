@@ -471,8 +471,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
 
 
 def test_a_packages_grader_grades_a_build(brought: Path, tiny_model: Path, tmp_path: Path, scripted_engine):
-    from calset.builder.generate import build
-    from calset.builder.model_info import inspect
+    from calset.builder.build import build
+    from calset.builder.model.info import inspect
     from calset.catalog.catalog import Catalog
 
     assert graders()["strange"] == "strange_grader"

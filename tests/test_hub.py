@@ -25,17 +25,17 @@ from warm import calset as run_calset
 from warm import warm
 
 import calset
-from calset.catalog import card
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import MANIFEST_SCHEMA, read_directory
-from calset.catalog.names import tag_of, versions_in
+from calset.catalog.hub import card
+from calset.catalog.hub.names import tag_of, versions_in
 from calset.catalog.records import Subset
 from calset.catalog.references import resolve
-from calset.catalog.selection import select
-from calset.catalog.subsets import load
+from calset.catalog.select import select
+from calset.catalog.subsets.folder import MANIFEST_SCHEMA, read_directory
+from calset.catalog.subsets.versions import load
 from calset.cli import main
 from calset.errors import CalsetError, InputError, TextsMissing
-from calset.markdown import line
+from calset.io.markdown import line
 
 PLAN = [[("correct", 10 + n), ("correct", 20 + n), ("incorrect", 30), ("truncated", 40)] for n in range(12)]
 TREE = {
@@ -74,7 +74,7 @@ def search(**options: Any) -> list[Any]:
 
 def cut(shard_bytes: int) -> None:
     """Shards so small that a test has several."""
-    from calset.catalog import release
+    from calset.catalog.hub import release
 
     release.SHARD_BYTES = shard_bytes
 
@@ -284,9 +284,9 @@ def test_without_a_login_it_says_how_to_log_in(hub: LocalHub, stranger: Client, 
 
 
 def _ask(what: str, token: str, catalog: Path, cache: Path) -> Any:
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
     from calset.diagnosis import hub
-    from calset.hubfiles import open_dataset
+    from calset.io.hub import open_dataset
 
     os.environ["HF_TOKEN"] = token
     asked = {

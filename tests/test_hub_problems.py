@@ -25,7 +25,7 @@ from calset.builder.problems import PRESETS
 from calset.builder.problems.presets import shuffled
 from calset.catalog.records import Problem, Source
 from calset.errors import CalsetError, InputError
-from calset.hubfiles import lay_out
+from calset.io.hub import lay_out
 
 SUMS = [{"question": f"{n} + {n}?", "answer": str(2 * n), "level": n % 3} for n in range(6)]
 
@@ -436,9 +436,9 @@ def test_what_is_in_the_cache_needs_no_hub_and_what_is_not_is_named(tmp_path: Pa
 def built(spec: str, path: str) -> list[tuple[str, str, str, int]]:
     """Runs in the client's process: a real build, and what the catalog says of its sources."""
     import calset
-    from calset import demo
+    from calset import bundled
 
-    report = calset.build(demo.MODEL, spec, samples=1, max_tokens=12, engine="transformers", catalog=path)
+    report = calset.build(bundled.MODEL, spec, samples=1, max_tokens=12, engine="transformers", catalog=path)
     sql = "SELECT name, kind, revision FROM sources"
     return [(*row, report.n_new) for row in calset.Catalog(path).query(sql).rows]
 
@@ -452,10 +452,10 @@ def test_a_build_records_the_commit_of_its_problems(hub: LocalHub, client: Clien
 def without_held_out(problems: Path, path: Path) -> tuple[int, int, int, dict[str, str]]:
     """Runs in the client's process: a build without what hf:org/held-out holds, and the catalog's sources."""
     import calset
-    from calset import demo
+    from calset import bundled
 
     options = {"samples": 1, "max_tokens": 12, "engine": ScriptedEngine(""), "graded": False, "catalog": path}
-    report = calset.build(demo.MODEL, str(problems), decontaminate="hf:org/held-out", **options)
+    report = calset.build(bundled.MODEL, str(problems), decontaminate="hf:org/held-out", **options)
     return report.n_excluded, report.n_new, report.n_existing, calset.Catalog(path).source_revisions()
 
 

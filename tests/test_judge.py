@@ -22,7 +22,7 @@ from calset.builder import judge as judging
 from calset.builder.engines import Completion, Request, Sampling
 from calset.builder.engines.base import RequestFeed
 from calset.builder.judge import SCHEMA, judge, prompt_hash, read_judgement
-from calset.builder.model_info import ModelInfo, inspect
+from calset.builder.model.info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Judgement
 from calset.errors import EngineError, InputError

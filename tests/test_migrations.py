@@ -18,13 +18,13 @@ import pytest
 from factories import keep_as_pulled, make_grade, make_problem, make_run, make_source, make_trace
 from older_catalogs import as_first_schema
 
-from calset.catalog import migrations
 from calset.catalog.catalog import Catalog
-from calset.catalog.compact import compact
-from calset.catalog.export import DATA
-from calset.catalog.merge import merge
+from calset.catalog.maintenance.compact import compact
+from calset.catalog.maintenance.merge import merge
 from calset.catalog.references import export
-from calset.catalog.selection import select
+from calset.catalog.select import select
+from calset.catalog.store import migrations
+from calset.catalog.subsets.folder import DATA
 from calset.errors import CatalogError, CatalogUpgraded
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +155,7 @@ def test_without_room_for_the_copy_nothing_is_upgraded_and_no_half_copy_stays(ol
 KILLED = """
     import os, sys
     from dataclasses import replace
-    from calset.catalog import migrations
+    from calset.catalog.store import migrations
     from calset.catalog.catalog import Catalog
 
     number, moment = int(sys.argv[2]), sys.argv[3]
@@ -216,8 +216,8 @@ USE = """
     from pathlib import Path
     from factories import make_grade, make_problem, make_run, make_trace
     from calset.catalog.catalog import Catalog
-    from calset.catalog.compact import compact
-    from calset.catalog.selection import select
+    from calset.catalog.maintenance.compact import compact
+    from calset.catalog.select import select
     from test_migrations import everything
 
     assert duckdb.__version__.startswith("1.5."), duckdb.__version__

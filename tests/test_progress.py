@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from small_models import make_subset
 
 import calset
-from calset import demo, terminal
-from calset.builder.model_info import inspect
+from calset import bundled
+from calset.builder.model.info import inspect
 from calset.catalog.catalog import Catalog
+from calset.io import terminal
 from calset.io.progress import Progress
 
 GOOD = "<think>1 + 1 = 2</think>The answer is \\boxed{2}"
@@ -43,7 +44,7 @@ def check_course(events: Sequence[Progress], last: str = "done") -> None:
 def import_rows(folder: Path, **options: Any) -> None:
     rows = [{"problem": f"What is {n} + 1?", "answer": str(n + 1), "generations": [GOOD]} for n in range(9)]
     (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    calset.import_traces(demo.MODEL, folder / "t.jsonl", catalog=folder / "i.duckdb", commit_size=4, **options)
+    calset.import_traces(bundled.MODEL, folder / "t.jsonl", catalog=folder / "i.duckdb", commit_size=4, **options)
 
 
 def merge_two(folder: Path, **options: Any) -> None:

@@ -17,16 +17,18 @@ from factories import fill
 from safetensors.torch import load_file, save_file
 from small_models import make_model, make_samples, make_subset, save_model
 
-from calset.builder.model_info import folder_revision
-from calset.catalog import subsets
+from calset.catalog.subsets import versions
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
+from calset.io.models import folder_revision
 from calset.io.progress import Progress
-from calset.pruning import checkpoint, record, workfolder
-from calset.pruning.layout import Layout
-from calset.pruning.methods import METHODS, REFINED
-from calset.pruning.phases import Phase
+from calset.pruning import record
+from calset.pruning.blockwise import workfolder
+from calset.pruning.blockwise.progress import Phase
+from calset.pruning.methods.registry import METHODS, REFINED
+from calset.pruning.model import checkpoint
+from calset.pruning.model.layout import Layout
+from calset.pruning.model.tensorfiles import INDEX
 from calset.pruning.prune import prune
-from calset.pruning.tensorfiles import INDEX
 from calset.pruning.verify import verify
 
 SUBSET = make_subset(make_samples([20 + 13 * (i % 9) for i in range(20)]))
@@ -55,7 +57,7 @@ def copy_of_pruned(tmp_path, pruned) -> Path:
 @pytest.mark.parametrize("method", ["wanda", "depth"])
 def test_a_pruning_is_recorded_in_the_catalog_that_names_its_subset(tmp_path, llama, monkeypatch, method):
     catalog = fill(tmp_path / "c.duckdb", [[("correct", 5)]])
-    subsets.keep(catalog, make_subset())
+    versions.keep(catalog, make_subset())
     report = prune(llama, make_subset().name, tmp_path / "named", method=method, sparsity=0.5, catalog=catalog)
     monkeypatch.setenv("CALSET_CATALOG", str(catalog.path))
     prune(llama, make_subset(), tmp_path / "default", method=method, sparsity=0.5)
@@ -394,9 +396,9 @@ def test_too_little_memory_says_what_to_lower(tmp_path, llama, monkeypatch, wher
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 80 GiB")
 
     if where == "load":
-        monkeypatch.setattr("calset.pruning.tensorfiles.TensorFiles.slice", exhaust)
+        monkeypatch.setattr("calset.pruning.model.tensorfiles.TensorFiles.slice", exhaust)
     else:
-        monkeypatch.setattr("calset.pruning.walk.Walk.statistics", exhaust)
+        monkeypatch.setattr("calset.pruning.blockwise.walk.Walk.statistics", exhaust)
     with pytest.raises(PruningError, match=r"--batch-tokens \(it was 99\).*--max-length.*--device cpu") as caught:
         prune(llama, make_subset(), tmp_path / "out", sparsity=0.5, batch_tokens=99)
     assert "\n" not in str(caught.value)

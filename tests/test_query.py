@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 from processes import python
 from warm import calset
 
-from calset import answers
-from calset.answers import Question, print_answer, save_answer
 from calset.catalog.catalog import Catalog
 from calset.catalog.filters import COLUMNS, NARROW, Filter, parse_band
+from calset.catalog.query import output
+from calset.catalog.query.output import Question, print_answer, save_answer
 from calset.catalog.records import VERDICTS
 from calset.errors import CatalogError, CatalogLocked, InputError
 
@@ -224,7 +224,7 @@ def test_relations_and_formats_on_duckdb_1_5(catalog: Catalog, tmp_path: Path) -
     code = """
 import sys, json, duckdb
 from pathlib import Path
-from calset.answers import Question, save_answer
+from calset.catalog.query.output import Question, save_answer
 from calset.catalog.catalog import Catalog
 catalog = Catalog(sys.argv[1])
 relation = catalog.traces(difficulty=(0.25, 0.75), correct=True)
@@ -279,7 +279,7 @@ def _csv(value: float | None) -> str:
 def test_a_limit_is_exact(
     catalog: Catalog, tmp_path: Path, form: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "_BATCH", 2)
+    monkeypatch.setattr(output, "_BATCH", 2)
     n = catalog.query("SELECT count(*) FROM trace").rows[0][0]
     written = save_answer(catalog, Question("FROM trace", limit=limit), form, tmp_path / "out")
     assert (written.rows, written.truncated) == (min(limit, n), limit < n)
@@ -406,7 +406,8 @@ def test_a_question_that_cannot_be_answered_is_one_line(
 def test_an_answer_streams(catalog: Catalog, tmp_path: Path, form: str, rows: int) -> None:
     """1 kB of text a row through a process that may not use much more memory than it starts with."""
     code = (
-        "import sys, resource; from pathlib import Path; from calset.answers import Question, save_answer\n"
+        "import sys, resource; from pathlib import Path\n"
+        "from calset.catalog.query.output import Question, save_answer\n"
         "from calset.catalog.catalog import Catalog\n"
         "catalog, form, out = Catalog(sys.argv[1]), sys.argv[2], Path(sys.argv[3])\n"
         "save_answer(catalog, Question('SELECT 1 AS i'), form, out)\n"

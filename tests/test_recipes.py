@@ -15,7 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.catalog.catalog import Catalog
-from calset.catalog.recipes import (
+from calset.catalog.contamination.overlap import Decontaminator
+from calset.catalog.records import Sample, Subset
+from calset.catalog.references import export
+from calset.catalog.select import UNNAMED, select, tables
+from calset.catalog.subsets.recipes import (
     RECIPES,
     Candidate,
     Recipe,
@@ -26,11 +30,7 @@ from calset.catalog.recipes import (
     standard_error,
     window_start,
 )
-from calset.catalog.records import Sample, Subset
-from calset.catalog.references import export
-from calset.catalog.selection import UNNAMED, select, tables
 from calset.errors import InputError
-from calset.overlap import Decontaminator
 
 BANDS = {"easy": (0, 1 / 3), "medium": (1 / 3, 2 / 3), "hard": (2 / 3, 1)}
 THIRDS = {"short": 0, "moderate": 1, "long": 2}

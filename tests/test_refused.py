@@ -15,7 +15,7 @@ from warm import calset
 
 from calset.catalog.catalog import Catalog
 from calset.catalog.references import export
-from calset.catalog.selection import select
+from calset.catalog.select import select
 
 
 @pytest.fixture(scope="module")

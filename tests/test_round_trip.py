@@ -16,9 +16,9 @@ import warm
 from conftest import HAS_VLLM
 from local_hub import TOKEN, LocalHub
 
-from calset import demo
+from calset import bundled
 from calset.catalog.catalog import Catalog
-from calset.catalog.subsets import load
+from calset.catalog.subsets.versions import load
 
 REPO = "me/round-trip"
 
@@ -26,9 +26,9 @@ REPO = "me/round-trip"
 BUILD = """
 import json, sys
 import calset
-from calset import demo
+from calset import bundled
 from calset.builder.engines import open_engine
-from calset.builder.model_info import inspect
+from calset.builder.model.info import inspect
 
 class Witness:
     def __init__(self, engine, path):
@@ -48,8 +48,8 @@ class Witness:
 
 if __name__ == "__main__":
     name, catalog, served = sys.argv[1:]
-    engine = open_engine(name, inspect(demo.MODEL), max_model_len=1024, concurrency=16)
-    calset.build(str(demo.MODEL), "demo", samples=2, limit=6, max_tokens=200, engine=Witness(engine, served),
+    engine = open_engine(name, inspect(bundled.MODEL), max_model_len=1024, concurrency=16)
+    calset.build(str(bundled.MODEL), "demo", samples=2, limit=6, max_tokens=200, engine=Witness(engine, served),
                  catalog=catalog, seed=5)
     engine.close()
 """
@@ -133,7 +133,7 @@ def test_token_ids_are_the_same_from_the_engine_to_the_pruning(engine: str, tmp_
         weights, records = {}, {}
         for way, (home, reference, *rest) in ways.items():
             folder = tmp_path / f"pruned-{way}"
-            calset(hub, home, "prune", demo.MODEL, "--calibration", reference, *rest, *options, "-o", folder)
+            calset(hub, home, "prune", bundled.MODEL, "--calibration", reference, *rest, *options, "-o", folder)
             weights[way] = (folder / "model.safetensors").read_bytes()
             records[way] = json.loads((folder / "pruning.json").read_text())
             if way == "hub":

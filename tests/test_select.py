@@ -16,12 +16,12 @@ from factories import fill, make_grade, make_problem, make_run, make_source, mak
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calset import demo, ids
-from calset.catalog import recipes
+from calset import bundled, ids
 from calset.catalog.catalog import Catalog
-from calset.catalog.recipes import RECIPES, Candidate, Recipe, get_recipe, nearest_rank, rank, spend
 from calset.catalog.records import Subset
-from calset.catalog.selection import select
+from calset.catalog.select import select
+from calset.catalog.subsets import recipes
+from calset.catalog.subsets.recipes import RECIPES, Candidate, Recipe, get_recipe, nearest_rank, rank, spend
 from calset.errors import InputError
 
 SSGR = RECIPES["ssgr"]
@@ -568,13 +568,13 @@ def test_a_text_that_can_be_no_path_is_no_recipe_and_no_model(catalog: Catalog, 
 def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(demo.MODEL)
+    return AutoTokenizer.from_pretrained(bundled.MODEL)
 
 
 def tokenised(path: Path, tokenizer: Any, model: str | None = None) -> Catalog:
     """A catalog whose run names a real model folder."""
     catalog = Catalog(path)
-    run = make_run(model or str(demo.MODEL), tokenizer_hash=ids.vocabulary_hash(tokenizer.get_vocab()))
+    run = make_run(model or str(bundled.MODEL), tokenizer_hash=ids.vocabulary_hash(tokenizer.get_vocab()))
     problems = [make_problem(1), make_problem(2, metadata={"solution": "2 + 2 makes 4"})]
     catalog.add_source(make_source())
     catalog.add_problems(problems)
@@ -641,6 +641,6 @@ def test_text_and_gold_say_what_is_missing(tmp_path: Path, tokenizer: Any) -> No
     gone = tokenised(tmp_path / "gone.duckdb", tokenizer, model=str(tmp_path / "no-model"))
     with pytest.raises(InputError, match="cannot load the tokenizer"):
         select(gone, "x", "gold")
-    other = fill(tmp_path / "other.duckdb", [[("correct", 3)]], model=str(demo.MODEL))
+    other = fill(tmp_path / "other.duckdb", [[("correct", 3)]], model=str(bundled.MODEL))
     with pytest.raises(InputError, match="no longer the one"):
         select(other, "x", "gold")

@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calset import ids
-from calset.catalog import connection
 from calset.catalog.catalog import Catalog
-from calset.catalog.recipes import RECIPES, Recipe
 from calset.catalog.records import Grade, Problem, Subset, Trace
-from calset.catalog.selection import select
+from calset.catalog.select import select
+from calset.catalog.store import connection
+from calset.catalog.subsets.recipes import RECIPES, Recipe
 from calset.errors import InputError
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from small_models import make_subset, save_model
 
 import calset
 from calset.builder.engines import Engine, Request, Sampling, open_engine
-from calset.builder.model_info import inspect
+from calset.builder.model.info import inspect
 from calset.errors import EngineError
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]

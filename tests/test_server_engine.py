@@ -39,11 +39,11 @@ from server_double import (
     status,
 )
 
-from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, wire
+from calset.builder.build import build
+from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, openai_api
 from calset.builder.engines.base import wait_on
 from calset.builder.engines.server import Patience
-from calset.builder.generate import build
-from calset.builder.model_info import ModelInfo, inspect
+from calset.builder.model.info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
 from calset.errors import EngineError, EngineWarning, InputError
 
@@ -791,7 +791,7 @@ def test_the_key_comes_from_the_environment_and_is_in_no_error_or_log(doubles, o
     ],
 )
 def test_addresses_are_taken_with_and_without_v1(text, urls):
-    assert wire.parse_urls(text) == urls
+    assert openai_api.parse_urls(text) == urls
 
 
 @pytest.mark.parametrize(
@@ -1034,7 +1034,7 @@ def test_a_build_through_a_real_vllm_server_under_two_names_stores_what_was_serv
 
     served: dict[str, tuple[list[int], list[int]]] = {}
     answered = itertools.count(1)
-    read = wire.read_completion
+    read = openai_api.read_completion
 
     def recording(payload: Any, request: Request, *rest: Any) -> Any:
         choice = payload["choices"][0]
@@ -1043,7 +1043,7 @@ def test_a_build_through_a_real_vllm_server_under_two_names_stores_what_was_serv
             real_server.kill()
         return read(payload, request, *rest)
 
-    monkeypatch.setattr(wire, "read_completion", recording)
+    monkeypatch.setattr(openai_api, "read_completion", recording)
     catalog = tmp_path / "c.duckdb"
     urls = f"http://127.0.0.1:{real_server.port},http://localhost:{real_server.port}"
     saved = [0]

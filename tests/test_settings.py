@@ -17,10 +17,10 @@ import calset
 from calset.builder.engines import Sampling
 from calset.builder.settings import MAX_SAMPLES, BuildOptions, BuildSettings
 from calset.catalog.filters import Filter
-from calset.catalog.recipes import Recipe, RecipeOptions
+from calset.catalog.subsets.recipes import Recipe, RecipeOptions
 from calset.errors import InputError, Stopped
+from calset.pruning.blockwise.workfolder import PROGRESS, folder_of
 from calset.pruning.settings import PruneOptions, PruneSettings
-from calset.pruning.workfolder import PROGRESS, folder_of
 
 
 def defaults_of(settings: type) -> dict[str, Any]:

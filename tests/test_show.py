@@ -14,10 +14,10 @@ import pytest
 import warm
 from factories import START, make_grade, make_problem, make_run, make_source, make_trace
 
-from calset.catalog import show
 from calset.catalog.catalog import Catalog
+from calset.catalog.query import show
+from calset.catalog.query.stats import DIFFICULTY_BANDS, difficulty_band, length_bands, stats
 from calset.catalog.records import Judgement, Trace
-from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands, stats
 
 STEPS = [f"step {n}: {'so on ' * 12}" for n in range(60)]
 THINKING = "<think>\n" + "\n".join(STEPS) + "\n</think>\n\n"

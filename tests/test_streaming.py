@@ -22,15 +22,16 @@ from small_models import make_samples, make_subset, save_model
 from warm import Running, warm
 
 from calset.errors import CalsetError, InputError, PruningError, Stopped
-from calset.pruning import checkpoint, memory, workfolder
+from calset.pruning.blockwise import workfolder
+from calset.pruning.blockwise.hidden_states import HiddenStates
+from calset.pruning.blockwise.workfolder import WorkFolder, folder_of
 from calset.pruning.estimate import Estimate
-from calset.pruning.hidden import HiddenStates
-from calset.pruning.layout import Layout
-from calset.pruning.memory import free_in_groups, free_memory
+from calset.pruning.model import checkpoint, memory
+from calset.pruning.model.layout import Layout
+from calset.pruning.model.memory import free_in_groups, free_memory
+from calset.pruning.model.tensorfiles import TensorFiles, read_headers, write_tensor
 from calset.pruning.prune import plan_pruning, prune
-from calset.pruning.tensorfiles import TensorFiles, read_headers, write_tensor
 from calset.pruning.verify import verify
-from calset.pruning.workfolder import WorkFolder, folder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,7 +150,7 @@ def test_killed_while_the_files_are_copied_or_put_in_place_it_ends_the_same(tmp_
     prune(dense, SUBSET, tmp_path / "whole", **options)
     out = tmp_path / "out"
     for name in ("shutil.copyfile", "flush", "checkpoint.write_companions"):
-        monkeypatch.setattr(f"calset.pruning.workfolder.{name}", die)
+        monkeypatch.setattr(f"calset.pruning.blockwise.workfolder.{name}", die)
         killed(lambda: prune(dense, SUBSET, out, **options))
         monkeypatch.undo()
     prune(dense, SUBSET, out, **options)

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from small_models import VOCABULARY, make_model, make_subset, save_model
 
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
-from calset.pruning import depth, reap, workfolder
-from calset.pruning.layout import Layout
+from calset.pruning.blockwise import workfolder
+from calset.pruning.blockwise.workfolder import WorkFolder, folder_of
+from calset.pruning.model.layout import Layout
+from calset.pruning.model.tensorfiles import INDEX, read_headers
 from calset.pruning.prune import plan_pruning, prune
-from calset.pruning.tensorfiles import INDEX, read_headers
+from calset.pruning.structured import depth, reap
 from calset.pruning.verify import verify
-from calset.pruning.workfolder import WorkFolder, folder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -512,8 +513,8 @@ def test_the_dry_run_counts_and_loads_nothing(tmp_path, models, monkeypatch):
 MOMENTS = {
     "before a line": lambda m: m.setattr(WorkFolder, "note", lambda w, r: die()),
     "after two lines": lambda m: m.setattr(WorkFolder, "note", _die_after(2)),
-    "while copying": lambda m: m.setattr("calset.pruning.drop.Part.ranges", die),
-    "before the rename": lambda m: m.setattr("calset.pruning.workfolder.flush", die),
+    "while copying": lambda m: m.setattr("calset.pruning.structured.copy.Part.ranges", die),
+    "before the rename": lambda m: m.setattr("calset.pruning.blockwise.workfolder.flush", die),
 }
 
 

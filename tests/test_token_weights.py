@@ -14,9 +14,9 @@ from factories import fill
 from safetensors.torch import load_file
 from small_models import make_samples, make_subset
 
-from calset.catalog import subsets
-from calset.catalog.export import DATA, read_directory
 from calset.catalog.references import export
+from calset.catalog.subsets import versions
+from calset.catalog.subsets.folder import DATA, read_directory
 from calset.cli import cli
 from calset.errors import InputError
 from calset.pruning.calibration import find_token_weights, read
@@ -109,7 +109,7 @@ def test_a_folder_here_does_not_weigh_the_catalogs_subset_of_its_name(tmp_path, 
         return json.loads(Path(out, "pruning.json").read_text())["calibration"]["token_weights"]
 
     assert hash_in_record("of-the-folder") is not None
-    subsets.keep(catalog, replace(SUBSET, name=folder.name))
+    versions.keep(catalog, replace(SUBSET, name=folder.name))
     assert hash_in_record("of-the-catalog") is None
 
 

@@ -16,10 +16,11 @@ import pytest
 import warm
 from warm import calset
 
-from calset import build, terminal
-from calset.builder.model_info import inspect
+from calset import build
+from calset.builder.model.info import inspect
 from calset.catalog.catalog import Catalog
 from calset.cli import main
+from calset.io import terminal
 from calset.io.progress import Progress
 
 pytestmark = pytest.mark.slow  # half a minute: every listing over texts of 10 MB

@@ -12,12 +12,12 @@ from torch import nn
 
 from calset.catalog.records import Sample
 from calset.errors import InputError, PruningError
+from calset.pruning.blockwise.statistics import InputStatistics, Needs
+from calset.pruning.blockwise.walk import Walk
 from calset.pruning.calibration import Batch, read
-from calset.pruning.decoder import find_decoder
-from calset.pruning.masks import Selection
-from calset.pruning.methods import METHODS, prune_shared
-from calset.pruning.stats import InputStatistics, Needs
-from calset.pruning.walk import Walk
+from calset.pruning.methods.masks import Selection
+from calset.pruning.methods.registry import METHODS, prune_shared
+from calset.pruning.model.decoder import find_decoder
 
 CPU = torch.device("cpu")
 
@@ -271,7 +271,7 @@ def test_pruned_and_dense_propagation_differ_after_the_first_block():
 
 
 def test_the_bundled_models_blocks_and_matrices_are_found(tiny_model):
-    from calset.pruning.checkpoint import open_source
+    from calset.pruning.model.checkpoint import open_source
 
     decoder = find_decoder(open_source(tiny_model).skeleton())
     assert [b.name for b in decoder.blocks] == [f"model.layers.{i}" for i in range(6)]

@@ -36,10 +36,10 @@ from calset.builder.engines import (
     resolve_engine,
 )
 from calset.builder.grading import Outcome, verdict_without_grading
-from calset.builder.model_info import ModelInfo, inspect
-from calset.builder.reasoning import split
-from calset.catalog import worklist
+from calset.builder.model.info import ModelInfo, inspect
+from calset.builder.model.reasoning import split
 from calset.catalog.catalog import Catalog
+from calset.catalog.query import worklist
 from calset.catalog.records import JUDGED, Judgement, Verdict
 from calset.errors import InputError
 from calset.io.progress import OnProgress, Progress, silent

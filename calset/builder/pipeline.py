@@ -27,11 +27,11 @@ from calset.builder.engines.base import RESUME_HINT
 from calset.builder.grading import Outcome
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.rows import grade_row, submit
+from calset.builder.model.reasoning import split
 from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan, patiently
 from calset.builder.progress import Meter, Saved
 from calset.builder.provenance import hardware, versions
-from calset.builder.reasoning import split
-from calset.builder.schedule import Schedule, Unit
+from calset.builder.schedule.fixed import Schedule, Unit
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import BROKEN, Contamination, Decision, Problem, Run, Trace, utc_now
 from calset.errors import CalsetError, CatalogError, CatalogLocked, EngineError, first_line

@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from calset import ids
 from calset.builder.engines import Sampling
 from calset.builder.grading.scorers import check_scorers
-from calset.builder.model_info import ModelInfo, default_commit, hub_name, inspect
+from calset.builder.model.info import ModelInfo, inspect
 from calset.builder.problems import ProblemSource, gym_tasks, open_problems
-from calset.builder.schedule import Opened
+from calset.builder.schedule.fixed import Opened
 from calset.builder.settings import BuildSettings
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Contamination, Problem, Run
-from calset.catalog.values import chunks
+from calset.catalog.store.values import chunks
 from calset.errors import BuildWarning, CatalogLocked, InputError
+from calset.io.models import default_commit, hub_name
 from calset.io.retry import Backoff, retried
 
 if TYPE_CHECKING:
-    from calset.overlap import Decontaminator
+    from calset.catalog.contamination.overlap import Decontaminator
 
 MAX_TOKENS = 32_768  # when the user gives none and the context holds more
 MIN_TOKENS = 8

@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from calset.version import __version__
+
 
 def versions() -> dict[str, str]:
     """Package -> version, of what decides which tokens come out."""
@@ -19,9 +21,7 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     if "calset" not in found:
-        import calset
-
-        found["calset"] = calset.__version__
+        found["calset"] = __version__
     return found
 
 

@@ -11,10 +11,10 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
-from calset.builder.adaptive import Target
 from calset.builder.engines import Engine, Sampling, check_options, resolve_engine
-from calset.catalog.recipes import Recipe
+from calset.builder.schedule.adaptive import Target
 from calset.catalog.records import RunKind
+from calset.catalog.subsets.recipes import Recipe
 from calset.errors import InputError
 
 RETRIES = ("truncated", "error")

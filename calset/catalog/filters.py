@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
 from calset.catalog.records import VERDICTS, RunKind
-from calset.errors import InputError
-from calset.suggest import did_you_mean
+from calset.errors import InputError, did_you_mean
 
 Band = tuple[float | None, float | None]
 

@@ -10,13 +10,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.compare import Difference, compare
-from calset.catalog.export import MANIFEST, provenance_of, read_directory, write_folder
-from calset.catalog.hub import open_reference
-from calset.catalog.names import PREFIX
+from calset.catalog.hub.names import PREFIX
+from calset.catalog.hub.pull import open_reference
 from calset.catalog.records import Subset
+from calset.catalog.subsets import versions
+from calset.catalog.subsets.compare import Difference, compare
+from calset.catalog.subsets.folder import MANIFEST, provenance_of, read_directory, write_folder
 from calset.errors import InputError
 
 
@@ -61,7 +61,7 @@ def _found(ref: str | Path, catalog: Catalog | str | Path | None) -> tuple[Subse
             "hub:ORG/REPO/NAME@VERSION"
         )
     try:
-        return subsets.load(catalog if isinstance(catalog, Catalog) else Catalog(catalog), ref), None
+        return versions.load(catalog if isinstance(catalog, Catalog) else Catalog(catalog), ref), None
     except InputError:
         # A name means the catalog's subset; a folder of that name here counts only when there is none.
         if os.path.isfile(path / MANIFEST):

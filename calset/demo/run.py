@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from calset.demo import MODEL, PROSE
+from calset.bundled import MODEL, PROSE
+from calset.demo.report import Arm, DemoReport, DemoSettings
 from calset.errors import CalsetError, InputError, Stopped
 from calset.io.progress import OnProgress, Progress, silent
 
@@ -21,78 +21,10 @@ if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
     from calset.catalog.catalog import Catalog
     from calset.catalog.records import Subset
-    from calset.pruning.evaluate import EvaluationReport
+    from calset.evaluation.evaluate import EvaluationReport
 
 CATALOG = "demo.duckdb"  # not the default name: a demo in a project folder must not write to its catalog
 MODEL_LENGTH = 1024  # prompt and completion tokens that the engine must hold
-
-
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
-    """The demo's size.
-
-    ``sparsity``: the highest of those measured by ``benchmarks/demo_sparsity.py`` (0.40, 0.50, 0.55, 0.60, 0.70) at
-    which no calibration leaves the model at zero; the table is in docs/pruning.md.
-    """
-
-    samples: int = 6  # traces a calibration problem
-    budget: int = 8192  # tokens a subset
-    sparsity: float = 0.55
-    window: int = 256  # tokens a sample of the text baseline
-    max_tokens: int = 512
-    build_limit: int | None = None  # calibration problems; None = all
-    evaluation_limit: int | None = None  # held-out problems; None = all
-    recipes: tuple[str, ...] = ("ssgr", "rac", "prompts", "text")
-    methods: tuple[str, ...] = ("sparsegpt", "wanda")
-    shown: str = "ssgr"  # the subset that the plot marks
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One line of the table: a model and what came of evaluating it."""
-
-    method: str
-    calibration: str
-    n_samples: int
-    n_tokens: int
-    evaluation: EvaluationReport
-
-
-@dataclass(frozen=True, slots=True)
-class DemoReport:
-    arms: Sequence[Arm]
-    settings: DemoSettings
-    engine: str
-    seed: int
-    plot: Path
-    catalog: Path
-    seconds: float
-
-    def title(self) -> str:
-        n = self.arms[0].evaluation.n_problems
-        return f"Pruned to {self.settings.sparsity:.0%} zeros, {n} held-out problems, one sample each, seed {self.seed}"
-
-    def columns(self) -> list[str]:
-        return ["method", "calibration", "samples", "tokens", "accuracy", "± se", "length", "non-termination", "loops"]
-
-    def rows(self) -> list[list[Any]]:
-        return [
-            [
-                arm.method,
-                arm.calibration,
-                arm.n_samples or None,
-                arm.n_tokens or None,
-                arm.evaluation.accuracy,
-                arm.evaluation.accuracy_se,
-                round(arm.evaluation.mean_tokens),
-                arm.evaluation.non_termination,
-                arm.evaluation.loop_rate,
-            ]
-            for arm in self.arms
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def run_demo(
@@ -115,7 +47,7 @@ def run_demo(
         CalsetError: a calibration problem turned up among the held-out ones.
     """
     from calset.builder.engines import open_engine
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
     from calset.catalog.catalog import Catalog
 
     began = time.monotonic()
@@ -140,7 +72,7 @@ def run_demo(
         running.close()
     plot = folder / "demo.png"
     report = DemoReport(tuple(arms), settings, name, seed, plot, folder / CATALOG, time.monotonic() - began)
-    from calset.demo.plot import draw
+    from calset.demo.report import draw
 
     draw(report, catalog, subsets[settings.shown], plot)
     (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=2, default=str) + "\n", encoding="utf-8")
@@ -170,7 +102,7 @@ def _check_disjoint() -> None:
 
 
 def build_traces(catalog: Catalog, engine: Engine, seed: int, settings: DemoSettings, say: OnProgress = silent) -> None:
-    from calset.builder.generate import build
+    from calset.builder.build import build
 
     report = build(
         MODEL,
@@ -198,7 +130,7 @@ def _stage(say: OnProgress, label: str) -> OnProgress:
 
 
 def select_subsets(catalog: Catalog, seed: int, settings: DemoSettings) -> dict[str, Subset]:
-    from calset.catalog.selection import select
+    from calset.catalog.select import select
 
     subsets = {}
     for recipe in settings.recipes:
@@ -239,7 +171,7 @@ def evaluate_model(
     settings: DemoSettings,
     say: OnProgress = silent,
 ) -> EvaluationReport:
-    from calset.pruning.evaluate import evaluate
+    from calset.evaluation.evaluate import evaluate
 
     return evaluate(
         model,

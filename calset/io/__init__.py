@@ -1,1 +1,4 @@
-"""Files, the Hub and the terminal; knows nothing of problems, traces or models."""
+"""Reads and writes what lies outside the catalog: files, terminals, the Hub, model folders.
+
+Must not know problems, traces, subsets or pruning.
+"""

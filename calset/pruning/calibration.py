@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from calset import ids
 from calset.errors import InputError, first_line
-from calset.parquetfiles import Bounds, read_batches
+from calset.io.parquet import Bounds, read_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,7 +186,7 @@ def find_token_weights(folder: Path | None, path: Path | None = None) -> dict[st
     Raises:
         InputError: a file that cannot be read or has no such columns.
     """
-    from calset.catalog.export import DATA
+    from calset.catalog.subsets.folder import DATA
 
     data = path or (folder / DATA if folder is not None else None)
     if data is None:

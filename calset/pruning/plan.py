@@ -14,22 +14,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError
-from calset.pruning import allocate, checkpoint, distributed, methods, workfolder
+from calset.pruning.blockwise import distributed, workfolder
+from calset.pruning.blockwise.statistics import Needs
 from calset.pruning.calibration import BATCH_TOKENS, CPU_BATCH_TOKENS, Calibration, TokenWeights, read
-from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate, estimate
-from calset.pruning.layout import Layout, Matrix
-from calset.pruning.masks import Pattern, Selection
+from calset.pruning.methods import allocation as allocate
+from calset.pruning.methods import registry
+from calset.pruning.methods.masks import Pattern, Selection
+from calset.pruning.methods.sparsegpt import has_triton
+from calset.pruning.model import checkpoint
+from calset.pruning.model.decoder import find_decoder
+from calset.pruning.model.layout import Layout, Matrix
+from calset.pruning.model.tensorfiles import TensorFiles, exact_dtype
+from calset.pruning.sections import device_name, hash_of, versions
 from calset.pruning.settings import DAMPING, PruneSettings, compiled
-from calset.pruning.stats import Needs
-from calset.pruning.tensorfiles import TensorFiles, exact_dtype
-from calset.pruning.updates import has_triton
 
 if TYPE_CHECKING:
     import torch
 
     from calset.catalog.records import Subset
-    from calset.pruning.decoder import Decoder
+    from calset.pruning.model.decoder import Decoder
 
 MAX_DEVIATION = 0.005  # of a matrix's share of zeros from the asked one, before it is worth a warning
 
@@ -46,7 +50,7 @@ class Plan:
     settings: PruneSettings
     source: checkpoint.Source
     subset: Subset
-    method: methods.Method
+    method: registry.Method
     selection: Selection
     calibration: Calibration
     batch_tokens: int
@@ -61,7 +65,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
 
-def _without_effect(settings: PruneSettings, method: methods.Method, pattern: Pattern | None) -> list[str]:
+def _without_effect(settings: PruneSettings, method: registry.Method, pattern: Pattern | None) -> list[str]:
     group, damping, warnings = settings.group, settings.damping, []
     if pattern is not None and group is not None:
         warnings.append(f"--group {group} has no effect with a pattern: weights compete within {pattern.m} columns")
@@ -82,7 +86,7 @@ def make_plan(settings: PruneSettings, subset: Subset, token_weights: TokenWeigh
     """
     import torch
 
-    method, selection = methods.find(settings.method), settings.selection
+    method, selection = registry.find(settings.method), settings.selection
     source = checkpoint.open_source(settings.model)
     warnings = check_subset(subset, source, settings)
     samples = read_samples(subset, source, settings, token_weights)
@@ -233,11 +237,6 @@ def _told_apart(allocation: str, shares: Mapping[str, float] | None) -> str:
     return f"ratios {hashlib.sha256(json.dumps(shares).encode()).hexdigest()[:16]}"
 
 
-def hash_of(weights: Sequence[Sequence[float]] | None) -> str | None:
-    """What tells one set of token weights from another: they are no part of the subset's content hash."""
-    return None if weights is None else hashlib.sha256(json.dumps([list(w) for w in weights]).encode()).hexdigest()
-
-
 def own_selection(selection: Selection, matrix: Matrix, shares: Mapping[str, float] | None) -> Selection:
     """How much of one matrix goes."""
     return selection if shares is None else replace(selection, sparsity=shares[matrix.label])
@@ -288,7 +287,7 @@ def _not_loaded(layout: Layout) -> list[str]:
     ]
 
 
-def _too_few_tokens(method: methods.Method, matrices: Sequence[Matrix], n_tokens: int) -> list[str]:
+def _too_few_tokens(method: registry.Method, matrices: Sequence[Matrix], n_tokens: int) -> list[str]:
     wide = [m.shape[1] for m in matrices if m.shape[1] > n_tokens]
     if Needs.GRAM not in method.needs or not wide:
         return []
@@ -342,18 +341,3 @@ def find_device(name: str | None) -> torch.device:
 def batch_positions(given: int | None, device: torch.device) -> int:
     """Positions a micro-batch: those given, or what suits the device."""
     return given or (CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS)
-
-
-def device_name(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    import calset
-
-    return {"calset": calset.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

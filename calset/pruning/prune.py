@@ -17,33 +17,36 @@ from calset.catalog.catalog import Catalog
 from calset.errors import PruningError
 from calset.io.keywords import shows
 from calset.io.progress import OnProgress, Progress, silent
-from calset.pruning import allocate, distributed, methods, structured, workfolder
+from calset.pruning.blockwise import distributed, workfolder
+from calset.pruning.blockwise.hidden_states import HiddenStates, Where
+from calset.pruning.blockwise.progress import Phase
+from calset.pruning.blockwise.progress import timed as _timed
+from calset.pruning.blockwise.statistics import is_finite
 from calset.pruning.calibration import Tokens, TokenWeights, open_calibration
-from calset.pruning.decoder import find_decoder
 from calset.pruning.estimate import Estimate
-from calset.pruning.hidden import HiddenStates, Where
-from calset.pruning.layout import Layout, Matrix, place
-from calset.pruning.masks import BLOCK_SIZE, Group
-from calset.pruning.memory import enough_memory
-from calset.pruning.phases import Phase
-from calset.pruning.phases import timed as _timed
+from calset.pruning.methods import allocation as allocate
+from calset.pruning.methods import registry
+from calset.pruning.methods.masks import BLOCK_SIZE, Group
+from calset.pruning.methods.sensitivity import measure_blocks
+from calset.pruning.model.decoder import find_decoder
+from calset.pruning.model.layout import Layout, Matrix, place
+from calset.pruning.model.memory import enough_memory
+from calset.pruning.model.tensorfiles import TensorFiles
 from calset.pruning.plan import Plan, as_allocated, check_shapes, make_plan, own_selection
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
 from calset.pruning.settings import DAMPING, Propagate, PruneOptions, PruneSettings
-from calset.pruning.stats import is_finite
-from calset.pruning.structured_report import DropReport
-from calset.pruning.survey import survey
-from calset.pruning.tensorfiles import TensorFiles
+from calset.pruning.structured import drop
+from calset.pruning.structured.report import DropReport
 
 if TYPE_CHECKING:
     import torch
 
     from calset.catalog.records import Subset
-    from calset.pruning.decoder import Block
-    from calset.pruning.distributed import Team
-    from calset.pruning.stats import InputStatistics
-    from calset.pruning.walk import Walk
-    from calset.pruning.workfolder import WorkFolder
+    from calset.pruning.blockwise.distributed import Team
+    from calset.pruning.blockwise.statistics import InputStatistics
+    from calset.pruning.blockwise.walk import Walk
+    from calset.pruning.blockwise.workfolder import WorkFolder
+    from calset.pruning.model.decoder import Block
 
 
 def prune(
@@ -128,7 +131,7 @@ def prune(
         f"lower --batch-tokens{was}, cut the samples with --max-length, keep hidden states elsewhere with --hidden "
         f"disk, or on a GPU use --device cpu"
     ):
-        work = structured.drop_units if settings.is_structured else _prune_weights
+        work = drop.drop_units if settings.is_structured else _prune_weights
         report = work(settings, subset, weights, progress or silent)
     if distributed.is_first() and store.exists():
         store.add_pruning(report.as_dict())
@@ -155,7 +158,7 @@ def plan_pruning(
     settings = PruneSettings(model, out, **options)
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     subset, weights = open_calibration(calibration, token_weights, store)
-    plan = (structured.make_plan if settings.is_structured else make_plan)(settings, subset, weights)
+    plan = (drop.make_plan if settings.is_structured else make_plan)(settings, subset, weights)
     return replace(plan.estimate, warnings=tuple(plan.warnings))
 
 
@@ -184,7 +187,7 @@ def _prune_weights(
 def _prune_blocks(
     plan: Plan, work: WorkFolder, team: Team, phases: dict[str, float], progress: OnProgress
 ) -> list[MatrixReport]:
-    from calset.pruning.walk import Walk
+    from calset.pruning.blockwise.walk import Walk
 
     settings = plan.settings
     model = plan.source.skeleton(plan.dtype)
@@ -265,7 +268,7 @@ def _measured_shares(walk: Walk, layout: Layout, plan: Plan, team: Team, progres
     assert plan.selection.sparsity is not None
     matrices = [_chosen(layout, block, plan) for block in walk.decoder.blocks]
     listed = [m for chosen in matrices for m in chosen]
-    measured = survey(walk, matrices, team, Phase("surveying", progress))
+    measured = measure_blocks(walk, matrices, team, Phase("surveying", progress))
     allocated = as_allocated(walk.decoder, listed)
     return allocate.shares(measured, allocated, plan.selection.sparsity, plan.selection.group)
 
@@ -329,7 +332,7 @@ def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatisti
             statistics.pop(reads, None)
     for members, owner in zip(groups, owners, strict=True):
         for matrix in members:
-            team.tell(matrix.values(), owner)
+            team.broadcast(matrix.values(), owner)
     reports = team.gather(reports)
     return [reports[m.key] for m in matrices]
 
@@ -344,10 +347,10 @@ def _prune_group(
     plan, method = run.plan, run.plan.method
     if method.needs and (inputs is None or not inputs.weight):
         # An expert that no calibration token reached: nothing is known of its inputs, so weights are all there is.
-        method, inputs = methods.find("magnitude"), None
+        method, inputs = registry.find("magnitude"), None
     selections = [own_selection(plan.selection, m, run.shares) for m in members]
     try:
-        results = methods.prune_shared(method, weights, inputs, selections, plan.settings.damping)
+        results = registry.prune_shared(method, weights, inputs, selections, plan.settings.damping)
     except PruningError as error:
         raise PruningError(f"{members[0].label}: {error}") from error
     if method is not plan.method:
@@ -357,7 +360,7 @@ def _prune_group(
 
 def _write(
     matrix: Matrix,
-    result: methods.Pruned,
+    result: registry.Pruned,
     statistics: InputStatistics | None,
     run: _Run,
 ) -> MatrixReport:

@@ -14,10 +14,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from calset.errors import InputError, first_line
-from calset.files import size
-from calset.pruning.masks import BLOCK_SIZE, Group
+from calset.io.files import size
+from calset.pruning.methods.masks import BLOCK_SIZE, Group
+from calset.pruning.model.checkpoint import RECORD
 
-RECORD = "pruning.json"
 SCHEMA_VERSION = 2
 STRUCTURED_SCHEMA_VERSION = 3  # of records that list what was dropped, not pruned matrices
 MAX_BYTES = 64 << 20  # calset's own have 400 bytes a matrix: 28 MB where 60 blocks have 384 experts each

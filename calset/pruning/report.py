@@ -10,18 +10,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calset.markdown import code, line
-from calset.pruning import allocate, record
-from calset.pruning.layout import label
-from calset.pruning.plan import Plan, device_name, hash_of, versions
-from calset.pruning.stats import Needs
+from calset.pruning import record
+from calset.pruning.blockwise.statistics import Needs
+from calset.pruning.methods import allocation as allocate
+from calset.pruning.model.layout import label
+from calset.pruning.plan import Plan
+from calset.pruning.sections import (
+    about_base,
+    about_calibration,
+    card_table,
+    device_name,
+    named_calibration,
+    versions,
+)
 
 if TYPE_CHECKING:
-    from calset.catalog.records import Subset
-    from calset.pruning.calibration import Calibration
-    from calset.pruning.checkpoint import Source
-    from calset.pruning.structured_report import DropReport
-    from calset.pruning.workfolder import WorkFolder
+    from calset.pruning.blockwise.workfolder import WorkFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,31 +138,6 @@ def make_report(
     )
 
 
-def about_base(source: Source) -> dict[str, Any]:
-    """The dense model, for the record."""
-    return {
-        "model": source.name,
-        "revision": source.revision,
-        "path": str(source.folder.resolve()),
-        "tokenizer_hash": source.tokenizer_hash,
-    }
-
-
-def about_calibration(subset: Subset, calibration: Calibration, *, used: bool) -> dict[str, Any]:
-    """The subset, for the record."""
-    return {
-        "used": used,
-        "subset": subset.ref,
-        **subset.facts(),
-        # What it saw, so that a held-out subset can be told from it wherever the checkpoint goes.
-        "sample_ids": [s.sample_id for s in subset.samples] if used else [],
-        "problem_ids": sorted({s.problem_id for s in subset.samples if s.problem_id}) if used else [],
-        "token_weights": hash_of(calibration.weights) if used else None,
-        # The runs and sources behind it; of a subset from the Hub also repo, commit and tag.
-        "origin": dict(subset.origin) if subset.origin else None,
-    }
-
-
 def _about_experts(plan: Plan, matrices: Sequence[MatrixReport]) -> list[str]:
     """Warnings about experts that the router sent few or no calibration tokens."""
     warnings = []
@@ -201,25 +180,6 @@ def card_section(report: PruneReport) -> str:
         f"sparsity. "
         f"`{record.RECORD}` lists every matrix; `calset verify` proves it.\n"
     )
-
-
-def card_table(report: PruneReport | DropReport, rows: Mapping[str, str]) -> str:
-    """How a card begins: a title, and a table of what was done to what."""
-    rows = {
-        "dense model": f"{line(report.base['model'])} (revision `{code(report.base['revision'])}`)",
-        **rows,
-        "took": f"{report.seconds:.0f} s on {report.device}",
-        "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"# {line(report.base['model'])}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
-
-
-def named_calibration(calibration: Mapping[str, Any]) -> str:
-    """A record's subset, in Markdown."""
-    hub = (calibration["origin"] or {}).get("hub")
-    place = f" of the dataset {line(hub['repo'])} (commit `{code(hub['commit'])}`)" if hub else ""
-    return f"{calibration['subset']}{place}, content hash `{calibration['content_hash']}`"
 
 
 def _label(matrix: MatrixReport) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
 from calset.errors import InputError
-from calset.pruning import methods
+from calset.pruning.blockwise.hidden_states import Where
 from calset.pruning.calibration import Tokens
-from calset.pruning.hidden import Where
-from calset.pruning.masks import BLOCK_SIZE, Group, Pattern, Selection
+from calset.pruning.methods import registry
+from calset.pruning.methods.masks import BLOCK_SIZE, Group, Pattern, Selection
 
 Propagate = Literal["pruned", "dense"]
 DAMPING = 0.01  # of the mean diagonal
@@ -98,12 +98,12 @@ class PruneSettings:
         compiled([*self.include, *self.exclude])
 
     def _check_structured(self) -> None:
-        if self.method not in methods.STRUCTURED:
-            base = self.method.removesuffix(methods.REFINEMENT)
+        if self.method not in registry.STRUCTURED:
+            base = self.method.removesuffix(registry.REFINEMENT)
             raise InputError(
-                f"{base} drops {methods.STRUCTURED[base]}: it has no mask that {methods.REFINEMENT} could refine"
+                f"{base} drops {registry.STRUCTURED[base]}: it has no mask that {registry.REFINEMENT} could refine"
             )
-        what = methods.STRUCTURED[self.method]
+        what = registry.STRUCTURED[self.method]
         defaults = {each.name: each.default for each in fields(self)}
         for name in OF_MATRICES:
             value = getattr(self, name)
@@ -120,7 +120,7 @@ class PruneSettings:
     @property
     def is_structured(self) -> bool:
         """True for a method that drops whole experts or blocks."""
-        return self.method.removesuffix(methods.REFINEMENT) in methods.STRUCTURED
+        return self.method.removesuffix(registry.REFINEMENT) in registry.STRUCTURED
 
     @property
     def folder(self) -> Path:
@@ -144,14 +144,14 @@ class PruneSettings:
         Raises:
             InputError: no such method or pattern, neither or both of sparsity and pattern, or a value out of range.
         """
-        method = methods.find(self.method)
+        method = registry.find(self.method)
         pattern = None if self.pattern is None else Pattern.parse(self.pattern)
         return Selection(self.sparsity, pattern, self.group or method.group, self.block_size)
 
     @property
     def uses_data(self) -> bool:
         """True unless neither the method nor the allocation reads calibration samples."""
-        return self.is_structured or bool(methods.find(self.method).needs) or self.is_measured
+        return self.is_structured or bool(registry.find(self.method).needs) or self.is_measured
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, by name."""

@@ -13,30 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 from calset.catalog.records import Subset
 from calset.catalog.references import resolve
-from calset.errors import InputError, PruningError, VerificationError
+from calset.errors import InputError, VerificationError
 from calset.io.progress import OnProgress, Progress, silent
-from calset.pruning import heldout
-from calset.pruning.calibration import Calibration
-from calset.pruning.checkpoint import open_folder
-from calset.pruning.heldout import HeldOut
-from calset.pruning.layout import Layout, cut, label
-from calset.pruning.masks import Pattern, Selection, nearest
-from calset.pruning.memory import enough_memory
-from calset.pruning.phases import Phase
+from calset.pruning import held_out_loss
+from calset.pruning.blockwise.forward import check_logits
+from calset.pruning.blockwise.progress import Phase
+from calset.pruning.blockwise.statistics import is_finite
+from calset.pruning.held_out_loss import HeldOut
+from calset.pruning.methods.masks import Pattern, Selection, nearest
+from calset.pruning.model.checkpoint import RECORD, open_folder
+from calset.pruning.model.layout import Layout, cut, label
+from calset.pruning.model.memory import enough_memory
+from calset.pruning.model.tensorfiles import TensorFiles
 from calset.pruning.plan import batch_positions, find_device
-from calset.pruning.record import RECORD, DropRecord, MatrixRecord, ZerosRecord, read_record
-from calset.pruning.stats import is_finite
-from calset.pruning.streamed import walked
-from calset.pruning.tensorfiles import TensorFiles
+from calset.pruning.record import DropRecord, MatrixRecord, ZerosRecord, read_record
 
 if TYPE_CHECKING:
     import torch
 
     from calset.catalog.catalog import Catalog
-    from calset.pruning.checkpoint import Source
-    from calset.pruning.structured_verify import DropVerifyReport
+    from calset.pruning.model.checkpoint import Source
+    from calset.pruning.structured.verify import DropVerifyReport
 
-LOGIT_TOKENS = 16
 NOT_COMPARED = "untouched tensors were not compared: "
 
 
@@ -131,15 +129,15 @@ def verify(
     if held_out is not None:  # what can be refused is refused before the long part
         is_apart = _is_apart(held_out, record, catalog)
         models = _original(dense, notes), _opened(folder)
-        samples = heldout.read_held_out(held_out, *models, max_length)
+        samples = held_out_loss.read_held_out(held_out, *models, max_length)
         compare = partial(
-            heldout.compare, held_out, samples, *models, place, max_length=max_length, is_apart=is_apart,
+            held_out_loss.compare, held_out, samples, *models, place, max_length=max_length, is_apart=is_apart,
             batch_tokens=batch_positions(batch_tokens, place), progress=progress,
         )  # fmt: skip
     with enough_memory("lower --batch-tokens, cut the samples with --max-length, or on a GPU use --device cpu"):
         report: VerifyReport | DropVerifyReport
         if isinstance(record, DropRecord):
-            from calset.pruning.structured_verify import verify_structured
+            from calset.pruning.structured.verify import verify_structured
 
             report = verify_structured(folder, record, dense, notes, place, progress)
         else:
@@ -295,28 +293,8 @@ def _check_model(folder: Path, tensors: TensorFiles, record: ZerosRecord, device
     check_logits(source, device, phase)
 
 
-def check_logits(source: Source, device: torch.device, phase: Phase) -> None:
-    """Run a few tokens through a model, block by block, each a step of ``phase``.
-
-    Raises:
-        VerificationError: its tensors do not make it, or its logits are not finite.
-    """
-    import torch
-
-    vocabulary = source.config.get_text_config().vocab_size
-    token_ids = [i % vocabulary for i in range(1, LOGIT_TOKENS + 1)]
-    batches = Calibration([token_ids], [(0, LOGIT_TOKENS)]).batches()
-    try:
-        with walked(source, batches, device, "a few tokens", phase) as walk:
-            for logits in walk.logits(0, [torch.arange(LOGIT_TOKENS)]):
-                if not is_finite(logits):
-                    raise VerificationError(f"{source.folder} gives logits that are not finite")
-    except (InputError, PruningError) as error:
-        raise VerificationError(str(error)) from error
-
-
 def _check_list(source: Source, tensors: TensorFiles, record: ZerosRecord) -> None:
-    from calset.pruning.decoder import find_decoder
+    from calset.pruning.model.decoder import find_decoder
 
     model = source.skeleton()
     decoder = find_decoder(model, allow_partial=True)
@@ -334,7 +312,7 @@ def _check_list(source: Source, tensors: TensorFiles, record: ZerosRecord) -> No
 
 def _find_base(record: ZerosRecord | DropRecord, base: str | Path | None) -> tuple[Path | None, list[str]]:
     """The dense model's folder, when it can be compared with, and otherwise why not."""
-    from calset.builder.model_info import folder_revision
+    from calset.io.models import folder_revision
 
     recorded = record.base
     folder = Path(base) if base is not None else Path(recorded.path or "")
@@ -373,7 +351,7 @@ def _is_apart(held_out: Subset, record: ZerosRecord | DropRecord, catalog: Catal
         seen = (calibration.sample_ids, calibration.problem_ids)
     elif (seen := _look_up(calibration.content_hash, catalog)) is None:
         return None
-    heldout.check_apart(held_out, str(calibration.subset), *seen)
+    held_out_loss.check_apart(held_out, str(calibration.subset), *seen)
     return True
 
 

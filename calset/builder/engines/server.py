@@ -23,13 +23,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from calset.builder.engines import wire
-from calset.builder.engines.base import CLOSED, RESUME_HINT, Completion, Request, RequestFeed, Sampling, wait_on
+from calset.builder.engines import openai_api
+from calset.builder.engines.base import CLOSED, RESUME_HINT, Completion, Request, RequestFeed, wait_on
+from calset.builder.model.sampling import Sampling
 from calset.errors import EngineError, InputError
 from calset.io.retry import Backoff, asked_seconds
 
 if TYPE_CHECKING:
-    from calset.builder.model_info import ModelInfo
+    from calset.builder.model.info import ModelInfo
 
 T = TypeVar("T")
 KEY_VARIABLE = "CALSET_API_KEY"
@@ -162,9 +163,9 @@ async def _read(answer: Any, most: int) -> bytes:
     Raises:
         _Unavailable: it is longer than ``most`` bytes, or compressed.
     """
-    encoding = wire.one_line(answer.headers.get("Content-Encoding", "")).lower()
+    encoding = openai_api.one_line(answer.headers.get("Content-Encoding", "")).lower()
     if not answer.is_success:
-        most = wire.ERROR_BYTES if encoding in PLAIN else 0
+        most = openai_api.ERROR_BYTES if encoding in PLAIN else 0
     elif encoding not in PLAIN:
         raise _Unavailable(f"its answer is compressed ({encoding}), which was not asked for: switch that off there")
     body = bytearray()
@@ -358,12 +359,12 @@ class ServerEngine:
             _Unavailable, _Busy: to be tried again.
             EngineError: not to be tried again.
         """
-        body = wire.completion_body(request, sampling, server.served, self._stops)
+        body = openai_api.completion_body(request, sampling, server.served, self._stops)
         began = time.monotonic()
         seconds = read_seconds or self._patience.read_seconds(request.max_tokens)
-        most = wire.answer_bytes(request)
+        most = openai_api.answer_bytes(request)
         answer = await self._send(server.url, "POST", "/v1/completions", read_seconds=seconds, most=most, json=body)
-        token_ids, reason = wire.read_completion(
+        token_ids, reason = openai_api.read_completion(
             self._json(server.url, answer), request, self._stops, server.url, self._model.n_vocabulary
         )
         if reason == "abort":  # as vLLM does to all of them when it is told to end
@@ -377,7 +378,7 @@ class ServerEngine:
         path: str,
         *,
         read_seconds: float,
-        most: int = wire.OTHER_BYTES,
+        most: int = openai_api.OTHER_BYTES,
         json: Any = None,
     ) -> bytes:
         """Send one request and read the whole answer; a connection whose answer is not read to its end is closed.
@@ -402,14 +403,14 @@ class ServerEngine:
         except (httpx2.ReadTimeout, TimeoutError) as error:
             raise _Unavailable(f"no answer within {read_seconds:,.0f} seconds", timed_out=True) from error
         except httpx2.RequestError as error:
-            said = wire.one_line(self._hide(str(error)))
+            said = openai_api.one_line(self._hide(str(error)))
             raise _Unavailable(f"{type(error).__name__}{': ' if said else ''}{said}") from error
         if answer.is_success:
             return body
         pause = asked_seconds(answer.headers, time.time())
         if answer.status_code == 429:
             raise _Busy(pause)
-        said = wire.error_text(answer.status_code, self._hide(body.decode(errors="replace")))
+        said = openai_api.error_text(answer.status_code, self._hide(body.decode(errors="replace")))
         if answer.status_code >= 500:
             raise _Unavailable(said, pause=pause)
         if answer.status_code in (401, 403):
@@ -420,7 +421,7 @@ class ServerEngine:
         try:
             return json.loads(answer)
         except (ValueError, RecursionError) as error:
-            said = wire.one_line(self._hide(answer[: wire.LINE].decode(errors="replace")))[:80]
+            said = openai_api.one_line(self._hide(answer[: openai_api.LINE].decode(errors="replace")))[:80]
             raise EngineError(
                 f"{url} answered with something that is not JSON ({said}); is it an OpenAI-compatible server?"
             ) from error
@@ -471,15 +472,15 @@ class ServerEngine:
         """
         seconds = 3 * self._patience.connect_timeout
         answer = await self._send(server.url, "GET", "/v1/models", read_seconds=seconds)
-        served = wire.choose_model(self._json(server.url, answer), self._model, self._served_model, server.url)
+        served = openai_api.choose_model(self._json(server.url, answer), self._model, self._served_model, server.url)
         if served.max_model_len is not None and served.max_model_len < self.max_model_len:
             raise InputError(
                 f"{server.url} serves at most {served.max_model_len} tokens of prompt and completion, and "
                 f"{self.max_model_len} are needed; start it with a larger --max-model-len, or lower --max-tokens "
                 "where the command has it"
             )
-        if not wire.looks_like(served, self._model):
-            theirs = wire.one_line(served.root or served.name)
+        if not openai_api.looks_like(served, self._model):
+            theirs = openai_api.one_line(served.root or served.name)
             self.warn(f"{server.url} serves {theirs}; its traces are recorded as {self._model.model}'s")
         server.served = served.name
         server.version = await self._version(server, served.software)
@@ -492,8 +493,8 @@ class ServerEngine:
                 answer = await self._send(server.url, "GET", path, read_seconds=3 * self._patience.connect_timeout)
                 found = self._json(server.url, answer)
                 if isinstance(found, dict) and isinstance(found.get("version"), str):
-                    return wire.one_line(f"{software or ''} {found['version']}")
-        return wire.one_line(software or "") or "unknown"
+                    return openai_api.one_line(f"{software or ''} {found['version']}")
+        return openai_api.one_line(software or "") or "unknown"
 
 
 class _Stream:

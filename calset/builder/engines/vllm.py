@@ -28,16 +28,15 @@ from calset.builder.engines.base import (
     EngineUnavailable,
     Request,
     RequestFeed,
-    Sampling,
     check_same_shapes,
-    import_problem,
     tensor_shapes,
     wait_on,
 )
-from calset.errors import EngineError, InputError, first_line
+from calset.builder.model.sampling import Sampling
+from calset.errors import EngineError, InputError, first_line, import_problem
 
 if TYPE_CHECKING:
-    from calset.builder.model_info import ModelInfo
+    from calset.builder.model.info import ModelInfo
 
 T = TypeVar("T")
 # Reads process ids, one a line, until "done" or the end of the pipe; then ends those processes (by pidfd: a number may

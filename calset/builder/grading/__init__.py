@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from calset.builder.grading.answers import last_boxed
+from calset.builder.grading.extract import last_boxed
 from calset.catalog.records import BROKEN, UNFINISHED, VERDICTS, Verdict
 from calset.errors import InputError, first_line
 

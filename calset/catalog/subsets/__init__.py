@@ -1,4 +1,4 @@
-"""Named, versioned, content-hashed lists of calibration samples: select, compare, write to a folder, read back.
+"""Named, versioned, content-hashed lists of calibration samples: recipes, text corpora, versions, folders, manifests.
 
 Must not know the Hub.
 """

@@ -1,8 +1,8 @@
 """build(): problems x samples -> traces with verdicts in the catalog, resumable at any moment.
 
 The unit of work is (problem, sample index) and inserting is an anti-join, so resume, de-duplication and idempotence are
-one thing. What is to be done is found out in plan.py, which unit comes next is decided in schedule.py or adaptive.py,
-and pipeline.py does it.
+one thing. What is to be done is found out in plan.py, which unit comes next is decided in schedule/fixed.py or
+schedule/adaptive.py, and pipeline.py does it.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def estimate(
     """The estimate for a model whose parameters may be on the meta device.
 
     Args:
-        allocation: a rule of ``allocate``; ``owl`` runs the dense model once more.
+        allocation: a rule of ``methods.allocation``; ``owl`` runs the dense model once more.
         hidden: where hidden states are to be; default: wherever they fit, the nearest first.
     """
     surveyed = NEEDS if allocation == "owl" else Needs.NOTHING

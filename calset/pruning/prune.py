@@ -86,13 +86,13 @@ def prune(
         model: a checkpoint folder or a Hub id, ``org/name`` or ``org/name@REVISION``.
         calibration: a subset, or a reference to one: ``name``, ``name@2``, ``hub:org/repo/name@2`` or a folder.
         out: a new (or empty) folder.
-        method: a name of ``methods.METHODS`` or ``methods.STRUCTURED``.
+        method: a name of ``methods.registry.METHODS`` or ``methods.registry.STRUCTURED``.
         sparsity: the share of zeros in every matrix, or of a mixture's experts or of the blocks that go, in (0, 1); or
         pattern: "N:M", N kept of every M.
         tokens: which tokens the statistics count.
         propagate: a block's inputs come from the blocks before it ``pruned`` or ``dense``.
         group: within what weights compete; default: the method's own.
-        allocation: ``uniform`` (every matrix alike), ``owl``, or a JSON file of ratios; see ``allocate``.
+        allocation: ``uniform`` (every matrix alike), ``owl``, or a JSON file of ratios; see ``methods.allocation``.
         token_weights: how much each token counts, by sample id (a number a token), or a Parquet file of that; what is
             not named weighs 1. When None, the column ``token_weights`` of the folder that ``calibration`` names.
         damping: SparseGPT, ADMM, ALPS: the share of the mean diagonal added to the Hessian.

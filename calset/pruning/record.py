@@ -65,7 +65,7 @@ class MatrixRecord(Struct, frozen=True):
 
 
 class StackRecord(Struct, frozen=True):
-    """The experts of one block, or the blocks; see ``structured_report.Stack``."""
+    """The experts of one block, or the blocks; see ``structured.report.Stack``."""
 
     name: str
     scores: list[float]

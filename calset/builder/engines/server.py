@@ -2,8 +2,8 @@
 
 One request a sample, answered whole: a stream of events would tell a slow server from a dead one, at the price of a
 message a token; instead each server's health is asked for beside the requests, and the connections are kept alive.
-What is sent and believed is in ``wire``; here is who is asked, how often, how long, and how many bytes of an answer are
-read. Requests go straight to the servers: proxies of the environment are not used. Tested with vLLM 0.32.
+What is sent and believed is in ``openai_api``; here is who is asked, how often, how long, and how many bytes of an
+answer are read. Requests go straight to the servers: proxies of the environment are not used. Tested with vLLM 0.32.
 """
 
 from __future__ import annotations

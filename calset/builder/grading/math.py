@@ -82,7 +82,7 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
 
 
 def extract(response: str) -> str | None:
-    """The answer that the response states (``answers.stated``), or a response that is one number."""
+    """The answer that the response states (``extract.stated``), or a response that is one number."""
     found = stated(response)
     if found is not None:
         return found.text

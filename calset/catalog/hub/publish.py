@@ -2,7 +2,7 @@
 
 A release is one commit and one tag that never moves. Reading turns a tag into a commit once, and checks every file's
 sha256 and the content hash of the rows. The token is huggingface_hub's own business and never passes through here.
-Must not know: what the files hold (``release``), what the card says (``card``), how writing recovers (``publishing``).
+Must not know: what the files hold (``release``), what the card says (``card``), how writing recovers (``upload``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A subset's Parquet rows: one schema for whoever writes them, and reading them back within bounds.
 
-Files may be anybody's: no more is read than their size and the subset's counts allow for (``parquetfiles``), and only
+Files may be anybody's: no more is read than their size and the subset's counts allow for (``io.parquet``), and only
 rows of calset's own types leave this module. Must not know: manifests, catalogs, the Hub.
 """
 

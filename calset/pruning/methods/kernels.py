@@ -1,7 +1,7 @@
 """SparseGPT's walk over a block of columns as one Triton kernel, for CUDA.
 
 Why: PyTorch needs three launches a column, each of microseconds of work. Here a program holds some outputs' columns of
-the block in registers and goes through them at once, for any pattern. It must compute what ``updates.loop_errors``
+the block in registers and goes through them at once, for any pattern. It must compute what ``sparsegpt.loop_errors``
 does, and nothing else; the tests run it through Triton's interpreter, which needs no GPU.
 """
 
@@ -78,7 +78,7 @@ def _block_kernel(
 
 
 def block_errors(columns: Tensor, upper: Tensor, mask: Tensor, pattern: Pattern | None) -> Tensor:
-    """What ``updates.loop_errors`` gives, for at most ``updates.KERNEL_WIDTH`` columns.
+    """What ``sparsegpt.loop_errors`` gives, for at most ``sparsegpt.KERNEL_WIDTH`` columns.
 
     Args:
         columns: columns x outputs, float32, pruned in place; a row's numbers lie together, as in ``mask``.

@@ -1,6 +1,6 @@
 """The pruning methods: one pure function and one registry line each.
 
-A new method is a score in ``scores.py`` or an update (``updates.py``, ``splitting.py``) and a line in ``METHODS``; the
+A new method is a score in ``scores.py`` or an update (``sparsegpt.py``, ``admm.py``) and a line in ``METHODS``; the
 tests, the command line and ``prune`` pick it up from there. ``NAME+dsnot`` is one of them with its mask refined.
 """
 

@@ -1,8 +1,8 @@
 """Measure every decoder block of the dense model before any is pruned, for OWL.
 
 One walk with dense inputs; a block's weights and statistics are gone when the next one's are there. The measure is a
-pure function of a block's matrices and the statistics of what they read, by name; what becomes of it is ``allocate``'s
-business.
+pure function of a block's matrices and the statistics of what they read, by name; what becomes of it is
+``allocation``'s business.
 """
 
 from __future__ import annotations

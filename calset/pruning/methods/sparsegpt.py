@@ -1,6 +1,6 @@
 """Weight updates: methods that choose a mask and move the kept weights to make up for the pruned ones.
 
-Here: the damping of the Hessian that all of them share, and SparseGPT; ``splitting`` has ADMM and ALPS. Functions of
+Here: the damping of the Hessian that all of them share, and SparseGPT; ``admm`` has ADMM and ALPS. Functions of
 weights in any float dtype, computed with in float32, and of a Gram, on the unused half of which they write; weights are
 rounded once, at the end. They must not know models.
 """

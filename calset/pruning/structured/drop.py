@@ -1,7 +1,7 @@
 """Structured pruning: whole experts or blocks go, and the checkpoint becomes smaller.
 
 The dense model is walked block by block, each block's units are scored, and at the end what stays is copied from the
-dense model's files. ``reap`` and ``depth`` know what is scored and how, ``smaller`` what is left, ``drop`` the files.
+dense model's files. ``reap`` and ``depth`` know what is scored and how, ``reduced`` what is left, ``copy`` the files.
 """
 
 from __future__ import annotations

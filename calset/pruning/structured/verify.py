@@ -1,6 +1,6 @@
 """Prove that a smaller checkpoint is what its ``pruning.json`` says: counts, config, and every byte of what stays.
 
-Must not know: how it was made, beyond what is left of a model when units go (``smaller``).
+Must not know: how it was made, beyond what is left of a model when units go (``reduced``).
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def _vllm() -> Check:
 
 def _gpus(torch: dict[str, Any] | None) -> Check:
     """What the driver names against what torch can use."""
-    from calset.builder.provenance import hardware
+    from calset.builder.environment import hardware
 
     machine = hardware()
     there, usable = machine["gpus"], torch["gpus"] if torch else []

@@ -19,7 +19,7 @@ from local_hub import Client, LocalHub
 
 import calset
 from calset import bundled, import_traces
-from calset.builder.importing.columns import Columns, Draft, RowError, drafts
+from calset.builder.importing.layouts import Columns, Draft, RowError, drafts
 from calset.builder.importing.report import ImportReport
 from calset.builder.importing.tokenize import Tokenization
 from calset.builder.model.info import ModelInfo, inspect

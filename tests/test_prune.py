@@ -23,7 +23,7 @@ from calset.io.models import folder_revision
 from calset.io.progress import Progress
 from calset.pruning import record
 from calset.pruning.blockwise import workfolder
-from calset.pruning.blockwise.progress import Phase
+from calset.pruning.blockwise.phases import Phase
 from calset.pruning.methods.registry import METHODS, REFINED
 from calset.pruning.model import checkpoint
 from calset.pruning.model.layout import Layout

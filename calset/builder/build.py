@@ -253,7 +253,7 @@ def dry_run(
         InputError: what ``build`` would refuse, or a rate that nothing tells.
     """
     from calset.builder.cost import estimate, length_history
-    from calset.builder.provenance import hardware
+    from calset.builder.environment import hardware
 
     settings = BuildSettings(model, problems, **options)
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)

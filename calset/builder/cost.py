@@ -213,7 +213,7 @@ def estimate(
         n_too_long: problems that do not fit the context with ``max_tokens``.
         tokens_per_second: completion tokens a second of all devices together; beats the table.
         history: of this model's earlier traces, see ``length_history``.
-        hardware: as ``calset.builder.provenance.hardware`` gives it.
+        hardware: as ``calset.builder.environment.hardware`` gives it.
         gpu: plan for this one (H100, H200, A100) instead of what is here.
         n_devices: GPUs in all, tensor and data parallel; by default those that are here, else 1.
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from calset.builder.grading import check_grader, grader_version
 from calset.builder.grading import graders as known
+from calset.builder.grading.grades import grade_row, submit
 from calset.builder.grading.pool import GradingPool
-from calset.builder.grading.rows import grade_row, submit
 from calset.builder.grading.scorers import check_scorers
 from calset.catalog.catalog import Catalog
 from calset.catalog.query import worklist

@@ -24,13 +24,13 @@ from typing import Any
 from calset import ids
 from calset.builder.engines import Completion, Engine, Request, cpu_sharing
 from calset.builder.engines.base import RESUME_HINT
+from calset.builder.environment import hardware, versions
 from calset.builder.grading import Outcome
+from calset.builder.grading.grades import grade_row, submit
 from calset.builder.grading.pool import GradingPool
-from calset.builder.grading.rows import grade_row, submit
 from calset.builder.model.reasoning import split
 from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan, patiently
 from calset.builder.progress import Meter, Saved
-from calset.builder.provenance import hardware, versions
 from calset.builder.schedule.fixed import Schedule, Unit
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import BROKEN, Contamination, Decision, Problem, Run, Trace, utc_now

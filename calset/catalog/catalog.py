@@ -35,7 +35,7 @@ from calset.catalog.records import (
     utc_now,
 )
 from calset.catalog.store.connection import Mode, opened
-from calset.catalog.store.rows import append, insert, insert_grades, insert_traces, row
+from calset.catalog.store.inserts import append, insert, insert_grades, insert_traces, row
 from calset.catalog.store.schema import TABLES
 from calset.catalog.store.sql import Result, check_select, in_memory, transaction
 from calset.catalog.store.values import clean, clean_params, dump_json

@@ -19,7 +19,6 @@ from calset import ids
 from calset.catalog.catalog import Catalog
 from calset.catalog.contamination.overlap import Decontaminator
 from calset.catalog.query.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
-from calset.catalog.query.where import require_stable
 from calset.catalog.records import Sample, Subset
 from calset.catalog.references import resolve
 from calset.catalog.store.connection import opened
@@ -40,6 +39,7 @@ from calset.catalog.subsets.recipes import (
     window_start,
 )
 from calset.catalog.subsets.text import Corpus, open_corpus
+from calset.catalog.subsets.where import require_stable
 from calset.errors import InputError, did_you_mean, first_line
 from calset.io.keywords import shows
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import InputError, VerificationError
 from calset.io.progress import OnProgress, silent
 from calset.pruning.blockwise.forward import walked
-from calset.pruning.blockwise.progress import Phase
+from calset.pruning.blockwise.phases import Phase
 from calset.pruning.calibration import BATCH_TOKENS, Calibration, read
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from calset.pruning.model import checkpoint
 from calset.pruning.model.decoder import find_decoder
 from calset.pruning.model.layout import Layout, Matrix
 from calset.pruning.model.tensorfiles import TensorFiles, exact_dtype
-from calset.pruning.sections import device_name, hash_of, versions
+from calset.pruning.report_parts import device_name, hash_of, versions
 from calset.pruning.settings import DAMPING, PruneSettings, compiled
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from calset.io.keywords import shows
 from calset.io.progress import OnProgress, Progress, silent
 from calset.pruning.blockwise import distributed, workfolder
 from calset.pruning.blockwise.hidden_states import HiddenStates, Where
-from calset.pruning.blockwise.progress import Phase
-from calset.pruning.blockwise.progress import timed as _timed
+from calset.pruning.blockwise.phases import Phase
+from calset.pruning.blockwise.phases import timed as _timed
 from calset.pruning.blockwise.statistics import is_finite
 from calset.pruning.calibration import Tokens, TokenWeights, open_calibration
 from calset.pruning.estimate import Estimate

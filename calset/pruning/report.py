@@ -15,7 +15,7 @@ from calset.pruning.blockwise.statistics import Needs
 from calset.pruning.methods import allocation as allocate
 from calset.pruning.model.layout import label
 from calset.pruning.plan import Plan
-from calset.pruning.sections import (
+from calset.pruning.report_parts import (
     about_base,
     about_calibration,
     card_table,

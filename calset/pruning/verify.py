@@ -17,7 +17,7 @@ from calset.errors import InputError, VerificationError
 from calset.io.progress import OnProgress, Progress, silent
 from calset.pruning import held_out_loss
 from calset.pruning.blockwise.forward import check_logits
-from calset.pruning.blockwise.progress import Phase
+from calset.pruning.blockwise.phases import Phase
 from calset.pruning.blockwise.statistics import is_finite
 from calset.pruning.held_out_loss import HeldOut
 from calset.pruning.methods.masks import Pattern, Selection, nearest

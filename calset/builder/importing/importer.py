@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from calset import ids
+from calset.builder.environment import versions
 from calset.builder.grading import Outcome, check_grader
+from calset.builder.grading.grades import grade_row, submit
 from calset.builder.grading.pool import GradingPool
-from calset.builder.grading.rows import grade_row, submit
 from calset.builder.grading.scorers import check_scorers
-from calset.builder.importing.columns import Columns, Draft, RowError, drafts
+from calset.builder.importing.layouts import Columns, Draft, RowError, drafts
 from calset.builder.importing.places import MANIFEST, Manifest, Place, count_all, open_place, read_manifest
 from calset.builder.importing.report import BadRow, ImportReport
 from calset.builder.importing.tokenize import Tokenization, Tokenized, with_defaults
@@ -34,7 +35,6 @@ from calset.builder.model.info import ModelInfo
 from calset.builder.plan import open_model
 from calset.builder.problems import ProblemSource, gym_tasks, open_problems
 from calset.builder.progress import Saved
-from calset.builder.provenance import versions
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Grade, Problem, Run, Source, Trace
 from calset.errors import InputError

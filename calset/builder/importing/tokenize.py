@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from calset import ids
-from calset.builder.importing.columns import Draft, RowError
+from calset.builder.importing.layouts import Draft, RowError
 from calset.builder.model.info import ModelInfo
 from calset.builder.model.reasoning import Parts, split
 from calset.builder.model.templates import TemplateRefusal

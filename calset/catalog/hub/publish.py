@@ -1,8 +1,7 @@
-"""Subsets on the Hugging Face Hub: publish one, pull it, find those of others.
+"""Publish a subset: check that it may be published, make its files, and hand them to ``upload``.
 
-A release is one commit and one tag that never moves. Reading turns a tag into a commit once, and checks every file's
-sha256 and the content hash of the rows. The token is huggingface_hub's own business and never passes through here.
-Must not know: what the files hold (``release``), what the card says (``card``), how writing recovers (``upload``).
+The token is huggingface_hub's own business and never passes through here. Must not know: what the files hold
+(``release``), what the card says (``card``), how the commit and the tag are made (``upload``).
 """
 
 from __future__ import annotations
@@ -145,6 +144,3 @@ def _model_licence(subset: Subset, catalog: Catalog, *, ask: bool) -> str | None
     except Exception:  # no such model there, no access, no YAML: unknown, which the warnings say
         return None
     return next(filter(None, (hub.licence_of(metadata or {}) for metadata in found)), None)
-
-
-# --- searching ----------------------------------------------------------------------------------------------------

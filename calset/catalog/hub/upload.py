@@ -1,4 +1,4 @@
-"""How a release gets into a repository, whatever fails on the way.
+"""Upload a release: one commit, then a tag that never moves, whatever fails on the way.
 
 The Hub's answers can be lost at any moment, so publishing is a loop of "look at what is there, then do the next thing":
 what a look finds to be done already is not done again. The tag comes last, when the commit is known to hold every file.

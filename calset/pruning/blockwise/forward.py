@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError, PruningError, VerificationError
 from calset.pruning.blockwise.hidden_states import HiddenStates, Where, nearest_place
-from calset.pruning.blockwise.progress import Phase
+from calset.pruning.blockwise.phases import Phase
 from calset.pruning.blockwise.statistics import is_finite
 from calset.pruning.blockwise.walk import Walk
 from calset.pruning.calibration import Calibration

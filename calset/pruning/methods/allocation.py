@@ -1,7 +1,7 @@
 """How the zeros are shared out: every matrix the same, or some decoder blocks more than others.
 
 Whatever the rule, the total by parameter count is the asked one. Pure functions on numbers, and ``read_ratios`` for a
-file; who measures blocks on a model is ``prune``. It must not know methods.
+file; ``sensitivity`` measures blocks on a model. It must not know methods.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from calset.pruning.blockwise.distributed import Team
-    from calset.pruning.blockwise.progress import Phase
+    from calset.pruning.blockwise.phases import Phase
     from calset.pruning.blockwise.statistics import InputStatistics
     from calset.pruning.blockwise.walk import Walk
     from calset.pruning.model.layout import Matrix

@@ -15,7 +15,7 @@ from calset.errors import PruningError
 from calset.io.progress import OnProgress, Progress
 from calset.pruning.blockwise import distributed, workfolder
 from calset.pruning.blockwise.hidden_states import HiddenStates
-from calset.pruning.blockwise.progress import timed
+from calset.pruning.blockwise.phases import timed
 from calset.pruning.blockwise.statistics import is_finite
 from calset.pruning.calibration import TokenWeights
 from calset.pruning.model.decoder import find_decoder

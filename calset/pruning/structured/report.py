@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from calset.io.files import size
 from calset.pruning.model.checkpoint import RECORD
 from calset.pruning.record import STRUCTURED_SCHEMA_VERSION
-from calset.pruning.sections import about_base, about_calibration, card_table, device_name, named_calibration, versions
+from calset.pruning.report_parts import (
+    about_base,
+    about_calibration,
+    card_table,
+    device_name,
+    named_calibration,
+    versions,
+)
 
 if TYPE_CHECKING:
     from calset.pruning.blockwise.workfolder import WorkFolder

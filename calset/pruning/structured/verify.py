@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from calset.errors import InputError, VerificationError
 from calset.io.progress import OnProgress
 from calset.pruning.blockwise.forward import check_logits
-from calset.pruning.blockwise.progress import Phase
+from calset.pruning.blockwise.phases import Phase
 from calset.pruning.model.checkpoint import RECORD, Source, open_folder
 from calset.pruning.model.decoder import find_decoder
 from calset.pruning.model.tensorfiles import TensorFiles

@@ -42,7 +42,7 @@ from server_double import (
 from calset.builder.build import build
 from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, openai_api
 from calset.builder.engines.base import wait_on
-from calset.builder.engines.server import Patience
+from calset.builder.engines.replica import Patience
 from calset.builder.model.info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
 from calset.errors import EngineError, EngineWarning, InputError

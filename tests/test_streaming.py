@@ -206,6 +206,17 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_continue(tmp_path, llama, mon
     assert prune(llama, SUBSET, tmp_path / "out", method="wanda", sparsity=0.5).resumed_at == (2,)
 
 
+def test_an_interrupted_run_of_another_version_is_one_clear_line(tmp_path, llama, monkeypatch):
+    interrupt_after(monkeypatch, 1)
+    with pytest.raises(Stopped):
+        prune(llama, SUBSET, tmp_path / "out", method="wanda", sparsity=0.5)
+    monkeypatch.undo()
+    progress = folder_of(tmp_path / "out") / workfolder.PROGRESS
+    progress.write_text(progress.read_text().replace('"n_pruned"', '"n_gone"'))
+    with pytest.raises(PruningError, match=r"another version of calset began .*: remove .* to begin anew"):
+        prune(llama, SUBSET, tmp_path / "out", method="wanda", sparsity=0.5)
+
+
 @pytest.mark.parametrize("method", ["wanda", "depth"])
 def test_what_an_interrupted_run_holds_needs_no_room_again(tmp_path, llama, monkeypatch, method):
     needed = plan_pruning(llama, SUBSET, tmp_path / "out", method=method, sparsity=0.5).disk_bytes

@@ -228,7 +228,7 @@ def _prune_blocks(
                 progress(Progress("pruning", index, total))
                 is_last = index + 1 == total
                 if index < len(work.blocks):
-                    reports = _recorded(work.blocks[index])
+                    reports = _recorded(work.blocks[index], work.folder)
                     if not is_last:
                         with _timed(phases, "replaying"):
                             walk.advance(index)
@@ -300,13 +300,22 @@ def _changed(run: _Run, block: Block, chosen: Sequence[Matrix]) -> Iterator[tupl
             yield name, tensor
 
 
-def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
-    """The reports of a block that an interrupted run finished."""
+def _recorded(record: Mapping[str, Any], folder: Path) -> list[MatrixReport]:
+    """Return the reports of a block that an interrupted run finished.
+
+    Raises:
+        PruningError: another version of calset wrote them.
+    """
 
     def pair(values: Sequence[int] | None) -> tuple[int, int] | None:
         return None if values is None else (values[0], values[1])
 
-    return [MatrixReport(**{**m, "shape": pair(m["shape"]), "rows": pair(m["rows"])}) for m in record["matrices"]]
+    try:
+        return [MatrixReport(**{**m, "shape": pair(m["shape"]), "rows": pair(m["rows"])}) for m in record["matrices"]]
+    except (TypeError, KeyError) as error:
+        raise PruningError(
+            f"another version of calset began the interrupted pruning: remove {folder} to begin anew"
+        ) from error
 
 
 def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatistics], run: _Run) -> list[MatrixReport]:

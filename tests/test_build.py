@@ -439,13 +439,14 @@ def test_waiting_for_a_lock_does_not_make_the_next_commit_late(
     from calset.builder import pipeline
 
     monkeypatch.setattr(pipeline, "COMMIT_SECONDS", 0.1)
+    monkeypatch.setattr(pipeline, "COMMIT_SHARE", 5)
     store, waited = Catalog(tmp_path / "c.duckdb"), [1]
     record = store.record
 
     def slow(traces, grades, **rest):
         if traces and waited:
             waited.clear()
-            time.sleep(0.5)  # as if another process held the file
+            time.sleep(1.0)  # as if another process held the file
         return record(traces, grades, **rest)
 
     monkeypatch.setattr(store, "record", slow)
@@ -460,7 +461,7 @@ def test_waiting_for_a_lock_does_not_make_the_next_commit_late(
         tiny_model, SUMS, samples=3, catalog=store, engine=Broken(inspect(tiny_model).revision, stream),
         progress=lambda event: saved.append(event.saved),
     )  # fmt: skip
-    assert len(set(saved)) > 4  # a pause of ten times what was waited for would leave 0, the first commit and the last
+    assert len(set(saved)) > 4  # a pause of five times what was waited for would leave 0, the first commit and the last
 
 
 def test_a_build_that_waits_for_the_catalog_stops_when_asked(

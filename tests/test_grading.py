@@ -119,7 +119,7 @@ MATH = [
     ("3", r"\boxed{٣}", "stop", "correct"),
     ("3", r"\boxed{?}", "stop", "pred_unparsable"),
     ("?", r"\boxed{3}", "stop", "gold_unparsable"),
-    ("9" * 100_000, r"\boxed{3}", "stop", "gold_unparsable"),
+    ("9" * 10_000, r"\boxed{3}", "stop", "gold_unparsable"),
     ("3", r"\boxed{\text{}}", "stop", "no_answer"),
     ("3", "\\boxed{" + "1" * 5000 + "}", "stop", "pred_unparsable"),
     ("3", "$" * 60_000 + r"\boxed{3}", "stop", "correct"),

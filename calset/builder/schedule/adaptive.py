@@ -140,7 +140,7 @@ class _Open:
 
 
 class AdaptiveSchedule:
-    """The least price goes first, a fresh problem's among them, until the recipe has what it needs; a ``Schedule``."""
+    """The lowest index goes first, a fresh problem's among them, until the recipe has what it needs; a ``Schedule``."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class AdaptiveSchedule:
             return not self.finished
 
     def _next_batch(self) -> bool:
-        """Send the samples of the open problem of the least price; False when a fresh one is cheaper, or none is open.
+        """Send the samples of the open problem of the lowest index; False when a fresh one is cheaper, or none is open.
 
         A problem dearer than a fresh one is put off: it comes back when there are no fresh ones left. Whichever's turn
         it is, is decided again, for the prior has moved while it waited.

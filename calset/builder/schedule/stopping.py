@@ -31,7 +31,7 @@ GRID_SIZE = 65
 PRIOR_STRENGTH = 8.0  # problems that the default prior weighs as much as
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-5
-MAX_PRICE, PRICE_STEPS = 1e5, 1000  # prices are sought up to the one, in steps of 1.2 %
+MAX_INDEX, INDEX_STEPS = 1e5, 1000  # indices are sought up to the one, in steps of 1.2 %
 MAX_SAMPLES = 1000  # beyond, a binomial coefficient is more than a float holds
 CONFIDENCE = 0.95  # of stopping a problem
 
@@ -233,8 +233,8 @@ class StoppingRule:
 
         The Gittins index (Gittins 1979) of sampling as a search: of all ways to go on from a state and to give up
         later, the least ratio of expected samples to the probability of ending inside the band. Sampling the problem of
-        the least price next, a fresh one (the price of 0 of 0) among them, needs the fewest samples in expectation when
-        problems are plentiful and the prior is right. A problem whose price has risen above a fresh one's is put off,
+        the lowest index next, a fresh one (the index of 0 of 0) among them, needs the fewest samples in expectation
+        when problems are plentiful and the prior is right. A problem whose index has risen above a fresh one's is put off,
         not stopped: it comes back when the source is used up.
 
         Returns:
@@ -242,11 +242,11 @@ class StoppingRule:
             where the band is out of reach and where the counts cannot be; 0 where K judged samples are inside.
         """
         size = self.samples
-        prices = np.full((size + 1, size + 1), np.inf)
+        indices = np.full((size + 1, size + 1), np.inf)
         inside = np.array([self.in_band(n_correct) for n_correct in range(size + 1)])
-        prices[size, inside] = 0.0
+        indices[size, inside] = 0.0
         # What an inside problem is worth, in samples; the value of a state is convex and piecewise linear in it.
-        worth = np.geomspace(1.0, MAX_PRICE, PRICE_STEPS)[:, None]
+        worth = np.geomspace(1.0, MAX_INDEX, INDEX_STEPS)[:, None]
         value, probability = worth * inside, inside.astype(np.float64)
         for k in range(size - 1, -1, -1):
             passes = np.array([prior.posterior(k, n_correct) @ prior.grid for n_correct in range(k + 1)])
@@ -254,16 +254,16 @@ class StoppingRule:
             going_on = passes * value[:, 1:] + (1 - passes) * value[:, :-1] - 1
             stops = (k >= self.first) & (probability <= 1 - self.confidence)
             for n_correct in np.flatnonzero((going_on[-1] > 0) & ~stops):
-                prices[k, n_correct] = np.interp(0.0, going_on[:, n_correct], worth[:, 0])
+                indices[k, n_correct] = np.interp(0.0, going_on[:, n_correct], worth[:, 0])
             value = np.maximum(going_on, 0.0)
-        return prices
+        return indices
 
-    def patience(self, k: int, n_correct: int, prices: Floats, limit: float) -> int:
+    def patience(self, k: int, n_correct: int, indices: Floats, limit: float) -> int:
         """How many samples can be drawn at once without one among them that drawing singly might have saved.
 
         Args:
-            prices: of this rule.
-            limit: the price from which on a problem is put off, a fresh problem's; inf where there are no fresh ones.
+            indices: of this rule.
+            limit: the index from which on a problem is put off, a fresh problem's; inf where there are no fresh ones.
 
         Returns:
             samples, 1 to K - k.
@@ -275,7 +275,7 @@ class StoppingRule:
         if k >= self.samples:
             raise InputError(f"{k} of {self.samples} samples are judged: there is none to draw")
         for more in range(1, self.samples - k):
-            if np.any(prices[k + more, n_correct : n_correct + more + 1] >= limit):
+            if np.any(indices[k + more, n_correct : n_correct + more + 1] >= limit):
                 return max(more, min(self.first, self.samples) - k)
         return self.samples - k
 

@@ -234,8 +234,8 @@ class StoppingRule:
         The Gittins index (Gittins 1979) of sampling as a search: of all ways to go on from a state and to give up
         later, the least ratio of expected samples to the probability of ending inside the band. Sampling the problem of
         the lowest index next, a fresh one (the index of 0 of 0) among them, needs the fewest samples in expectation
-        when problems are plentiful and the prior is right. A problem whose index has risen above a fresh one's is put off,
-        not stopped: it comes back when the source is used up.
+        when problems are plentiful and the prior is right. A problem whose index has risen above a fresh one's is put
+        off, not stopped: it comes back when the source is used up.
 
         Returns:
             float64 [K + 1, K + 1], to within 1.2 %, by judged samples and by correct ones; inf where the rule stops,

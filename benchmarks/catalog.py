@@ -68,7 +68,7 @@ def chance(salt: int, of: str = "i") -> str:
 def rows_sql(runs: Sequence[Run], start: int, stop: int, *, texts: bool) -> str:
     """One row a trace, with a column for whatever a table may want."""
     zipf = f"1 + ({WORDS} ** ((hash(i, j) % 1000003) / 1000003.0))::INTEGER % {WORDS}"
-    words = f"list_transform(range(n), lambda j: {zipf})" if texts else "[]::INTEGER[]"
+    words = f"list_transform(range(n), lambda j: {zipf})"
     text = "'<think> ' || array_to_string(list_transform(w, lambda x: list_extract(words, x)), ' ')"
     return f"""
         WITH numbered AS (
@@ -122,7 +122,7 @@ def fill(path: Path, n: int, *, texts: bool) -> None:
             step = rows_sql(runs, start, min(n, start + ROWS_A_STEP), texts=texts)
             con.execute(f"CREATE OR REPLACE TEMP TABLE step AS {step}")
             again = f"(SELECT * REPLACE (1 AS attempt) FROM step WHERE i % {RETRIED} = 0)"
-            for table in ("traces", "grades", *(["trace_tokens"] if texts else [])):
+            for table in ("traces", "grades", "trace_tokens"):
                 insert(con, table, "step")
                 insert(con, table, again)
             later = f"(SELECT * REPLACE (1 AS seq, 'correct' AS verdict) FROM step WHERE i % {REGRADED} = 0)"

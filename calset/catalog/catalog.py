@@ -36,6 +36,7 @@ from calset.catalog.records import (
     utc_now,
 )
 from calset.catalog.schema import TABLES
+from calset.catalog.tokens import read_tokens
 from calset.catalog.values import arrow_batch, clean, clean_params, dump_json, identifier
 from calset.errors import CatalogError, InputError, first_line
 from calset.jsonable import jsonable
@@ -403,18 +404,7 @@ class Catalog:
         Raises:
             InputError: an attempt without token ids: a damaged catalog, or one that calset did not write.
         """
-        sql = """
-            SELECT k.trace_id, k.attempt, k.prompt_ids, k.completion_ids FROM trace_tokens k
-            JOIN (SELECT unnest(?::VARCHAR[]) AS trace_id, unnest(?::INTEGER[]) AS attempt) w
-                ON w.trace_id = k.trace_id AND w.attempt = k.attempt
-        """
-        with self._open("own") as con:
-            rows = con.execute(sql, [[t for t, _ in attempts], [a for _, a in attempts]]).fetchall()
-        found = {(trace, attempt): (prompt, completion) for trace, attempt, prompt, completion in rows}
-        for trace, attempt in attempts:
-            if None in found.get((trace, attempt), (None,)):
-                raise InputError(f"{self.path} has no token ids of the trace {trace}: use another copy of the file")
-        return found
+        return read_tokens(self.path, self.reading, attempts)
 
     def trace(self, trace_id: str) -> dict[str, Any]:
         """Everything about one trace, found by its id or a prefix that only it has.

@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TORCH := 2.13.0
-# Processes that share out the test files (tests/conftest.py groups them) in the order of their names, what uses vLLM
-# first: in xdist's own order those with few tests, however long, come last.
+# Processes that share out the test files in the order of their names, after what uses vLLM (tests/conftest.py): in
+# xdist's own order those with few tests, however long, come last.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # A CPU build of torch: first from wherever pip already looks, else from PyTorch's own index of CPU builds.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -23,13 +23,14 @@ test-ci: $(VENV)/.ready $(VENV)/duckdb-1.5
 	$(PYTEST) -m "not nightly" --durations=20
 
 test-nightly: $(VENV)/.ready $(VENV)/.smollm2 $(VENV)/duckdb-1.5 $(VENV)/.chromium
-	HYPOTHESIS_PROFILE=nightly $(PYTEST) --durations=40
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) --timeout 3600 --durations=40
 	$(BIN)/python benchmarks/crash.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --warnings
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

@@ -3,8 +3,8 @@
 Builds real traces of the bundled model once (about five minutes with vLLM on two CPU cores), then replays them: the
 problems in several shuffled orders, each sample costing the tokens that it had. What is sampled next is decided by the
 schedule of a real build, ``AdaptiveSchedule``. Both builds end as soon as the recipe, applied by
-``calset.catalog.recipes.rank`` with its moving length quantiles, has its N samples. The figure to read is the ratio of
-completion tokens, adaptive to fixed.
+``calset.catalog.subsets.take.take`` with its moving length quantiles, has its N samples. The figure to read is the
+ratio of completion tokens, adaptive to fixed.
 
     python benchmarks/adaptive.py --catalog adaptive.duckdb
     python benchmarks/adaptive.py --traces adaptive.duckdb --confidence 0.95 --first 2
@@ -37,17 +37,18 @@ from itertools import count, product
 from pathlib import Path
 
 import calset
-from calset.builder.adaptive import AdaptiveSchedule, Target
-from calset.builder.beliefs import Beliefs, State
 from calset.builder.engines import Engine, open_engine
-from calset.builder.model_info import inspect
-from calset.builder.schedule import Opened, Unit
-from calset.builder.stopping import Floats, Prior, StoppingRule, fit_prior
+from calset.builder.model.info import inspect
+from calset.builder.schedule.adaptive import AdaptiveSchedule, Target
+from calset.builder.schedule.fixed import Opened, Unit
+from calset.builder.schedule.prior import Priors, State
+from calset.builder.schedule.stopping import Floats, Prior, StoppingRule, fit_prior
+from calset.bundled import MODEL
 from calset.catalog.catalog import Catalog
-from calset.catalog.recipes import RECIPES, Candidate, Recipe, rank
 from calset.catalog.records import JUDGED, Trace
 from calset.catalog.records import Problem as Record
-from calset.demo import MODEL
+from calset.catalog.subsets.recipes import RECIPES, Recipe
+from calset.catalog.subsets.take import Candidate, Candidates, take
 
 # The demo's mix of tasks with other seeds, hence other problems.
 TASKS = (
@@ -143,7 +144,7 @@ def best(problems: list[Problem], recipe: Recipe, k: int) -> float:
     """What the best of all rules that see counts only spends, knowing the population, as a ratio of samples."""
     rule = StoppingRule(recipe.difficulty, k)
     prior = fit_prior(Counter((len(p.correct), sum(p.correct)) for p in problems))
-    return rule.prices(prior)[0, 0] / (k / rule.probability(0, 0, prior))
+    return rule.indices(prior)[0, 0] / (k / rule.probability(0, 0, prior))
 
 
 # -- real builds ----------------------------------------------------------------------------------------------------
@@ -230,9 +231,17 @@ class Problem:
         difficulty = (k - sum(self.correct[:k])) / k
         return [
             Candidate(
-                self.trace_ids[i], self.problem_id, i, self.correct[i], self.finished[i], difficulty, k, self.tokens[i]
-            )
-            for i in range(k)
+                self.trace_ids[i],
+                self.problem_id,
+                i,
+                self.correct[i],
+                self.finished[i],
+                difficulty,
+                k,
+                n_tokens,
+                len(self.prompt_ids) + n_tokens,
+            )  # fmt: skip
+            for i, n_tokens in enumerate(self.tokens[:k])
         ]
 
 
@@ -286,7 +295,7 @@ class Selected:
         self._candidates += problem.candidates(self.k)
         if self.inside < self.need:
             return False
-        order = rank(self._candidates, self.recipe, 0).order
+        order = [self._candidates[i] for i in take(Candidates.of(self._candidates), self.recipe, 0).at]
         self.difficulty = statistics.mean(c.difficulty or 0.0 for c in order)
         self.length = statistics.mean(c.n_tokens for c in order)
         return len(order) >= self.need
@@ -344,8 +353,8 @@ class OneByOne(StoppingRule):
         return max(1, min(self.first, self.samples) - k)
 
 
-class Ablated(Beliefs):
-    """A build's beliefs, less what the policy leaves out."""
+class Ablated(Priors):
+    """A build's priors, less what the policy leaves out."""
 
     def __init__(self, rule: StoppingRule, policy: Policy) -> None:
         self.policy = policy
@@ -360,9 +369,9 @@ class Ablated(Beliefs):
     def prior(self, stratum: str) -> Prior:
         return super().prior(stratum) if self.policy.strata else self.pooled
 
-    def price(self, state: State) -> float:
+    def index(self, state: State) -> float:
         if self.policy.by_price:
-            return super().price(state)
+            return super().index_of(state)
         if state not in self._improbable:
             name, k, n_correct = state
             self._improbable[state] = -self.rule.probability(k, n_correct, self.prior(name))
@@ -380,7 +389,7 @@ def replay(problems: list[Problem], recipe: Recipe, rule: StoppingRule, need: in
         rule.samples,
         Target(recipe, need, confidence=rule.confidence),
         render=lambda record: by_id[record.problem_id].prompt_ids,
-        beliefs=Ablated(rule, policy),
+        priors=Ablated(rule, policy),
     )
     spent, now, begun = Spent(), 0.0, set()
     flying: list[tuple[float, int, Unit]] = []

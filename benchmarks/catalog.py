@@ -1,8 +1,8 @@
-"""How fast is a large catalog? Filters, stats, ingest, a commit and the file's size, at 1 and at 10 million traces.
+"""How fast is a large catalog? Filters, stats, select, ingest, a commit, size, a subset; at 1 and 10 million traces.
 
 The catalog is generated in SQL: 16 samples of each (problem, model), two models, words drawn by Zipf's law whose token
 ids are those of the text, one trace in a hundred retried and one in a hundred graded again. Ten million come without
-texts and token ids. Each figure is the median of several: wall seconds, the least of them, and CPU seconds of all
+texts. Each figure is the median of several: wall seconds, the least of them, and CPU seconds of all
 threads, which is what to look at on a machine with other work.
 
     python benchmarks/catalog.py --traces 1000000
@@ -17,6 +17,8 @@ import os
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,14 +29,16 @@ from typing import Any
 import duckdb
 
 from calset import ids
-from calset.catalog import schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.compact import compact
-from calset.catalog.connection import opened
+from calset.catalog.maintenance.compact import compact
+from calset.catalog.query.stats import stats
 from calset.catalog.records import Grade, Run, Trace
-from calset.catalog.selection import _CANDIDATES
-from calset.catalog.stats import stats
-from calset.catalog.values import arrow_batch
+from calset.catalog.select import select
+from calset.catalog.store import schema
+from calset.catalog.store.connection import opened
+from calset.catalog.store.values import arrow_batch
+from calset.catalog.subsets.candidates import read_pool
+from calset.catalog.subsets.recipes import RECIPES
 
 SAMPLES = 16
 MODELS = ("lrm-7b", "lrm-1.5b")
@@ -42,6 +46,8 @@ RETRIED, REGRADED = 97, 101  # one trace in so many
 ROWS_A_STEP = 245_760  # two of DuckDB's row groups
 WORDS = 30_000
 COMMIT = 256
+BUDGET = 1_000_000  # tokens of a subset
+SUBSET_SECONDS = 2.0  # wanted of what is asked of it
 FILTER = "difficulty BETWEEN 0.3 AND 0.8 AND correct AND n_tokens BETWEEN 40 AND 100"
 WANTED = {False: {"filter": 2.0}, True: {"filter": 0.3, "stats": 1.0, "commit": 0.1}}  # seconds, by: with texts?
 
@@ -115,7 +121,7 @@ def fill(path: Path, n: int, *, texts: bool) -> None:
         con.execute(f"""
             INSERT INTO problems
             SELECT left(sha256('p' || p), {ids.ID_DIGITS}), 'src', ['gsm8k', 'math500', 'demo'][1 + p % 3],
-                p::VARCHAR, 'What is ' || p || ' plus ' || (p * 7 % 1000) || ', and why?', p::VARCHAR, 'math', '{{}}'
+                p::VARCHAR, 'What is ' || p || ' plus ' || (p * 7 % 1000) || ', and why?', p::VARCHAR, 'math', '{{"domain": "d' || p % 4 || '"}}'
             FROM range({-(-n // (SAMPLES * len(MODELS)))}) t(p)
         """)
         for start in range(0, n, ROWS_A_STEP):
@@ -163,12 +169,11 @@ def ask(path: Path, *, texts: bool) -> None:
     questions = {
         "count by a filter": f"SELECT count(*) FROM trace WHERE {FILTER}",
         "its first 1,000 ids": f"SELECT trace_id FROM trace WHERE {FILTER} ORDER BY trace_id LIMIT 1000",
-        "select's candidates, in DuckDB": f"SELECT count(*), sum(difficulty), min(trace_id) FROM ({_CANDIDATES})",
     }
     with opened(path, "read", 60) as con:
         for what, sql in questions.items():
-            params = [None] * sql.count("?")
-            say(what, timed(lambda sql=sql, params=params: con.execute(sql, params).fetchall()), wanted)
+            say(what, timed(lambda sql=sql: con.execute(sql).fetchall()), wanted)
+    say("a model's candidates", timed(lambda: read_pool(Catalog(path), RECIPES["rac"], model=MODELS[0])))
     say("stats", timed(lambda: stats(path), 3), WANTED[texts].get("stats"))
 
 
@@ -279,10 +284,83 @@ def size(path: Path) -> None:
         )
 
 
+def of_a_subset(path: Path) -> None:
+    """report, diff and export of a subset of a million tokens, each in a process of its own, on a copy."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        copy = Path(folder) / "c.duckdb"
+        shutil.copyfile(path, copy)
+        a, b = (select(copy, f"of-{model}", "ssgr", model=model, tokens=BUDGET) for model in MODELS)
+        commands = {
+            "report": ["report", a.ref, "-o", f"{folder}/report.html"],
+            "diff": ["diff", a.ref, b.ref, "--json"],
+            "export": ["export", a.ref, "-o", f"{folder}/out"],
+        }
+        for what, arguments in commands.items():
+            runs = [process([*arguments, "--catalog", str(copy)], Path(folder)) for _ in range(3)]
+            seconds, peak = (statistics.median(run[i] for run in runs) for i in range(2))
+            said = f"{what} of {a.n_samples:,} samples"
+            print(
+                f"{said:34} {seconds:8.3f} s  (peak memory {peak / 1e6:.0f} MB)   wanted <= {SUBSET_SECONDS:g} s: "
+                f"{'yes' if seconds <= SUBSET_SECONDS else 'NO'}",
+                flush=True,
+            )
+
+
+def process(arguments: list[str], folder: Path) -> tuple[float, float]:
+    """Run a command of calset in a fresh process; returns wall seconds and the most bytes of memory that it had."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    began = time.perf_counter()
+    peak, _ = run(["-m", "calset.cli", *arguments])
+    return time.perf_counter() - began, peak
+
+
+def run(arguments: list[str]) -> tuple[float, str]:
+    """Run Python in a fresh process; returns the most bytes of memory that it had, and what it printed."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen([sys.executable, *arguments], stdout=output)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise SystemExit(f"python {' '.join(arguments)} ended with {child.returncode}")
+        output.seek(0)
+        return used.ru_maxrss * 1024, output.read()
+
+
+# The time is that of the call, what it imports included; calset 9b80513 and newer have it.
+SELECT = """
+import os, sys, time, calset
+path, name, recipe, model, tokens = sys.argv[1:]
+began = time.perf_counter(), sum(os.times()[:2])
+subset = calset.select(path, name, recipe, model=model, tokens=int(tokens))
+print(time.perf_counter() - began[0], sum(os.times()[:2]) - began[1], subset.n_samples, subset.content_hash)
+"""
+
+
+def selecting(path: Path) -> None:
+    """select of a million tokens of one model's traces, each in a process of its own, on a copy."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        copy = Path(folder) / "c.duckdb"
+        shutil.copyfile(path, copy)
+        for recipe in ("ssgr", "rac"):
+            runs = []
+            for i in range(5):
+                peak, said = run(["-c", SELECT, str(copy), f"{recipe}{i}", recipe, MODELS[0], str(BUDGET)])
+                seconds, cpu, samples, content_hash = said.split()
+                runs.append((float(seconds), float(cpu), peak))
+            seconds, cpu, peak = (statistics.median(run[i] for run in runs) for i in range(3))
+            said = f"select {recipe}: {int(samples):,} samples"
+            least = min(seconds for seconds, *_ in runs)
+            print(
+                f"{said:34} {seconds:8.3f} s  (least {least:.3f}, CPU {cpu:.3f}; peak memory {peak / 1e6:.0f} MB; "
+                f"content {content_hash[:12]})",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=int, default=1_000_000)
-    parser.add_argument("--no-texts", action="store_true", help="no texts and token ids, and only the questions")
+    parser.add_argument("--no-texts", action="store_true", help="no texts, and only the questions and select")
     parser.add_argument("--folder", type=Path, help="where to put the files; by default the system's own for such")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the catalog there; use it if it is there")
     args = parser.parse_args()
@@ -294,10 +372,12 @@ def main() -> None:
             print(f"{args.traces} traces generated in {time.perf_counter() - began:.0f} s")
         print(f"DuckDB {duckdb.__version__}, {os.cpu_count()} cores, {path.stat().st_size / 1e6:.0f} MB")
         ask(path, texts=not args.no_texts)
+        selecting(path)
         if not args.no_texts:
             commit(path, args.traces)
             ingest(Path(folder))
             size(path)
+            of_a_subset(path)
 
 
 if __name__ == "__main__":

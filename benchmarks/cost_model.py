@@ -15,8 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from calset.pruning.decoder import Block, Weight, find_decoder
-from calset.pruning.stats import TILE
+from calset.pruning.blockwise.statistics import TILE
+from calset.pruning.model.decoder import Block, Weight, find_decoder
 
 BF16, FP32 = 0.55 * 989e12, 0.7 * 67e12  # operations a second of an H100 SXM: share x data sheet (dense)
 LINK, DISK = 300e9, 2e9  # bytes a second: between GPUs, and of a local NVMe disk, read and written

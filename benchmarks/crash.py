@@ -28,10 +28,10 @@ import calset
 from calset.builder import pipeline
 from calset.builder.engines import Completion, Request, Sampling, open_engine
 from calset.builder.engines.base import RESUME_HINT
-from calset.builder.model_info import ModelInfo, inspect
+from calset.builder.model.info import ModelInfo, inspect
 from calset.builder.problems import load_problems
+from calset.bundled import MODEL
 from calset.catalog.catalog import Catalog
-from calset.demo import MODEL
 from calset.errors import EngineError
 
 SAMPLES = 8
@@ -170,6 +170,14 @@ class Build:
         # Grading workers have a process group of their own, but the session is the build's.
         return [int(pid) for sess, pid, stat, args in rows if sess == mine and stat[0] != "Z" and mark in args]
 
+    def wait_for_pids(self, mark: str, seconds: float = 60) -> list[int]:
+        """The only grading worker may be dead, and the next one about to start."""
+        deadline = time.monotonic() + seconds
+        while not (found := self.pids(mark)):
+            assert time.monotonic() < deadline, f"no process {mark}: {self.errors.read_text()}"
+            time.sleep(0.05)
+        return found
+
     def end(self) -> str:
         """Wait until the build and all it started are gone; return its standard error."""
         self.process.wait(timeout=900)
@@ -211,12 +219,10 @@ class Crashes:
         assert not build.finished, "the build ended before it was killed: give it more to do"
         self.kills[victim] += 1
         if victim == "grader":
-            workers = build.pids(GRADER)
-            assert workers, build.errors.read_text()
-            os.kill(self.chance.choice(workers), signal.SIGKILL)
+            os.kill(self.chance.choice(build.wait_for_pids(GRADER)), signal.SIGKILL)
             return
         if victim == "engine":
-            os.kill(build.pids(CORES[self.engine])[0], signal.SIGKILL)
+            os.kill(build.wait_for_pids(CORES[self.engine])[0], signal.SIGKILL)
         else:
             if victim == "writer":  # the next commit is at most a tenth of a second away
                 build.wait_for_commit()

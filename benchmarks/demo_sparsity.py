@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from calset.builder.engines import open_engine
-from calset.builder.model_info import inspect
+from calset.builder.model.info import inspect
+from calset.bundled import MODEL
 from calset.catalog.catalog import Catalog
-from calset.demo import MODEL, run
+from calset.demo import run
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import calset
 from calset.builder.engines import Completion, Request, Sampling
-from calset.builder.model_info import inspect
-from calset.demo import MODEL
+from calset.builder.model.info import inspect
+from calset.bundled import MODEL
 
 SAMPLES = 4
 FIRST = 1000

@@ -142,7 +142,7 @@ def checkpoint(folder: Path, name: str, shape: dict[str, int] | None, dtype: str
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-    from calset.demo import MODEL
+    from calset.bundled import MODEL
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:

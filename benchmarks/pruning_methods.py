@@ -22,14 +22,15 @@ from smollm2 import convert
 
 import calset
 from calset.builder.engines import Engine, open_engine
-from calset.builder.model_info import inspect
+from calset.builder.model.info import inspect
+from calset.bundled import MODEL
 from calset.catalog.catalog import Catalog
-from calset.demo import MODEL
-from calset.demo.run import MODEL_LENGTH, DemoSettings
+from calset.demo.report import DemoSettings
+from calset.demo.run import MODEL_LENGTH
+from calset.evaluation.evaluate import EvaluationReport
 from calset.pruning.calibration import Calibration
-from calset.pruning.checkpoint import open_folder
-from calset.pruning.evaluate import EvaluationReport
-from calset.pruning.heldout import losses
+from calset.pruning.held_out_loss import losses
+from calset.pruning.model.checkpoint import open_folder
 from calset.pruning.plan import batch_positions, find_device
 from calset.pruning.prune import prune
 

@@ -26,11 +26,12 @@ from throughput import bare_engine
 import calset
 from calset import ids
 from calset.builder.engines import open_engine
-from calset.builder.model_info import inspect
+from calset.builder.model.info import inspect
+from calset.bundled import MODEL, PROSE
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Sample, Subset
-from calset.demo import MODEL, PROSE, run
-from calset.files import size
+from calset.demo import run
+from calset.io.files import size
 
 # Arm -> what prune is asked. Zeros are as fast whatever chose them.
 ARMS = {

@@ -32,8 +32,8 @@ from smollm2 import convert
 import calset
 from calset import ids
 from calset.builder.engines import cpu_sharing, open_engine
-from calset.builder.model_info import inspect
-from calset.demo import MODEL
+from calset.builder.model.info import inspect
+from calset.bundled import MODEL
 
 EVEN = ["gym:chain_sum?min_terms=2&max_terms=7&size={n}&seed=5"]
 TAIL = [

@@ -6,7 +6,7 @@ The public API, in the order of the work::
     calset.build("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "questions.jsonl", samples=8, catalog=catalog)
     subset = calset.select(catalog, "math-ssgr", "ssgr", tokens=1_000_000)
     calset.publish(subset, "me/calibration", catalog=catalog)
-    calset.prune("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", subset, "pruned", method="sparsegpt", sparsity=0.5)
+    calset.prune("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "math-ssgr", "pruned", sparsity=0.5, catalog=catalog)
     calset.verify("pruned")
     calset.evaluate("pruned", "held_out.jsonl", catalog=catalog)
 
@@ -18,37 +18,38 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from calset.version import __version__
 
 _HOMES = {
     "CalsetError": "calset.errors",
     "Catalog": "calset.catalog.catalog",
     "InputError": "calset.errors",
+    "Progress": "calset.io.progress",
     "Subset": "calset.catalog.records",
-    "against_sources": "calset.builder.decontamination",
-    "build": "calset.builder.generate",
-    "compact": "calset.catalog.compact",
-    "decontaminate": "calset.builder.decontamination",
-    "diff": "calset.catalog.compare",
+    "against_sources": "calset.builder.decontaminate",
+    "build": "calset.builder.build",
+    "compact": "calset.catalog.maintenance.compact",
+    "decontaminate": "calset.builder.decontaminate",
+    "diff": "calset.catalog.references",
     "doctor": "calset.diagnosis",
-    "dry_run": "calset.builder.generate",
-    "evaluate": "calset.pruning.evaluate",
+    "dry_run": "calset.builder.build",
+    "evaluate": "calset.evaluation.evaluate",
     "export": "calset.catalog.references",
-    "grade": "calset.builder.regrade",
+    "grade": "calset.builder.grade",
     "judge": "calset.builder.judge",
-    "import_traces": "calset.builder.importing",
+    "import_traces": "calset.builder.importing.importer",
     "load_problems": "calset.builder.problems",
-    "merge": "calset.catalog.merge",
+    "merge": "calset.catalog.maintenance.merge",
     "open_problems": "calset.builder.problems",
     "plan_pruning": "calset.pruning.prune",
     "prune": "calset.pruning.prune",
-    "publish": "calset.catalog.hub",
-    "pull": "calset.catalog.hub",
-    "report": "calset.catalog.report",
+    "publish": "calset.catalog.hub.publish",
+    "pull": "calset.catalog.hub.pull",
+    "report": "calset.catalog.report.page",
     "resolve": "calset.catalog.references",
-    "search": "calset.catalog.hub",
-    "select": "calset.catalog.selection",
-    "stats": "calset.catalog.stats",
+    "search": "calset.catalog.hub.search",
+    "select": "calset.catalog.select",
+    "stats": "calset.catalog.query.stats",
     "verify": "calset.pruning.verify",
 }
 
@@ -56,6 +57,7 @@ __all__ = [
     "CalsetError",
     "Catalog",
     "InputError",
+    "Progress",
     "Subset",
     "__version__",
     "against_sources",
@@ -99,24 +101,26 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from calset.builder.decontamination import against_sources, decontaminate
-    from calset.builder.generate import build, dry_run
-    from calset.builder.importing import import_traces
+    from calset.builder.build import build, dry_run
+    from calset.builder.decontaminate import against_sources, decontaminate
+    from calset.builder.grade import grade
+    from calset.builder.importing.importer import import_traces
     from calset.builder.judge import judge
     from calset.builder.problems import load_problems, open_problems
-    from calset.builder.regrade import grade
     from calset.catalog.catalog import Catalog
-    from calset.catalog.compact import compact
-    from calset.catalog.compare import diff
-    from calset.catalog.hub import publish, pull, search
-    from calset.catalog.merge import merge
+    from calset.catalog.hub.publish import publish
+    from calset.catalog.hub.pull import pull
+    from calset.catalog.hub.search import search
+    from calset.catalog.maintenance.compact import compact
+    from calset.catalog.maintenance.merge import merge
+    from calset.catalog.query.stats import stats
     from calset.catalog.records import Subset
-    from calset.catalog.references import export, resolve
-    from calset.catalog.report import report
-    from calset.catalog.selection import select
-    from calset.catalog.stats import stats
+    from calset.catalog.references import diff, export, resolve
+    from calset.catalog.report.page import report
+    from calset.catalog.select import select
     from calset.diagnosis import doctor
     from calset.errors import CalsetError, InputError
-    from calset.pruning.evaluate import evaluate
+    from calset.evaluation.evaluate import evaluate
+    from calset.io.progress import Progress
     from calset.pruning.prune import plan_pruning, prune
     from calset.pruning.verify import verify

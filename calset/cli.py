@@ -6,17 +6,18 @@ Heavy imports happen inside the commands, so that ``calset --help`` answers at o
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast
 
 import click
+from click.core import ParameterSource
 
-from calset import __version__, terminal
 from calset.errors import (
     BuildWarning,
     CalsetError,
@@ -28,8 +29,23 @@ from calset.errors import (
     Stopped,
     TextsMissing,
 )
+from calset.io import terminal
+from calset.version import __version__
+
+if TYPE_CHECKING:
+    from calset.builder.build import BuildReport
+    from calset.builder.grade import GradeReport
+    from calset.builder.judge import JudgeReport
+    from calset.builder.problems import Preset
+    from calset.builder.settings import BuildOptions, GenerationOptions
+    from calset.catalog.filters import Band, FilterOptions
+    from calset.catalog.query.stats import Stats
+    from calset.catalog.records import Subset
+    from calset.catalog.subsets.recipes import RecipeOptions
+    from calset.pruning.settings import PruneOptions
 
 SEED = click.IntRange(-(2**63), 2**63 - 1)
+Options = TypeVar("Options", bound=Mapping[str, Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -110,8 +126,71 @@ def engine_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "engine_options",
         multiple=True,
         metavar="NAME=VALUE",
+        callback=_named_values,
         help="The engine's own, e.g. tensor_parallel_size=8; a value is JSON or else text. Repeatable.",
     )(command)
+
+
+def template_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--template-option",
+        "template_options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=_named_values,
+        help="What the chat template is rendered with, e.g. enable_thinking=false. Repeatable.",
+    )(command)
+
+
+def _named_values(context: click.Context, option: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
+    """``tensor_parallel_size=8`` -> {"tensor_parallel_size": 8}."""
+    import json
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"{option.opts[0]} takes NAME=VALUE, not {pair!r}")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def _split(context: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """``a,b`` -> ("a", "b")."""
+    return tuple(filter(None, (text or "").replace(" ", "").split(",")))
+
+
+class BandType(click.ParamType):
+    """``LO..HI``; ends may be missing where ``is_open``."""
+
+    name = "band"
+
+    def __init__(self, kind: Literal["number", "whole"] = "number", *, is_open: bool = True) -> None:
+        self.kind: Literal["number", "whole"] = kind
+        self.is_open = is_open
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Band:
+        from calset.catalog.filters import parse_band
+
+        option = param.opts[0] if param is not None else "a band"
+        if self.is_open:
+            return parse_band(value, option, self.kind)
+        try:
+            low, high = (float(part) for part in value.split(".."))
+        except ValueError:
+            raise InputError(f"{option} takes LO..HI, two numbers, not {value!r}") from None
+        return low, high
+
+
+CLOSED = BandType(is_open=False)
+
+
+def _given(options: Options) -> Options:
+    """The options without those that were left out."""
+    return cast(Options, {name: value for name, value in options.items() if value is not None})
 
 
 def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,13 +215,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-tokens", type=int, help="Completion tokens at most. Default: what the context holds."),
         click.option("--seed", type=SEED, default=0, show_default=True, help="Every trace's own seed derives from it."),
         click.option("--system-prompt", help="None unless given."),
-        click.option(
-            "--template-option",
-            "template_options",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="What the chat template is rendered with, e.g. enable_thinking=false. Repeatable.",
-        ),
+        template_option,
         engine_option,
         click.option("--limit", type=int, help="Only the first N problems."),
         grader_option("the source's own"),
@@ -152,21 +225,6 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def _open(path: Path) -> Any:
-    from calset.catalog.catalog import Catalog
-
-    return Catalog(path)
-
-
-def _existing(path: Path) -> Any:
-    """The catalog for a command that only reads: a missing one is an error, not a new file."""
-    if not path.exists():
-        raise InputError(
-            f"there is no catalog at {path}: build one with `calset build`, or name another with --catalog"
-        )
-    return _open(path)
 
 
 # --- build ------------------------------------------------------------------------------------------------------
@@ -223,22 +281,43 @@ def _existing(path: Path) -> Any:
 @catalog_option
 @progress_option
 @json_option
-def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], dry_run: bool, **options: Any) -> None:
+def build(
+    model: str,
+    problems: tuple[str, ...],
+    dry_run: bool,
+    tokens_per_second: float | None,
+    gpu: str | None,
+    n_devices: int | None,
+    catalog: Path,
+    progress_mode: str,
+    as_json: bool,
+    **options: Unpack[BuildOptions],
+) -> None:
     """Generate and grade a model's own traces; killed or stopped, the same command continues."""
+    from calset.builder.build import build as run
+    from calset.builder.build import dry_run as plan
     from calset.builder.engines.base import RESUME_HINT
-    from calset.builder.generate import build as run
 
-    model = options.pop("model")
-    planning = {name: options.pop(name) for name in ("tokens_per_second", "gpu", "n_devices")}
-    _prepare(options)
     if dry_run:
-        _dry_run(model, problems, progress_mode, as_json, options, planning)
+        with terminal.progress(progress_mode, "planned") as show:
+            planned = plan(
+                model, problems, tokens_per_second=tokens_per_second, gpu=gpu, n_devices=n_devices, catalog=catalog,
+                progress=show, **options,
+            )  # fmt: skip
+        if as_json:
+            terminal.emit_json(planned.as_dict())
+            return
+        for line in planned.lines():
+            terminal.say(line)
+        if target := options.get("target"):
+            terminal.note(f"An upper bound: with --target {target} a build stops problems, and itself, earlier.")
         return
-    if unused := [name for name, value in planning.items() if value is not None]:
-        raise InputError(f"--{unused[0].removeprefix('n_').replace('_', '-')} is for --dry-run")
-    with terminal.progress(progress_mode, "saved") as bar:
+    for option, value in {"tokens-per-second": tokens_per_second, "gpu": gpu, "devices": n_devices}.items():
+        if value is not None:
+            raise InputError(f"--{option} is for --dry-run")
+    with terminal.progress(progress_mode, "saved", main="generating") as show:
         try:
-            report = run(model, list(problems), progress=_build_progress(bar), **options)
+            report = run(model, problems, catalog=catalog, progress=show, **options)
         except EngineError as error:
             raise type(error)(f"{error}: {_command_line()}") from error
         except CatalogError as error:
@@ -248,80 +327,15 @@ def build(progress_mode: str, as_json: bool, problems: tuple[str, ...], dry_run:
     if as_json:
         terminal.emit_json(report.as_dict())
     else:
-        _print_build(report, options["target"])
+        _print_build(report, options.get("target"))
     if report.stopped:
-        asked = f" of {report.n_requested}" if report.n_requested is not None else ""
-        terminal.note(f"Stopped; {report.n_existing + report.n_new}{asked} traces are saved. To continue:")
+        of = f" of {report.n_requested}" if report.n_requested is not None else ""
+        terminal.note(f"Stopped; {report.n_existing + report.n_new}{of} traces are saved. To continue:")
         terminal.note(f"  {_command_line()}")
         sys.exit(130)
 
 
-def _dry_run(
-    model: str,
-    problems: tuple[str, ...],
-    progress_mode: str,
-    as_json: bool,
-    options: dict[str, Any],
-    planning: dict[str, Any],
-) -> None:
-    from calset.builder.generate import dry_run
-
-    with terminal.progress(progress_mode, "planned") as bar:
-        report = dry_run(model, list(problems), progress=_build_progress(bar), **options, **planning)
-    if as_json:
-        terminal.emit_json(report.as_dict())
-        return
-    for line in report.lines():
-        terminal.say(line)
-    if options["target"] is not None:
-        terminal.note(f"An upper bound: with --target {options['target']} a build stops problems, and itself, earlier.")
-
-
-def _prepare(options: dict[str, Any]) -> None:
-    """The options of a generating command as the API takes them."""
-    options["catalog"] = _open(options["catalog"])
-    for name in ("engine", "template"):
-        options[f"{name}_options"] = _named_values(f"--{name}-option", options[f"{name}_options"])
-
-
-def _named_values(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
-    """``tensor_parallel_size=8`` -> {"tensor_parallel_size": 8}."""
-    import json
-
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError(f"{option} takes NAME=VALUE, not {pair!r}")
-        try:
-            values[name] = json.loads(text)
-        except ValueError:
-            values[name] = text
-    return values
-
-
-def _build_progress(bar: terminal.Progress) -> Callable[[Any], None]:
-    def show(event: Any) -> None:
-        if event.phase == "checking problems":
-            bar.update(0, None, {"phase": event.phase, "problems": f"{event.n_problems:,}"})
-            return
-        target = event.target
-        unfinished = {reason: n for reason, n in event.finish_reasons.items() if reason != "stop"}
-        facts = {
-            "phase": event.phase if event.phase != "generating" else None,
-            "target": f"{target['met']:,}/{target['need']:,}" if target else None,
-            "tokens/s": round(event.tokens_per_second) if event.tokens_per_second else None,
-            "overall": round(event.lifetime_tokens_per_second) if event.lifetime_tokens_per_second else None,
-            **{reason: f"{n / event.saved:.0%}" for reason, n in sorted(unfinished.items())},
-            "correct": f"{event.correct / event.judged:.0%}" if event.judged else None,
-            "ETA": terminal.duration(event.eta_seconds),
-        }
-        bar.update(event.existing + event.saved, event.total, facts, final=event.phase in ("done", "stopped"))
-
-    return show
-
-
-def _print_build(report: Any, target: str | None) -> None:
+def _print_build(report: BuildReport, target: object) -> None:
     verdicts = ", ".join(f"{n} {v}" for v, n in sorted(report.verdicts.items(), key=lambda x: -x[1]))
     reasons = ", ".join(f"{n} {r}" for r, n in sorted(report.finish_reasons.items(), key=lambda x: -x[1]))
     speed = f" at {report.n_tokens / report.seconds:,.0f} tokens/s" if report.n_new and report.seconds else ""
@@ -342,7 +356,7 @@ def _print_build(report: Any, target: str | None) -> None:
             f"Target {aim['recipe']}: {aim['met']:,} of {aim['need']:,} {aim['unit']}; {aim['complete']:,} problems "
             f"with all samples ({aim['in_band']:,} in the band), {aim['stopped']:,} stopped early"
         )
-        named = f"--recipe {shlex.quote(target or aim['recipe'])} --model {shlex.quote(report.model)}"
+        named = f"--recipe {shlex.quote(str(target or aim['recipe']))} --model {shlex.quote(report.model)}"
         following = f"calset select NAME {named} --min-k {aim['samples']} --{aim['unit']} {aim['need']}"
     terminal.say(f"Catalog: {report.catalog}. Next: {following} --catalog {report.catalog}")
 
@@ -357,7 +371,11 @@ def _command_line() -> str:
 @click.option("--source", help="Only this source's problems.")
 @click.option("--run", help="Only this run's traces.")
 @click.option(
-    "--verdict", "verdicts", metavar="VERDICT[,...]", help="Only traces whose present verdict is one of these."
+    "--verdict",
+    "verdicts",
+    metavar="VERDICT[,...]",
+    callback=_split,
+    help="Only traces whose present verdict is one of these.",
 )
 @click.option("--ungraded", is_flag=True, help="Only traces without a verdict.")
 @click.option("--force", is_flag=True, help="Also what would get the verdict it has.")
@@ -370,20 +388,49 @@ def _command_line() -> str:
 @catalog_option
 @progress_option
 @json_option
-def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
+def grade(
+    grader: str | None,
+    model: str | None,
+    source: str | None,
+    run: str | None,
+    verdicts: tuple[str, ...],
+    ungraded: bool,
+    force: bool,
+    unsafe_scorers: bool,
+    judge: str | None,
+    judge_engine: str | None,
+    engine_options: dict[str, Any],
+    catalog: Path,
+    progress_mode: str,
+    as_json: bool,
+) -> None:
     """Grade stored traces again, or let a model judge them; earlier verdicts stay in the history."""
-    options["verdicts"] = tuple(filter(None, (options["verdicts"] or "").replace(" ", "").split(",")))
-    judge, engine, engine_options = (options.pop(name) for name in ("judge", "judge_engine", "engine_options"))
-    if judge is not None:
-        options["engine_options"] = _named_values("--engine-option", engine_options)
-        _judge(judge, engine or "auto", catalog, progress_mode, as_json, **options)
-        return
-    if engine is not None or engine_options:
-        raise InputError(f"--{'engine-option' if engine is None else 'judge-engine'} is for --judge MODEL")
-    from calset.builder.regrade import grade as run
+    from calset.builder.grade import grade as grade_traces
+    from calset.builder.judge import judge as judge_traces
 
-    with terminal.progress(progress_mode, "graded") as bar:
-        report = run(_existing(catalog), progress=lambda done, total: bar.update(done, total, {}), **options)
+    if judge is None:
+        if judge_engine is not None or engine_options:
+            raise InputError(f"--{'engine-option' if judge_engine is None else 'judge-engine'} is for --judge MODEL")
+        with terminal.progress(progress_mode, "graded", main="grading") as show:
+            graded = grade_traces(
+                catalog, grader=grader, model=model, source=source, run=run, verdicts=verdicts, ungraded=ungraded,
+                force=force, unsafe_scorers=unsafe_scorers, progress=show,
+            )  # fmt: skip
+        _print_graded(graded, as_json)
+        return
+    if grader or force or unsafe_scorers:
+        raise InputError(
+            "--judge takes neither --grader nor --force nor --unsafe-scorers: a judge judges each trace once"
+        )
+    with terminal.progress(progress_mode, "judged", main="judging") as show:
+        judged = judge_traces(
+            catalog, judge, engine=judge_engine or "auto", traces_of=model, source=source, run=run, verdicts=verdicts,
+            ungraded=ungraded, engine_options=engine_options, progress=show,
+        )  # fmt: skip
+    _print_judged(judged, as_json)
+
+
+def _print_graded(report: GradeReport, as_json: bool) -> None:
     if as_json:
         terminal.emit_json(report.as_dict())
         return
@@ -396,24 +443,7 @@ def grade(catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> N
         terminal.table(["before", "now", "traces"], sorted(changed, key=lambda x: -x[2]))
 
 
-def _judge(judge: str, engine: str, catalog: Path, progress_mode: str, as_json: bool, **options: Any) -> None:
-    from calset.builder.judge import judge as run
-
-    if options.pop("grader") or options.pop("force") or options.pop("unsafe_scorers"):
-        raise InputError(
-            "--judge takes neither --grader nor --force nor --unsafe-scorers: a judge judges each trace once"
-        )
-    ungraded = options.pop("ungraded")
-    options["verdicts"] = ("ungraded",) if ungraded else options["verdicts"]
-    options["traces_of"] = options.pop("model")
-    with terminal.progress(progress_mode, "judged") as bar:
-        report = run(
-            _existing(catalog),
-            judge,
-            engine=engine,
-            progress=lambda done, total: bar.update(done, total, {}),
-            **options,
-        )
+def _print_judged(report: JudgeReport, as_json: bool) -> None:
     if as_json:
         terminal.emit_json(report.as_dict())
         return
@@ -436,14 +466,16 @@ def _judge(judge: str, engine: str, catalog: Path, progress_mode: str, as_json: 
 @click.option("--limit", type=click.IntRange(min=1), default=5, show_default=True, help="Show the first N problems.")
 @click.option("--count", is_flag=True, help="Count them, which reads them all.")
 @json_option
-def problems(spec: str | None, limit: int, count: bool, as_json: bool, **columns: Any) -> None:
+def problems(
+    spec: str | None, question: str | None, answer: str | None, limit: int, count: bool, as_json: bool
+) -> None:
     """List the presets, or preview a source of problems: SPEC as `build --problems` takes it."""
     from calset.builder.problems import PRESETS, open_problems
 
     if spec is None:
         _print_presets(PRESETS.values(), as_json)
         return
-    source = open_problems(spec, **columns)
+    source = open_problems(spec, question=question, answer=answer)
     rows, n = source.preview(limit, count=count)
     facts = {key: getattr(source.source, key) for key in ("name", "kind", "revision", "grader", "licence")}
     if as_json:
@@ -457,7 +489,7 @@ def problems(spec: str | None, limit: int, count: bool, as_json: bool, **columns
     terminal.table(["problem", "question", "answer"], [(p.problem_id[:10], p.question, p.answer) for p in rows])
 
 
-def _print_presets(presets: Iterable[Any], as_json: bool) -> None:
+def _print_presets(presets: Iterable[Preset], as_json: bool) -> None:
     keys = ("name", "repo", "config", "split", "grader", "licence", "gated", "note")
     rows = [[getattr(preset, key) for key in keys] for preset in presets]
     if as_json:
@@ -484,23 +516,22 @@ def _print_presets(presets: Iterable[Any], as_json: bool) -> None:
 def decontaminate(
     against: tuple[str, ...],
     problems: tuple[str, ...],
+    n: tuple[int, ...],
+    min_share: float,
+    question: str | None,
+    answer: str | None,
     catalog: Path,
     progress_mode: str,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Find problems that an evaluation source holds too, and keep the evidence (the view excluded)."""
-    from calset.builder.decontamination import decontaminate as run
+    from calset.builder.decontaminate import decontaminate as run
 
-    store = _open(catalog) if problems else _existing(catalog)
-    with terminal.progress(progress_mode, "checked") as bar:
+    with terminal.progress(progress_mode, "checked", main="checking") as show:
         report = run(
-            store,
-            list(against),
-            problems=list(problems) or None,
-            progress=lambda done, total: bar.update(done, total, {}, final=done >= total),
-            **options,
-        )
+            catalog, against, problems=problems or None, n=n, min_share=min_share, question=question, answer=answer,
+            progress=show,
+        )  # fmt: skip
     if as_json:
         terminal.emit_json(report.as_dict())
         return
@@ -525,9 +556,9 @@ def decontaminate(
 @json_option
 def stats(catalog: Path, model: str | None, source: str | None, as_json: bool) -> None:
     """Counts, pass rate, verdicts, and a difficulty x length table."""
-    from calset.catalog.stats import stats as compute
+    from calset.catalog.query.stats import stats as compute
 
-    result = compute(_existing(catalog), model=model, source=source)
+    result = compute(catalog, model=model, source=source)
     if as_json:
         terminal.emit_json(result.as_dict())
     else:
@@ -536,17 +567,31 @@ def stats(catalog: Path, model: str | None, source: str | None, as_json: bool) -
 
 @cli.command()
 @click.argument("sql", required=False)
-@click.option("--difficulty", metavar="LO..HI", help="The band of 1 - pass rate: 0.3..0.8, 0.3.. or ..0.8.")
+@click.option(
+    "--difficulty", metavar="LO..HI", type=BandType(), help="The band of 1 - pass rate: 0.3..0.8, 0.3.. or ..0.8."
+)
 @click.option("--correct/--incorrect", default=None, help="Judged correct, or judged and not correct.")
-@click.option("--verdict", multiple=True, metavar="V", help="With this verdict. Repeatable.")
-@click.option("--tokens", metavar="LO..HI", help="The band of completion tokens, e.g. 2000..8000.")
+@click.option(
+    "--verdict",
+    multiple=True,
+    metavar="V",
+    callback=lambda context, option, verdicts: verdicts or None,
+    help="With this verdict. Repeatable.",
+)
+@click.option(
+    "--tokens", metavar="LO..HI", type=BandType("whole"), help="The band of completion tokens, e.g. 2000..8000."
+)
 @click.option("--model", metavar="M", help="Of this model: MODEL, MODEL@REVISION or its folder.")
 @click.option("--source", metavar="S", help="Of this source's problems.")
-@click.option("--k", metavar="LO..HI", help="The band of judged traces of the problem, e.g. 8..")
+@click.option(
+    "--k", metavar="LO..HI", type=BandType("whole"), help="The band of judged traces of the problem, e.g. 8.."
+)
 @click.option("--finished/--unfinished", default=None, help="Finish reason stop, or any other.")
 @click.option(
     "--kind",
     type=click.Choice(["build", "evaluate", "all"]),
+    default="build",
+    callback=lambda context, option, kind: None if kind == "all" else kind,
     help="Traces of builds, of evaluations, or both. Default: build.",
 )
 @click.option("--columns", metavar="A,B,...", help="Of the view trace; '*' for all. Default: all but its texts.")
@@ -561,7 +606,14 @@ def stats(catalog: Path, model: str | None, source: str | None, as_json: bool) -
 @catalog_option
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl.")
 def query(
-    sql: str | None, catalog: Path, limit: int | None, form: str | None, out: Path | None, as_json: bool, **options: Any
+    sql: str | None,
+    columns: str | None,
+    limit: int | None,
+    form: str | None,
+    out: Path | None,
+    catalog: Path,
+    as_json: bool,
+    **filters: Unpack[FilterOptions],
 ) -> None:
     """Ask the catalog, read-only: in SQL (views trace, problem, suspect_gold, ...), or for traces by filters.
 
@@ -569,13 +621,14 @@ def query(
       calset query "SELECT question, difficulty FROM problem ORDER BY difficulty DESC LIMIT 10"
       calset query --difficulty 0.3..0.8 --correct --tokens 2000..8000 --source gsm8k -o hard.parquet
     """
-    from calset.answers import Question, format_of, print_answer, save_answer
+    from calset.catalog.catalog import Catalog
+    from calset.catalog.query.output import Question, format_of, print_answer, save_answer
 
     if as_json and form not in (None, "jsonl"):
         raise InputError(f"--json is --format jsonl: leave one of --json and --format {form} out")
     form = format_of(out, "jsonl" if as_json else form)
-    text, params = _question(sql, options)
-    store, question = _existing(catalog), Question(text, params, limit)
+    text, params = _question(sql, columns, filters)
+    store, question = Catalog(catalog), Question(text, params, limit)
     try:
         if out is not None:
             written = save_answer(store, question, form, out)
@@ -600,24 +653,19 @@ def query(
 SHOWN_ROWS = 1000  # of a table that a terminal lays out, for which all rows are in memory
 
 
-def _question(sql: str | None, options: dict[str, Any]) -> tuple[str, list[Any]]:
+def _question(sql: str | None, columns: str | None, filters: FilterOptions) -> tuple[str, list[Any]]:
     """The SQL given, or what the filters come to."""
-    from calset.catalog.filters import Filter, parse_band
+    from calset.catalog.filters import Filter
 
-    columns = options.pop("columns")
-    given = {name: value for name, value in options.items() if value not in (None, ())}
+    source_of = click.get_current_context().get_parameter_source
+    given = [name for name in (*filters, "columns") if source_of(name) is ParameterSource.COMMANDLINE]
     if sql is not None:
-        if named := [*given, *(["columns"] if columns else [])]:
-            raise InputError(f"give SQL or filters, not both: --{named[0]} is a filter")
+        if given:
+            raise InputError(f"give SQL or filters, not both: --{given[0]} is a filter")
         return sql, []
-    if not given and not columns:
+    if not given:
         raise InputError("nothing is asked: give SQL, or a filter such as --correct (calset query --help)")
-    for band in ("difficulty", "tokens", "k"):
-        if band in given:
-            given[band] = parse_band(given[band], f"--{band}", "number" if band == "difficulty" else "whole")
-    if given.get("kind") == "all":
-        given["kind"] = None
-    return Filter(**given).select([c.strip() for c in columns.split(",")] if columns else None)
+    return Filter(**filters).select([c.strip() for c in columns.split(",")] if columns else None)
 
 
 @cli.command()
@@ -627,7 +675,9 @@ def _question(sql: str | None, options: dict[str, Any]) -> tuple[str, list[Any]]
 @json_option
 def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
     """Show one trace (by id or the start of it): question, reasoning, answer, verdict and why, its other samples."""
-    row = _existing(catalog).trace(trace)
+    from calset.catalog.catalog import Catalog
+
+    row = Catalog(catalog).trace(trace)
     if as_json:
         terminal.emit_json(row)
     else:
@@ -643,27 +693,39 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
 @click.option("--question", help="The question's column. Default: problem, question, or the conversation's.")
 @click.option("--answer", help="The reference answer's column. Default: answer, or what others call it.")
 @click.option("--system-prompt", help="That the prompts were rendered with, where the file does not say.")
-@click.option(
-    "--template-option",
-    "template_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="What the chat template is rendered with, e.g. enable_thinking=false. Repeatable.",
-)
+@template_option
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows of each file.")
 @grader_option("math, or that of --problems")
 @scorers_option
 @catalog_option
 @progress_option
 @json_option
-def import_(files: tuple[str, ...], model: str, progress_mode: str, as_json: bool, **options: Any) -> None:
+def import_(
+    files: tuple[str, ...],
+    model: str,
+    problems: tuple[str, ...],
+    generated_by: str | None,
+    source: str | None,
+    question: str | None,
+    answer: str | None,
+    system_prompt: str | None,
+    template_options: dict[str, Any],
+    limit: int | None,
+    grader: str | None,
+    unsafe_scorers: bool,
+    catalog: Path,
+    progress_mode: str,
+    as_json: bool,
+) -> None:
     """Keep traces that other programs collected, and grade them; the same files again add nothing."""
-    from calset.builder.importing import import_traces as run
+    from calset.builder.importing.importer import import_traces as run
 
-    options["catalog"] = _open(options["catalog"])
-    options["template_options"] = _named_values("--template-option", options["template_options"])
-    with terminal.progress(progress_mode, "rows") as bar:
-        report = run(model, files, progress=bar.update, **options)
+    with terminal.progress(progress_mode, "rows", main="importing") as show:
+        report = run(
+            model, files, problems=problems, generated_by=generated_by, source=source, question=question,
+            answer=answer, system_prompt=system_prompt, template_options=template_options, limit=limit, grader=grader,
+            unsafe_scorers=unsafe_scorers, catalog=catalog, progress=show,
+        )  # fmt: skip
     for row in report.bad:
         terminal.note(f"{row.where} {row.why}")
     if (more := report.n_bad - len(report.bad)) > 0:
@@ -689,13 +751,11 @@ def import_(files: tuple[str, ...], model: str, progress_mode: str, as_json: boo
 @json_option
 def merge(others: tuple[Path, ...], catalog: Path, progress_mode: str, as_json: bool) -> None:
     """Bring the rows of other catalogs into this one, each in one transaction; again adds nothing."""
-    from calset.catalog.merge import merge as run
+    from calset.catalog.maintenance.merge import merge as run
 
     for other in others:
-        with terminal.progress(progress_mode, "merged tables") as bar:
-            report = run(
-                _open(catalog), other, progress=lambda n, total, table, bar=bar: bar.update(n, total, {"next": table})
-            )
+        with terminal.progress(progress_mode, "merged tables") as show:
+            report = run(catalog, other, progress=show)
         if as_json:
             terminal.emit_json(report.as_dict())
             continue
@@ -714,8 +774,8 @@ def doctor(full: bool, catalog: Path, progress_mode: str, as_json: bool) -> None
     """Check the catalog, packages, engines, GPU, graders and the Hub login; exit code 1 when something is broken."""
     from calset.diagnosis import doctor as run
 
-    with terminal.progress(progress_mode, "looked at") as bar:
-        found = run(_open(catalog), full=full, progress=lambda n, total, name: bar.update(n, total, {"now": name}))
+    with terminal.progress(progress_mode, "looked at") as show:
+        found = run(catalog, full=full, progress=show)
     if as_json:
         terminal.emit_json(found.as_dict())
     else:
@@ -734,10 +794,15 @@ def doctor(full: bool, catalog: Path, progress_mode: str, as_json: bool) -> None
 @click.option("--where", help="A SQL condition over the trace view.")
 @click.option("--samples", type=click.IntRange(1, 2**62), help="At most N samples.")
 @click.option("--tokens", type=click.IntRange(1, 2**62), help="At most N tokens, whole samples.")
-@click.option("--difficulty", metavar="LO..HI", help="The band of 1 - pass rate, e.g. 0.2..0.8.")
+@click.option("--difficulty", metavar="LO..HI", type=CLOSED, help="The band of 1 - pass rate, e.g. 0.2..0.8.")
 @click.option("--min-k", type=click.IntRange(min=1), help="Only problems with at least K judged traces.")
-@click.option("--length-quantiles", metavar="LO..HI", help="The band of lengths among the candidates, e.g. 0.25..0.75.")
-@click.option("--length-tokens", metavar="LO..HI", help="The band of lengths in tokens, e.g. 2000..8000.")
+@click.option(
+    "--length-quantiles",
+    metavar="LO..HI",
+    type=CLOSED,
+    help="The band of lengths among the candidates, e.g. 0.25..0.75.",
+)
+@click.option("--length-tokens", metavar="LO..HI", type=CLOSED, help="The band of lengths in tokens, e.g. 2000..8000.")
 @click.option("--per-problem", type=click.IntRange(min=1), help="Traces a problem at most.")
 @click.option("--text", metavar="FILE", help="The recipe text's: a file, a folder, FILE?text=COLUMN, or hf:ORG/NAME.")
 @click.option("--window", type=click.IntRange(min=1), help="Tokens a sample: of a text, or cut from each longer trace.")
@@ -759,22 +824,33 @@ def doctor(full: bool, catalog: Path, progress_mode: str, as_json: bool) -> None
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @catalog_option
 @json_option
-def select(name: str, catalog: Path, as_json: bool, evaluations: tuple[str, ...], **options: Any) -> None:
+def select(
+    name: str,
+    recipe: str,
+    model: str | None,
+    where: str | None,
+    text: str | None,
+    evaluations: tuple[str, ...],
+    held_out_from: tuple[str, ...],
+    seed: int,
+    catalog: Path,
+    as_json: bool,
+    **options: Unpack[RecipeOptions],
+) -> None:
     """Take a subset from the catalog by a recipe, as a new immutable version of NAME."""
-    from calset.catalog.references import resolve
-    from calset.catalog.selection import select as run
-    from calset.catalog.selection import tables
+    from calset.catalog.catalog import Catalog
+    from calset.catalog.select import select as run
+    from calset.catalog.select import tables
 
-    store = _existing(catalog)
+    store, exclude = Catalog(catalog), None
     if evaluations:
-        from calset.builder.decontamination import against_sources
+        from calset.builder.decontaminate import against_sources
 
-        options["exclude"] = against_sources(evaluations, pinned=store.source_revisions())
-    options["held_out_from"] = [resolve(reference, store) for reference in options["held_out_from"]]
-    for band in ("difficulty", "length_quantiles", "length_tokens"):
-        options[band] = _band(options[band], band)
-    chosen = {key: value for key, value in options.items() if value is not None}
-    subset = run(store, name, **chosen)
+        exclude = against_sources(evaluations, pinned=store.source_revisions())
+    subset = run(
+        store, name, recipe, model=model, where=where, seed=seed, text=text, exclude=exclude,
+        held_out_from=held_out_from, **_given(options),
+    )  # fmt: skip
     if as_json:
         terminal.emit_json(_subset_facts(subset))
         return
@@ -785,17 +861,7 @@ def select(name: str, catalog: Path, as_json: bool, evaluations: tuple[str, ...]
         terminal.note(f"Warning: {warning}")
 
 
-def _band(text: str | None, option: str) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(".."))
-    except ValueError:
-        raise InputError(f"--{option.replace('_', '-')} takes LO..HI, two numbers, not {text!r}") from None
-    return low, high
-
-
-def _subset_facts(subset: Any) -> dict[str, Any]:
+def _subset_facts(subset: Subset) -> dict[str, Any]:
     keys = ("name", "version", "content_hash", "n_samples", "n_tokens", "recipe", "seed", "model", "pool", "warnings")
     return {key: getattr(subset, key) for key in keys} | {"created_at": subset.created_at}
 
@@ -805,9 +871,10 @@ def _subset_facts(subset: Any) -> dict[str, Any]:
 @json_option
 def subsets(catalog: Path, as_json: bool) -> None:
     """List the subsets."""
-    from calset.catalog.subsets import list_subsets
+    from calset.catalog.catalog import Catalog
+    from calset.catalog.subsets.versions import list_subsets
 
-    rows = list_subsets(_existing(catalog))
+    rows = list_subsets(Catalog(catalog))
     if as_json:
         for row in rows:
             terminal.emit_json(row)
@@ -837,11 +904,9 @@ def subsets(catalog: Path, as_json: bool) -> None:
 @json_option
 def diff(a: str, b: str, catalog: Path, as_json: bool) -> None:
     """Compare two subsets: what they share, what only one holds, distributions side by side."""
-    from calset.catalog.compare import diff as compare
-    from calset.catalog.references import resolve
+    from calset.catalog.references import diff as compare
 
-    store = _open(catalog)
-    result = compare(store, resolve(a, store), resolve(b, store))
+    result = compare(catalog, a, b)
     if as_json:
         terminal.emit_json(result.as_dict())
     else:
@@ -857,7 +922,7 @@ def export(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
     """Write a subset (NAME, NAME@VERSION or hub:ORG/REPO/NAME@VERSION) to a folder: Parquet rows and a manifest."""
     from calset.catalog.references import export as write
 
-    path = write(_open(catalog) if reference.startswith("hub:") else _existing(catalog), reference, out)
+    path = write(catalog, reference, out)
     if as_json:
         terminal.emit_json({"out": str(path)})
     else:
@@ -881,9 +946,9 @@ def publish(reference: str, repo: str, public: bool, dry_run: bool, catalog: Pat
 
     The login is huggingface_hub's own: hf auth login. Run again after whatever happened, it does what is left to do.
     """
-    from calset.catalog.hub import publish as run
+    from calset.catalog.hub.publish import publish as run
 
-    report = run(reference, repo, catalog=_existing(catalog), public=public, dry_run=dry_run)
+    report = run(reference, repo, catalog=catalog, public=public, dry_run=dry_run)
     if as_json:
         terminal.emit_json(report.as_dict())
         return
@@ -906,9 +971,9 @@ def publish(reference: str, repo: str, public: bool, dry_run: bool, catalog: Pat
 @json_option
 def pull(reference: str, out: Path | None, catalog: Path, as_json: bool) -> None:
     """Download hub:ORG/REPO/NAME@VERSION (or the latest version), check it, and keep it in the catalog."""
-    from calset.catalog.hub import pull as run
+    from calset.catalog.hub.pull import pull as run
 
-    subset = run(reference, _open(catalog), directory=out)
+    subset = run(reference, catalog, directory=out)
     if as_json:
         terminal.emit_json(_subset_facts(subset) | {"origin": subset.origin})
         return
@@ -922,7 +987,7 @@ def pull(reference: str, out: Path | None, catalog: Path, as_json: bool) -> None
 @json_option
 def search(text: str | None, author: str | None, limit: int, as_json: bool) -> None:
     """List the calset repositories on the Hub, or those whose name holds TEXT."""
-    from calset.catalog.hub import search as run
+    from calset.catalog.hub.search import search as run
 
     found = run(text, author=author, limit=limit)
     if as_json:
@@ -941,9 +1006,9 @@ def search(text: str | None, author: str | None, limit: int, as_json: bool) -> N
 @json_option
 def report(reference: str, out: Path, catalog: Path, as_json: bool) -> None:
     """Write one self-contained HTML page about a subset: recipe, picture, verdicts, samples, provenance."""
-    from calset.catalog.report import report as write
+    from calset.catalog.report.page import report as write
 
-    path = write(_existing(catalog), reference, out)
+    path = write(catalog, reference, out)
     if as_json:
         terminal.emit_json({"out": str(path)})
     else:
@@ -958,10 +1023,10 @@ def compact(catalog: Path, as_json: bool) -> None:
 
     Nobody can write to it meanwhile. Killed at any moment, it leaves the old file or the new one.
     """
-    from calset.catalog.compact import compact as rewrite
-    from calset.files import size
+    from calset.catalog.maintenance.compact import compact as rewrite
+    from calset.io.files import size
 
-    done = rewrite(_existing(catalog))
+    done = rewrite(catalog)
     if as_json:
         terminal.emit_json(done.as_dict())
         return
@@ -981,8 +1046,8 @@ def compact(catalog: Path, as_json: bool) -> None:
     "--method",
     default="sparsegpt",
     show_default=True,
-    help="magnitude, wanda, ria, sparsegpt, admm or alps; with +dsnot after it, the mask is refined. reap drops "
-    "experts, depth drops blocks.",
+    help="magnitude, wanda, ria, sparsegpt, admm or alps; magnitude+dsnot and sparsegpt+dsnot refine the mask. "
+    "reap drops experts, depth drops blocks.",
 )
 @click.option(
     "--sparsity",
@@ -1002,7 +1067,6 @@ def compact(catalog: Path, as_json: bool) -> None:
 )
 @click.option(
     "--token-weights",
-    "weights_file",
     type=click.Path(path_type=Path),
     help="Parquet with sample_id and token_weights. Default: that column of the calibration folder, if it has one.",
 )
@@ -1034,7 +1098,15 @@ def compact(catalog: Path, as_json: bool) -> None:
 @progress_option
 @json_option
 def prune(
-    model: str, calibration: str, catalog: Path, progress_mode: str, as_json: bool, dry_run: bool, **options: Any
+    model: str,
+    calibration: str,
+    out: Path,
+    token_weights: Path | None,
+    dry_run: bool,
+    catalog: Path,
+    progress_mode: str,
+    as_json: bool,
+    **options: Unpack[PruneOptions],
 ) -> None:
     """Prune MODEL against a calibration subset and save an ordinary checkpoint with pruning.json.
 
@@ -1042,47 +1114,34 @@ def prune(
 
     Killed or stopped, the same command continues where it was.
     """
-    from calset.catalog.references import locate
-    from calset.pruning.calibration import find_token_weights
-    from calset.pruning.distributed import is_first
+    from calset.pruning.blockwise.distributed import is_first
     from calset.pruning.prune import plan_pruning
     from calset.pruning.prune import prune as run
 
-    subset, folder = locate(calibration, catalog)
-    options["token_weights"] = find_token_weights(folder, options.pop("weights_file"))
     if dry_run:
-        plan = plan_pruning(model, subset, options.pop("out"), **options)
+        plan = plan_pruning(model, calibration, out, token_weights=token_weights, catalog=catalog, **options)
         if as_json:
             terminal.emit_json(plan.as_dict())
         else:
             terminal.table(["plan", "at most"], plan.rows())
             for warning in plan.warnings:
                 terminal.note(f"Warning: {warning}")
-        plan.check(options["force"])
+        plan.check(options.get("force", False))
         return
-    with terminal.progress(progress_mode if is_first() else "none", "pruned blocks") as bar:
-        report = run(model, subset, options.pop("out"), progress=_phases(bar, last="saving"), **options)
+    with terminal.progress(progress_mode if is_first() else "none", "pruned blocks") as show:
+        report = run(model, calibration, out, token_weights=token_weights, catalog=catalog, progress=show, **options)
     if not is_first():
         return
-    if catalog.exists():
-        _open(catalog).add_pruning(report.as_dict())
     if as_json:
         terminal.emit_json(report.as_dict())
         return
-    counted = f"calibrated on {subset.ref} ({report.n_counted_tokens:,} tokens)"
+    counted = f"calibrated on {report.calibration['subset']} ({report.n_counted_tokens:,} tokens)"
     terminal.say(
         f"{report.out}: {report.method}, {report.outcome()}, "
         f"{counted if report.calibration['used'] else 'no calibration used'} in {terminal.duration(report.seconds)}"
     )
     for warning in report.warnings:
         terminal.note(f"Warning: {warning}")
-
-
-def _phases(bar: terminal.Progress, last: str) -> Callable[[Any], None]:
-    def show(event: Any) -> None:
-        bar.update(event["done"], event["total"], {"phase": event["phase"]}, final=event["phase"] == last)
-
-    return show
 
 
 @cli.command()
@@ -1102,21 +1161,27 @@ def _phases(bar: terminal.Progress, last: str) -> Callable[[Any], None]:
 @progress_option
 @json_option
 def verify(
-    directory: Path, catalog: Path, held_out: str | None, progress_mode: str, as_json: bool, **options: Any
+    directory: Path,
+    base: Path | None,
+    held_out: str | None,
+    max_length: int | None,
+    batch_tokens: int | None,
+    device: str | None,
+    catalog: Path,
+    progress_mode: str,
+    as_json: bool,
 ) -> None:
     """Reopen a pruned checkpoint and prove its pattern, sparsity, finite logits and untouched tensors.
 
     Of one without some experts or blocks: counts, config, finite logits, and that every tensor is the dense model's.
     """
-    from calset.catalog.references import resolve
     from calset.pruning.verify import verify as check
 
-    for name in ("max_length", "batch_tokens"):
-        if held_out is None and options[name] is not None:
-            raise InputError(f"--{name.replace('_', '-')} is for --held-out REF")
-    subset = resolve(held_out, catalog) if held_out is not None else None
-    with terminal.progress(progress_mode, "verified") as bar:
-        report = check(directory, held_out=subset, catalog=catalog, progress=_phases(bar, last="done"), **options)
+    with terminal.progress(progress_mode, "verified") as show:
+        report = check(
+            directory, base=base, held_out=held_out, max_length=max_length, batch_tokens=batch_tokens, device=device,
+            catalog=catalog, progress=show,
+        )  # fmt: skip
     if as_json:
         terminal.emit_json(report.as_dict())
         return
@@ -1132,29 +1197,24 @@ def verify(
 @catalog_option
 @progress_option
 @json_option
-def evaluate(model: str, problems: tuple[str, ...], progress_mode: str, as_json: bool, **options: Any) -> None:
+def evaluate(
+    model: str,
+    problems: tuple[str, ...],
+    samples: int,
+    catalog: Path,
+    progress_mode: str,
+    as_json: bool,
+    **options: Unpack[GenerationOptions],
+) -> None:
     """Generate and grade held-out problems: accuracy, length, non-termination, loops, tokens/s."""
-    from calset.pruning.evaluate import evaluate as run
+    from calset.evaluation.evaluate import evaluate as run
 
-    _prepare(options)
-    with terminal.progress(progress_mode, "evaluated") as bar:
-        report = run(model, list(problems), progress=_build_progress(bar), **options)
+    with terminal.progress(progress_mode, "evaluated", main="generating") as show:
+        report = run(model, problems, samples=samples, catalog=catalog, progress=show, **options)
     if as_json:
         terminal.emit_json(report.as_dict())
         return
-    rows = [
-        ("accuracy", f"{report.accuracy:.3f} ± {report.accuracy_se:.3f} ({report.n_problems} problems)"),
-        (
-            "completion tokens",
-            f"mean {report.mean_tokens:.0f}, median {report.median_tokens:.0f}, p90 {report.p90_tokens:.0f}",
-        ),
-        ("non-termination", f"{report.non_termination:.3f} (limit {report.max_tokens} tokens)"),
-        ("loop rate", f"{report.loop_rate:.3f}"),
-        ("no answer", f"{report.no_answer:.3f}"),
-        ("verdicts", ", ".join(f"{n} {v}" for v, n in sorted(report.verdicts.items(), key=lambda x: -x[1]))),
-        ("tokens/s", f"{report.tokens_per_second:,.0f}" if report.tokens_per_second else "- (all traces were there)"),
-    ]
-    terminal.table(["measure", "value"], rows)
+    terminal.table(["measure", "value"], report.rows())
     for warning in report.warnings:
         terminal.note(f"Warning: {warning}")
 
@@ -1187,10 +1247,10 @@ def demo(out: Path, engine: str, seed: int, progress_mode: str, as_json: bool) -
 # --- printing ---------------------------------------------------------------------------------------------------
 
 
-def _print_stats(result: Any) -> None:
+def _print_stats(result: Stats) -> None:
     *tables, (title, columns, rows) = result.tables()
-    for name, *table in tables:
-        terminal.table(*table, title=name)
+    for name, names, listed in tables:
+        terminal.table(names, listed, title=name)
     if sys.stdout.isatty():
         terminal.heatmap("difficulty x length: traces, and how many of them are correct", columns, result.heat())
     else:
@@ -1198,7 +1258,7 @@ def _print_stats(result: Any) -> None:
 
 
 def _print_trace(row: dict[str, Any], *, full: bool) -> None:
-    from calset.catalog.show import facts, tables, texts
+    from calset.catalog.query.show import facts, tables, texts
 
     for what, value in facts(row):
         terminal.say(f"{what + ':':<11} {terminal.cell(value)}")
@@ -1231,7 +1291,7 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error.format_message() + hint)
         code = 2
     except CalsetError as error:
-        _fail(str(error))
+        _fail(_with_options(str(error)))
         code = error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("stopped")
@@ -1248,6 +1308,14 @@ def main(argv: list[str] | None = None) -> None:
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
     text = f"Warning: {message}" if issubclass(category, WARNINGS) else None
     terminal.note(text or warnings.formatwarning(message, category, filename, lineno).rstrip())
+
+
+def _with_options(message: str) -> str:
+    """Name options where the library names its parameters: ``max_length=`` becomes ``--max-length``."""
+    parameters = [each for command in cli.commands.values() for each in command.params]
+    options = {each.name: each.opts[0] for each in parameters if each.opts[0].startswith("--")}
+    # A parameter stands alone; what follows "limit=" in ?limit=5 is a value.
+    return re.sub(r"\b([a-z][a-z_]*)=(?=[\s,.:;)]|$)", lambda found: options.get(found[1], found[0]), message)
 
 
 def _fail(message: str) -> None:

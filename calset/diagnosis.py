@@ -1,8 +1,8 @@
 """doctor(): what stands between this machine and a working calset, each thing with its remedy.
 
-The catalog is looked at in catalog/doctor.py; here is what surrounds it: packages, engines, GPUs, graders, the Hub.
-What may crash or hang when it is imported runs in a process of its own. Of a token it is only asked whether it is there
-and whether the Hub takes it.
+The catalog is looked at in catalog/maintenance/checks.py; here is what surrounds it: packages, engines, GPUs, graders,
+the Hub. What may crash or hang when it is imported runs in a process of its own. Of a token it is only asked whether it
+is there and whether the Hub takes it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from calset.catalog.catalog import Catalog
-from calset.catalog.doctor import Check, examine
+from calset.catalog.maintenance.checks import Check, examine
 from calset.errors import InputError, first_line
-from calset.hubfiles import check_token
+from calset.io.hub import check_token
+from calset.io.progress import OnProgress, Progress, silent
+from calset.version import __version__
 
 IMPORT_SECONDS = 300.0  # vLLM's first import after an installation compiles and reads a great deal
 GPU_REMEDY = "install the torch that fits the driver (nvidia-smi names it)"
@@ -45,42 +47,41 @@ def doctor(
     catalog: Catalog | str | Path | None = None,
     *,
     full: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Diagnosis:
     """Look at the catalog and at the machine; changes nothing, and raises nothing for what is wrong.
 
     Args:
         full: read every byte of the catalog, and count every trace's token ids instead of a sample's.
-        progress: called with (parts done, all, the part that comes next).
+        progress: called with a ``Progress`` of parts before each; the phase is the part that comes next.
     """
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     stages: dict[str, Callable[[], Iterator[Check]]] = {
-        "packages": _packages,
-        "engines": _engines,
-        "grading": _grading,
-        "Hub": _hub,
+        "packages": packages,
+        "engines": engines,
+        "grading": grading,
+        "Hub": hub,
         "catalog": lambda: iter(examine(store, full=full)),
     }
     checks: list[Check] = []
+    emit = progress or silent
     for done, (name, look) in enumerate(stages.items()):
-        if progress is not None:
-            progress(done, len(stages), name)
+        emit(Progress(name, done, len(stages)))
         checks += look()
+    emit(Progress("done", len(stages), len(stages), final=True))
     return Diagnosis(tuple(checks))
 
 
 # --- packages ----------------------------------------------------------------------------------------------------
 
 
-def _packages() -> Iterator[Check]:
+def packages() -> Iterator[Check]:
     """Versions, and whether every package that calset requires is there in a version that it takes."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
     from packaging.requirements import Requirement
 
-    import calset
-
-    yield Check("calset", "ok", f"calset {calset.__version__}, Python {sys.version.split()[0]} ({sys.executable})")
+    yield Check("calset", "ok", f"calset {__version__}, Python {sys.version.split()[0]} ({sys.executable})")
     try:
         required = [Requirement(text) for text in requires("calset") or []]
     except PackageNotFoundError:
@@ -121,7 +122,7 @@ print(json.dumps({"version": _import_vllm()}))
 """
 
 
-def _engines() -> Iterator[Check]:
+def engines() -> Iterator[Check]:
     found, why = _import(_TRANSFORMERS)
     if found is None:
         yield Check("transformers", "problem", f"cannot be imported: {why}", "reinstall torch and transformers")
@@ -145,7 +146,7 @@ def _vllm() -> Check:
 
 def _gpus(torch: dict[str, Any] | None) -> Check:
     """What the driver names against what torch can use."""
-    from calset.builder.provenance import hardware
+    from calset.builder.environment import hardware
 
     machine = hardware()
     there, usable = machine["gpus"], torch["gpus"] if torch else []
@@ -187,7 +188,7 @@ def _import(code: str) -> tuple[dict[str, Any] | None, str | None]:
 # --- grading and the Hub -----------------------------------------------------------------------------------------
 
 
-def _grading() -> Iterator[Check]:
+def grading() -> Iterator[Check]:
     """One answer through a real worker: it must start, import its libraries and judge, and have its walls."""
     from calset.builder.grading import grader_version, graders
     from calset.builder.grading.pool import GradingPool
@@ -210,8 +211,8 @@ def _grading() -> Iterator[Check]:
         yield Check("walls", "ok", "graders have no network, no keys and no processes, and change no files")
 
 
-def _hub() -> Iterator[Check]:
-    """Whether huggingface_hub knows a token, and whether the Hub takes it."""
+def hub() -> Iterator[Check]:
+    """Check that huggingface_hub has a token that the Hub takes."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
 

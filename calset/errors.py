@@ -5,6 +5,9 @@ The command line prints the message on one line and exits with ``exit_code``: 2 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class CalsetError(Exception):
     """Anything calset reports to its user; a failure (exit code 1) unless a subclass says otherwise."""
@@ -67,3 +70,23 @@ class VerificationError(CalsetError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none, for a report of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to put after an unknown word: a suggestion, or nothing when no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def import_problem(error: BaseException, remedy: str) -> str:
+    """Why an import failed and what to do, in one line.
+
+    transformers hides the reason in its error's cause. Three companions of torch that calset does not use, when they
+    were built for another torch, take transformers and vLLM down with them.
+    """
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    if any(name in str(link) for link in chain for name in ("torchvision", "torchaudio", "torchcodec")):
+        remedy = "pip uninstall -y torchvision torchaudio torchcodec"
+    return f"{first_line(chain[-1])}; {remedy}"

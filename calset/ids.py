@@ -126,28 +126,29 @@ def content_hash(samples: Iterable[tuple[str, Sequence[int], int]]) -> str:
     """sha256 over canonical rows (sample id, token ids, prompt length), in order; never over Parquet bytes.
 
     Args:
-        samples: (sample id, input ids as int32, number of prompt tokens) in the subset's order.
+        samples: (sample id, input ids as int32, number of prompt tokens) in the subset's order; a memoryview of C ints
+            is the fastest sequence.
 
     Raises:
         InputError: a sample that has none of these: an id that is NULL, a negative number of prompt tokens.
     """
     total = hashlib.sha256(b"calset-content-v1\0")
     for sample, input_ids, n_prompt_tokens in samples:
-        name = sample.encode("utf-8")
         try:
+            name = sample.encode("utf-8")
             total.update(struct.pack("<III", len(name), n_prompt_tokens, len(input_ids)))
             total.update(name)
             total.update(_little_endian_int32(input_ids))
-        except (TypeError, OverflowError, struct.error) as error:
+        except (AttributeError, TypeError, OverflowError, struct.error) as error:
             raise InputError(
-                f"the sample {sample[:80]!r} has token ids or a number of prompt tokens that calset did not write: use "
-                "another copy of the catalog or folder"
+                f"the sample {str(sample)[:80]!r} has an id, token ids or a number of prompt tokens that calset did "
+                "not write: use another copy of the catalog or folder"
             ) from error
     return total.hexdigest()
 
 
 def _little_endian_int32(values: Sequence[int]) -> bytes:
-    packed = array("i", values)
+    packed = array("i", values.tobytes() if isinstance(values, memoryview) and values.format == "i" else values)
     if packed.itemsize != 4:  # pragma: no cover - no supported platform
         raise RuntimeError("calset needs 4-byte C ints")
     if struct.pack("=i", 1) != struct.pack("<i", 1):  # pragma: no cover - big-endian machines

@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from local_hub import TOKEN, Client, LocalHub, hurry
+from xdist.scheduler import LoadFileScheduling
 
 # Before torch, tokenizers or vLLM are imported by any test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,8 +23,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and OpenMP's threads spin while they wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from calset import demo
-from calset.builder.engines.base import Completion, Request, Sampling
+from calset import bundled
+from calset.builder.engines.base import Completion, Request
+from calset.builder.model.sampling import Sampling
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
@@ -39,22 +42,37 @@ def fewer(n: int) -> settings:
     return settings(max_examples=settings().max_examples // n)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each process whole files, but all tests that use vLLM to one process, which begins with them.
+class Apart(LoadFileScheduling):
+    """xdist's distribution by file, but one process runs all tests with "vllm" in their names.
 
-    Two vLLM engines on two cores would wait for each other, and one process starts the shared engine once.
+    Two vLLM engines on two cores would wait for each other, and one process starts the shared engine once. By name,
+    since a scheduler sees no markers; ``--dist loadgroup`` of pytest-xdist 3.8 does nothing under pytest 9.2.
     """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "vllm" if _is_apart(nodeid) else super()._split_scope(nodeid)
+
+
+def _is_apart(nodeid: str) -> bool:
+    return "vllm" in nodeid.partition("::")[2]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return Apart(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what uses vLLM: it takes longest."""
     for item in items:
-        uses_vllm = item.get_closest_marker("vllm") is not None
-        item.add_marker(pytest.mark.xdist_group("vllm" if uses_vllm else item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+        if item.get_closest_marker("vllm") and not _is_apart(item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid} is marked vllm: its name must say so, for xdist to keep it apart")
+    items.sort(key=lambda item: not _is_apart(item.nodeid))
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The bundled reasoning model."""
-    return demo.MODEL
+    return bundled.MODEL
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +82,7 @@ def altered_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("models") / "altered"
-    shutil.copytree(demo.MODEL, folder)
+    shutil.copytree(bundled.MODEL, folder)
     generator = torch.Generator().manual_seed(1)
     weights = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():
@@ -99,7 +117,7 @@ def vllm_engine(tiny_model: Path) -> Iterator[object]:
     if not HAS_VLLM:
         pytest.skip("vLLM is not installed")
     from calset.builder.engines import open_engine
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
 
     engine = open_engine("vllm", inspect(tiny_model), max_model_len=2048, concurrency=32)
     yield engine
@@ -110,7 +128,7 @@ def vllm_engine(tiny_model: Path) -> Iterator[object]:
 def transformers_engine(tiny_model: Path) -> Iterator[object]:
     """The transformers engine on the bundled model."""
     from calset.builder.engines import open_engine
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
 
     engine = open_engine("transformers", inspect(tiny_model), max_model_len=1024, device="cpu", concurrency=16)
     yield engine

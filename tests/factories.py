@@ -10,11 +10,11 @@ from typing import Any
 
 from calset import ids
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import read_directory
-from calset.catalog.facts import published_rows
 from calset.catalog.records import Grade, Problem, Run, Source, Subset, Trace
 from calset.catalog.references import export
-from calset.catalog.subsets import keep
+from calset.catalog.subsets.facts import published_rows
+from calset.catalog.subsets.folder import read_directory
+from calset.catalog.subsets.versions import keep
 
 START = datetime(2026, 1, 1)
 

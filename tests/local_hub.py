@@ -13,16 +13,21 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import get_context
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import warm
 
 LARGE = (".parquet", ".gz", ".zst", ".png")  # what the Hub would keep in LFS, behind a redirect
 TOKEN = "hf_of_the_local_hub"
@@ -81,6 +86,7 @@ class Answer:
 class Fault:
     """What is to go wrong with the next ``times`` requests whose ``METHOD path`` the pattern is found in.
 
+    With ``seconds`` it lasts as long from the first of them, however many there are.
     ``kind`` is "status" (with ``status`` and ``headers``), "drop" (the connection closes without an answer), "lost" (it
     is done, then the connection closes without an answer), "truncate" (half of the body, then it closes) or "garble"
     (one byte of what is sent or received is another).
@@ -92,6 +98,8 @@ class Fault:
     times: int = 1
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b"{}"
+    seconds: float | None = None
+    until: float | None = None
 
 
 class LocalHub:
@@ -167,11 +175,17 @@ class LocalHub:
     @contextmanager
     def client(self, home: Path, *, offline: bool = False, token: str | None = None) -> Iterator[Client]:
         """A process in which the client library talks to this Hub."""
-        with _environment(self.settings(home, offline=offline, token=token)):
-            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-            pool.submit(os.getpid).result()  # it starts here, while the environment is set
-        with pool:
-            yield Client(pool)
+        environment = {**os.environ, **self.settings(home, offline=offline, token=token)}
+        ours, theirs = Pipe()
+        with ours:
+            code, path = "import local_hub; local_hub.serve_calls()", os.pathsep.join(filter(None, sys.path))
+            running = warm.warm().start(
+                "python", "-c", code, cwd=Path.cwd(), env={**environment, "PYTHONPATH": path},
+                streams=[theirs.fileno(), 1, 2],
+            )  # fmt: skip
+            theirs.close()
+            yield Client(ours)
+        assert running.wait(60) == 0
 
     # -- what a request does --
 
@@ -185,8 +199,12 @@ class LocalHub:
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.pattern, f"{request.method} {request.path}"):
-                    fault.times -= 1
-                    return fault
+                    if fault.seconds is None:
+                        fault.times -= 1
+                        return fault
+                    fault.until = fault.until or time.monotonic() + fault.seconds
+                    if time.monotonic() < fault.until:
+                        return fault
         return None
 
     def find(self, request: Request, kind: str, name: str, revision: str | None) -> tuple[Repo, str] | Answer:
@@ -204,19 +222,40 @@ class LocalHub:
 class Client:
     """Calls module-level functions in the client's process."""
 
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self, process: Connection) -> None:
+        self._process, self._lock = process, threading.Lock()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        return self._pool.submit(function, *args, **options).result(timeout=120)
+        with self._lock:
+            self._process.send((function, args, options))
+            assert self._process.poll(120)
+            result, error, where = self._process.recv()
+        if error is not None:
+            raise error from Exception(where)
+        return result
+
+
+def serve_calls() -> None:
+    """Answer what a ``Client`` calls, until it is closed."""
+    calls = Connection(os.dup(0))
+    while True:
+        try:
+            function, args, options = calls.recv()
+        except EOFError:
+            return
+        try:
+            answer = function(*args, **options), None, None
+        except BaseException as error:
+            answer = None, error, traceback.format_exc()
+        calls.send(answer)
 
 
 def hurry(seconds: float = 0.02) -> None:
     """Called in a client's process: shorter waits before it asks or publishes again."""
-    from calset import hubfiles
-    from calset.catalog import publishing
+    from calset.io import hub as hubfiles
+    from calset.io.retry import Backoff
 
-    publishing.WAIT_SECONDS, hubfiles.RETRY_WAITS_SECONDS = seconds, (seconds,) * 3
+    hubfiles.BACKOFF = Backoff(first=seconds, longest=seconds)
 
 
 # --- the endpoints ----------------------------------------------------------------------------------------------
@@ -603,17 +642,3 @@ class _Handler(BaseHTTPRequestHandler):
 def _garbled(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :] if content else content
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from warm import warm
 
 ROOT = Path(__file__).parent.parent
 # What a process needs in its environment to import calset and the tests' factories.
@@ -63,7 +67,10 @@ def peak_bytes(setup: str, warm_up: str, work: str) -> int:
 
     ``setup`` is run first. All on one thread; Linux only.
     """
+    # glibc keeps freed blocks of up to 32 MB for later (mallopt's M_MMAP_THRESHOLD); a real model's matrices are larger
+    # than those of tests.
     code = f"""
+import ctypes; ctypes.CDLL(None).mallopt(-3, 65536)
 import torch; torch.set_num_threads(1)
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
@@ -74,10 +81,33 @@ base = kib("VmRSS")
 {work}
 print((kib("VmHWM") - base) * 1024)
 """
-    # glibc keeps freed blocks of up to 32 MB for later; a real model's matrices are larger than those of tests.
-    environment = {**os.environ, **ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", code]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    done = warm().run("python", "-c", code, cwd=ROOT, env={**os.environ, **ENVIRONMENT})
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def ranks(code: str, n: int = 2) -> list[int]:
+    """Exit codes of the processes of one distributed run. One that fails ends the others, as torchrun has it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    team = {**os.environ, **ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    running = {
+        rank: warm().start(
+            "python", "-c", textwrap.dedent(code), cwd=ROOT, streams=[0, 1, 2],
+            env={**team, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(n)
+    }  # fmt: skip
+    codes = {}
+    while running:
+        ended = select.select([process.connection for process in running.values()], [], [])[0]
+        for rank in [rank for rank, process in running.items() if process.connection in ended]:
+            codes[rank] = running.pop(rank).wait()
+            if codes[rank]:
+                for other in running.values():
+                    os.kill(other.pid, signal.SIGKILL)
+    return [codes[rank] for rank in range(n)]
 
 
 def killed(work: Callable[[], object]) -> None:

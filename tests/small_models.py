@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from calset import demo, ids
-from calset.catalog.recipes import get_recipe
+from calset import bundled, ids
 from calset.catalog.records import Sample, Subset
+from calset.catalog.subsets.recipes import get_recipe
 
 VOCABULARY = 512
 SHAPE = {
@@ -144,7 +144,7 @@ CONFIGS = {"Llama4": "Llama4TextConfig"}
 @cache
 def tokenizer_hash() -> str:
     """Of the bundled model's tokenizer."""
-    return ids.vocabulary_hash(transformers.AutoTokenizer.from_pretrained(demo.MODEL).get_vocab())
+    return ids.vocabulary_hash(transformers.AutoTokenizer.from_pretrained(bundled.MODEL).get_vocab())
 
 
 def make_samples(
@@ -187,5 +187,5 @@ def save_model(folder: Path, kind: str = "Llama", **options: Any) -> Path:
     """The same as a checkpoint folder, with the bundled model's tokenizer."""
     make_model(kind, **options).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(demo.MODEL / name, folder / name)
+        shutil.copyfile(bundled.MODEL / name, folder / name)
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import pytest
@@ -10,7 +9,7 @@ from adversarial import Case, cases
 
 from calset.builder.grading import Outcome, verdict_without_grading
 from calset.builder.grading.pool import GradingPool
-from calset.builder.reasoning import ReasoningFormat, split
+from calset.builder.model.reasoning import ReasoningFormat, split
 from calset.catalog.records import VERDICTS
 
 DEADLINE_SECONDS = 5.0
@@ -29,14 +28,11 @@ def grade_all(found: list[Case], pool: GradingPool) -> list[Outcome]:
 
 def check(n: int, seed: int, hangs: int) -> Counter[str]:
     found = list(cases(n, seed, hangs=hangs))
-    began = time.monotonic()
     with GradingPool(2, deadline_seconds=DEADLINE_SECONDS, background=False) as pool:
         outcomes = grade_all(found, pool)
-        seconds = time.monotonic() - began
         assert pool.submit("math", "7", r"\boxed{7}", {}).result(timeout=60).verdict == "correct"
     pairs = list(zip(found, outcomes, strict=True))
     counts = Counter(outcome.verdict for outcome in outcomes)
-    print(f"\n{n} answers in {seconds:.1f} s: {dict(counts.most_common())}")
     assert set(counts) <= set(VERDICTS) - {"ungraded"}
     assert [(c, o) for c, o in pairs if o.verdict == "correct" and not c.finished] == []
     assert [(c, o) for c, o in pairs if o.verdict == "correct" and c.right is False] == []
@@ -48,12 +44,12 @@ def check(n: int, seed: int, hangs: int) -> Counter[str]:
 
 
 def test_hostile_answers_neither_crash_nor_hang_nor_pass():
-    counts = check(200, seed=1, hangs=1)
-    assert counts["correct"] >= 6
-    assert counts["truncated"] >= 3
+    counts = check(100, seed=1, hangs=1)
+    assert counts["correct"] >= 3
+    assert counts["truncated"] >= 1
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
 def test_ten_thousand_hostile_answers():
     check(10_000, seed=2026, hangs=25)

@@ -19,16 +19,15 @@ from factories import START, fill, make_grade, make_problem, make_run, make_sour
 from processes import python
 
 from calset import ids
-from calset.catalog import connection, migrations, schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.compare import diff
-from calset.catalog.references import export
-from calset.catalog.selection import select
-from calset.catalog.stats import stats
-from calset.catalog.subsets import load
-from calset.catalog.values import clean, dump_json
+from calset.catalog.query.stats import stats
+from calset.catalog.references import diff, export
+from calset.catalog.select import select
+from calset.catalog.store import connection, migrations, schema
+from calset.catalog.store.values import clean, dump_json
+from calset.catalog.subsets.versions import load
 from calset.errors import CatalogError, CatalogLocked, InputError, SchemaTooNew
-from calset.jsonable import jsonable
+from calset.io.jsonable import jsonable
 
 ROOT = Path(__file__).parent.parent
 
@@ -652,7 +651,7 @@ WRITER = """
 """
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.nightly)])
 def test_kill_9_loses_nothing_that_was_acknowledged_and_halves_nothing(tmp_path: Path, kills: int) -> None:
     path = tmp_path / "c.duckdb"
     acknowledged = 0
@@ -673,7 +672,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged_and_halves_nothing(tmp_path:
         assert only(Catalog(path), "SELECT count(*) FROM trace_tokens") == n
 
 
-@pytest.mark.parametrize("batches", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batches", [8, pytest.param(40, marks=pytest.mark.nightly)])
 def test_readers_in_another_process_see_whole_batches_while_a_build_writes(tmp_path: Path, batches: int) -> None:
     path = tmp_path / "c.duckdb"
     fill(path, [[("correct", 5)] * 4])
@@ -689,7 +688,7 @@ def test_readers_in_another_process_see_whole_batches_while_a_build_writes(tmp_p
     assert only(Catalog(path), "SELECT count(*) FROM trace") == 4 + 4 * batches
 
 
-@pytest.mark.parametrize("shared", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shared", [2, pytest.param(6, marks=pytest.mark.nightly)])
 def test_two_writers_at_once_lose_no_rows_and_double_none(tmp_path: Path, shared: int) -> None:
     path = tmp_path / "c.duckdb"
     processes = [python(WRITER, path, start, 2 * shared) for start in (0, shared)]
@@ -717,10 +716,9 @@ def test_a_lock_that_stays_names_its_holder_and_the_remedy(tmp_path: Path, read_
     assert process.stdout is not None
     process.stdout.readline()
     try:
-        catalog, start = Catalog(path, lock_timeout=0.4), time.monotonic()
+        catalog = Catalog(path, lock_timeout=0.4)
         with pytest.raises(CatalogLocked, match=rf"process {process.pid} .*kill {process.pid}") as caught:
             catalog.add_run(make_run("b"))
-        assert 0.35 < time.monotonic() - start < 5
         assert "\n" not in str(caught.value)
         if read_only:
             assert only(catalog, "SELECT count(*) FROM trace") == 1
@@ -733,7 +731,7 @@ def test_a_lock_that_stays_names_its_holder_and_the_remedy(tmp_path: Path, read_
     assert catalog.add_run(make_run("b")) == 1
 
 
-@pytest.mark.parametrize(("n_threads", "each"), [(3, 2), pytest.param(6, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n_threads", "each"), [(3, 2), pytest.param(6, 5, marks=pytest.mark.nightly)])
 def test_threads_of_one_process_share_a_catalog_without_wrong_rows(tmp_path: Path, n_threads: int, each: int) -> None:
     path = tmp_path / "c.duckdb"
     problem, run = make_problem(), make_run()
@@ -784,12 +782,11 @@ def test_a_thread_that_keeps_the_catalog_open_is_reported_after_the_deadline(tmp
     assert Catalog(path).add_run(make_run("b")) == 1
 
 
-def test_only_lock_errors_are_waited_for(tmp_path: Path) -> None:
+def test_only_lock_errors_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c.duckdb").write_text("x" * 10_000)
-    start = time.monotonic()
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
     with pytest.raises(InputError):
         Catalog(tmp_path / "c.duckdb", lock_timeout=30).query("SELECT 1")
-    assert time.monotonic() - start < 5
     error = duckdb.IOException("IO Error: Something else\nwith a second line")
     assert str(connection.translate(error, Path("x.duckdb"))) == "x.duckdb: IO Error: Something else"
 

@@ -8,25 +8,24 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import textwrap
 from pathlib import Path
 
 import duckdb
 import pytest
-from processes import heeding
+import warm
 
-from calset import demo
+from calset import bundled
+from calset.cli import main
+from calset.errors import InputError
+from calset.version import __version__
 
-CALSET = [sys.executable, "-m", "calset.cli"]
+BIN = str(Path(sys.executable).parent)
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=6&seed=3"
 
 
-def calset(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command; CALSET_CATALOG is not inherited."""
-    env = {k: v for k, v in os.environ.items() if k != "CALSET_CATALOG"} | {"CALSET_ENGINE": "transformers"}
-    return subprocess.run(
-        [*CALSET, *map(str, arguments)], cwd=cwd, env=env | environment, capture_output=True, text=True, check=False
-    )
+def calset(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return warm.calset(*arguments, cwd=cwd, CALSET_ENGINE="transformers")
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -44,7 +43,7 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a catalog of 18 traces and a subset ``all@1``."""
     folder = tmp_path_factory.mktemp("cli")
-    done = calset("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
+    done = calset("build", "--model", bundled.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
                   "--json", cwd=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n_new"] == 18
@@ -53,23 +52,52 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_answers_in_half_a_second(tmp_path: Path) -> None:
-    times = []
-    for _ in range(3):
-        began = time.monotonic()
-        assert calset("--help", cwd=tmp_path).returncode == 0
-        times.append(time.monotonic() - began)
-    assert min(times) < 0.5
+@pytest.mark.parametrize("start", [[shutil.which("calset", path=BIN)], [sys.executable, "-m", "calset.cli"]])
+def test_the_installed_command_and_the_module_start_cold(start: list[str], tmp_path: Path) -> None:
+    def cold(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*start, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert cold("--version").stdout == f"calset, version {__version__}\n"
+    refused(cold("stats", "--catalog", "none.duckdb"), 2, "none.duckdb")
 
 
-def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys, calset.cli; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert not {"torch", "vllm", "transformers", "duckdb", "numpy", "pyarrow"} & set(done.stdout.split())
+def test_help_and_what_asks_the_catalog_import_nothing_heavy(built: Path) -> None:
+    code = """
+        import contextlib, io, sys
+        from calset.cli import cli, main
+        for name in ["--version", *cli.commands]:
+            with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.suppress(SystemExit):
+                main([name, "--help"])
+        print(*sys.modules)
+        with contextlib.suppress(SystemExit):
+            main(["query", "SELECT 1"])
+        print(*sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=built, capture_output=True, text=True, check=True
+    )
+    helped, *_, asked = done.stdout.splitlines()
+    assert not {"torch", "vllm", "transformers", "duckdb", "numpy", "pyarrow"} & set(helped.split())
+    assert "duckdb" in asked.split()
+    assert not {"torch", "vllm", "transformers", "pyarrow"} & set(asked.split())
+
+
+@pytest.mark.parametrize("kind", ["BuildWarning", "CatalogUpgraded", "EngineWarning"])
+def test_a_warning_of_calsets_own_is_one_line_without_code(kind: str, tmp_path: Path) -> None:
+    code = f"""
+        import contextlib, warnings
+        from calset.cli import main
+        from calset.errors import {kind}
+        with contextlib.suppress(SystemExit):
+            main(["--version"])
+        warnings.warn("look\\x1b[2J there", {kind})
+    """
+    done = warm.warm().run("python", "-c", textwrap.dedent(code), cwd=tmp_path)
+    assert done.stderr == "Warning: look\N{REPLACEMENT CHARACTER}[2J there\n"
 
 
 def test_a_finished_build_has_nothing_left_to_do(built: Path) -> None:
-    done = calset("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
+    done = calset("build", "--model", bundled.MODEL, "--problems", PROBLEMS, "--samples", "3", "--max-tokens", "200",
                   "--json", cwd=built)  # fmt: skip
     report = json.loads(done.stdout)
     assert (report["n_new"], report["n_existing"]) == (0, 18)
@@ -97,8 +125,8 @@ def test_tables_are_tab_separated_where_nobody_looks(built: Path) -> None:
 
 @pytest.mark.slow
 def test_progress_can_be_json_or_silent(built: Path, tmp_path: Path) -> None:
-    build = ("build", "--model", demo.MODEL, "--problems", PROBLEMS, "--samples", "1", "--max-tokens", "60", "--limit",
-             "2", "--catalog", tmp_path / "c.duckdb")  # fmt: skip
+    build = ("build", "--model", bundled.MODEL, "--problems", PROBLEMS, "--samples", "1", "--max-tokens", "60",
+             "--limit", "2", "--catalog", tmp_path / "c.duckdb")  # fmt: skip
     events = [json.loads(line) for line in calset(*build, "--progress", "json", cwd=built).stderr.splitlines()]
     assert events[-1]["final"]
     assert events[-1]["done"] == 2
@@ -108,7 +136,7 @@ def test_progress_can_be_json_or_silent(built: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_prune_verify_and_evaluate(built: Path, tmp_path: Path) -> None:
     out = tmp_path / "pruned"
-    done = calset("prune", demo.MODEL, "--calibration", "all", "--method", "wanda", "--pattern", "2:4", "-o", out,
+    done = calset("prune", bundled.MODEL, "--calibration", "all", "--method", "wanda", "--pattern", "2:4", "-o", out,
                   "--json", cwd=built)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["realised_sparsity"] == pytest.approx(0.5, abs=1e-3)
@@ -126,7 +154,7 @@ def test_prune_verify_and_evaluate(built: Path, tmp_path: Path) -> None:
 
 def test_prune_says_what_it_calibrated_on_or_that_it_used_nothing(built: Path, tmp_path: Path) -> None:
     done = calset(
-        "prune", demo.MODEL, "--calibration", "all", "--method", "magnitude", "--sparsity", "0.5",
+        "prune", bundled.MODEL, "--calibration", "all", "--method", "magnitude", "--sparsity", "0.5",
         "-o", tmp_path / "out", "--device", "cpu", cwd=built,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -136,7 +164,7 @@ def test_prune_says_what_it_calibrated_on_or_that_it_used_nothing(built: Path, t
 
 @pytest.mark.slow
 def test_a_dry_run_of_a_pruning_plans_and_writes_nothing(built: Path, tmp_path: Path) -> None:
-    asked = ("prune", demo.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out", "--dry-run")
+    asked = ("prune", bundled.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out", "--dry-run")
     done = calset(*asked, "--include", "mlp", "--exclude", "layers.0", "--json", cwd=built)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -148,7 +176,7 @@ def test_a_dry_run_of_a_pruning_plans_and_writes_nothing(built: Path, tmp_path: 
 
 
 def test_engine_options_are_named_values(tmp_path: Path) -> None:
-    ask = ("build", "--model", demo.MODEL, "--problems", "demo", "--engine", "transformers", "--engine-option")
+    ask = ("build", "--model", bundled.MODEL, "--problems", "demo", "--engine", "transformers", "--engine-option")
     refused(calset(*ask, "tensor_parallel_size", cwd=tmp_path), 2, "NAME=VALUE")
     refused(calset(*ask, "tensor_parallel_size=2", cwd=tmp_path), 2, "no option 'tensor_parallel_size'")
     assert not any(tmp_path.iterdir())
@@ -156,17 +184,19 @@ def test_engine_options_are_named_values(tmp_path: Path) -> None:
 
 def test_a_build_stopped_while_it_looks_at_problems_says_how_to_go_on(tmp_path: Path) -> None:
     spec = "gym:chain_sum?size=1000000000"
-    command = [*heeding(*CALSET), "build", "--model", str(demo.MODEL), "--problems", spec, "--engine", "transformers"]
-    command += ["--progress", "json"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "checking problems" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
-    last = rest.strip().splitlines()[-1]
-    assert process.returncode == 130
+    read, write = os.pipe()
+    build = warm.warm().start(
+        "calset", "build", "--model", bundled.MODEL, "--problems", spec, "--engine", "transformers",
+        "--progress", "json", cwd=tmp_path, streams=[0, write, write],
+    )  # fmt: skip
+    os.close(write)
+    with open(read) as said:
+        for line in said:
+            if "checking problems" in line:
+                break
+        os.kill(build.pid, signal.SIGINT)
+        last = said.read().strip().splitlines()[-1]
+    assert build.wait(timeout=60) == 130
     assert last.startswith(
         "calset: stopped; what was saved stays; run the same command again to continue: calset build "
     )
@@ -178,7 +208,7 @@ def test_a_build_stopped_while_it_looks_at_problems_says_how_to_go_on(tmp_path: 
 def test_evaluating_never_feeds_calibration(built: Path, tmp_path: Path) -> None:
     catalog = tmp_path / "c.duckdb"
     shutil.copy(built / "calset.duckdb", catalog)
-    done = calset("evaluate", demo.MODEL, "--problems", PROBLEMS, "--samples", "2", "--max-tokens", "100",
+    done = calset("evaluate", bundled.MODEL, "--problems", PROBLEMS, "--samples", "2", "--max-tokens", "100",
                   "--catalog", catalog, cwd=built)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(calset("stats", "--json", "--catalog", catalog, cwd=built).stdout)["traces"] == 18
@@ -201,25 +231,39 @@ def test_unknown_option_and_missing_option(tmp_path: Path) -> None:
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"prompt": "1+1?", "solution": "2"}\n')
-    done = calset("build", "--model", demo.MODEL, "--problems", "q.jsonl", cwd=tmp_path)
+    done = calset("build", "--model", bundled.MODEL, "--problems", "q.jsonl", cwd=tmp_path)
     refused(done, 2, "question", "prompt", "solution")
     assert not (tmp_path / "calset.duckdb").exists()
 
 
 @pytest.mark.parametrize("spec", ["gsm9k", "gym:chain_summ", "gym:chain_sum?terms=3", "nothing.jsonl"])
 def test_unknown_problems(spec: str, tmp_path: Path) -> None:
-    refused(calset("build", "--model", demo.MODEL, "--problems", spec, cwd=tmp_path), 2)
+    refused(calset("build", "--model", bundled.MODEL, "--problems", spec, cwd=tmp_path), 2)
     assert not (tmp_path / "calset.duckdb").exists()
 
 
 def test_a_sampling_value_out_of_range_is_one_line(tmp_path: Path) -> None:
-    asked = ("build", "--model", demo.MODEL, "--problems", "demo")
+    asked = ("build", "--model", bundled.MODEL, "--problems", "demo")
     refused(calset(*asked, "--min-p", "-0.1", cwd=tmp_path), 2, "min_p must lie between 0 and 1")
     refused(calset(*asked, "--repetition-penalty", "0", cwd=tmp_path), 2, "repetition_penalty must be positive")
 
 
+def test_a_librarys_parameter_is_named_as_the_commands_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(spec: str, **options: object) -> None:
+        raise InputError("max_length= is for held_out=: see n_devices=, text=x, ?limit=5 and nothing=")
+
+    monkeypatch.setattr("calset.builder.problems.open_problems", refuse)
+    with pytest.raises(SystemExit) as ended:
+        main(["problems", "demo"])
+    assert ended.value.code == 2
+    said = "--max-length is for --held-out: see --devices, text=x, ?limit=5 and nothing="
+    assert capsys.readouterr().err == f"calset: {said}\n"
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path) -> None:
-    asked = ("build", "--model", demo.MODEL, "--problems", "demo", "--limit", "5", "--samples", "4", "--dry-run")
+    asked = ("build", "--model", bundled.MODEL, "--problems", "demo", "--limit", "5", "--samples", "4", "--dry-run")
     done = calset(*asked, "--tokens-per-second", "100", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -230,7 +274,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path) -> N
 
 
 def test_a_target_needs_a_need(tmp_path: Path) -> None:
-    asked = ("build", "--model", demo.MODEL, "--problems", "demo")
+    asked = ("build", "--model", bundled.MODEL, "--problems", "demo")
     refused(calset(*asked, "--target", "ssgr", cwd=tmp_path), 2, "need")
     refused(calset(*asked, "--need", "5", cwd=tmp_path), 2, "target")
     refused(calset(*asked, "--seed", str(10**26), cwd=tmp_path), 2, "--seed")
@@ -238,7 +282,7 @@ def test_a_target_needs_a_need(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
-    shutil.copytree(demo.MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template*"))
+    shutil.copytree(bundled.MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template*"))
     config = tmp_path / "model" / "tokenizer_config.json"
     settings = json.loads(config.read_text())
     settings.pop("chat_template", None)
@@ -253,14 +297,14 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [("--sparsity", "1.2"), ("--sparsity", "0"), ("--pattern", "4:2"), ()])
 def test_a_sparsity_or_pattern_that_makes_no_sense(built: Path, tmp_path: Path, bad: tuple[str, ...]) -> None:
-    refused(calset("prune", demo.MODEL, "--calibration", "all", "-o", tmp_path / "out", *bad, "--progress", "none",
+    refused(calset("prune", bundled.MODEL, "--calibration", "all", "-o", tmp_path / "out", *bad, "--progress", "none",
                    cwd=built), 2)  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
 def test_a_subset_of_another_tokenizer(built: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    shutil.copytree(demo.MODEL, other)
+    shutil.copytree(bundled.MODEL, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
@@ -300,12 +344,14 @@ def test_a_band_that_is_none(built: Path, band: str) -> None:
 
 def test_a_full_disk_leaves_no_half_model(built: Path, tmp_path: Path) -> None:
     """A file-size limit stands in for the full disk: the weights do not fit, the catalog and report do."""
-    script = (
-        f"ulimit -f 2000; {' '.join(CALSET)} prune {demo.MODEL} --calibration all --sparsity 0.5 -o {tmp_path / 'out'}"
-    )
-    done = subprocess.run(
-        ["bash", "-c", f"{script} --progress none"], cwd=built, capture_output=True, text=True, check=False
-    )
+    code = """
+        import resource, sys
+        from calset.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_048_000, 2_048_000))
+        main(sys.argv[1:])
+    """
+    command = ("prune", bundled.MODEL, "--calibration", "all", "--sparsity", "0.5", "-o", tmp_path / "out")
+    done = warm.warm().run("python", "-c", textwrap.dedent(code), *command, "--progress", "none", cwd=built)
     refused(done, 1)
     assert not list(tmp_path.iterdir())
 

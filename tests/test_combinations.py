@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairs import pairwise
 from processes import die, killed
 from safetensors.torch import load_file
 from small_models import make_subset, save_model
 
 from calset.errors import InputError, PruningError, Stopped
-from calset.pruning import prune as pruner
-from calset.pruning import survey
-from calset.pruning.layout import Layout, cut
-from calset.pruning.masks import nearest
-from calset.pruning.methods import METHODS
+from calset.pruning.blockwise.workfolder import WorkFolder, folder_of
+from calset.pruning.methods import sensitivity
+from calset.pruning.methods.masks import nearest
+from calset.pruning.methods.registry import METHODS, REFINED
+from calset.pruning.model.layout import Layout, cut
 from calset.pruning.prune import plan_pruning, prune
 from calset.pruning.verify import verify
-from calset.pruning.workfolder import WorkFolder, folder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,13 +49,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def kill_in_the_survey() -> None:
-    own, seen = survey.outliers, [0]
+    own, seen = sensitivity.outliers, [0]
 
     def measured(*args):
         seen[0] += 1
         return die() if seen[0] == 2 else own(*args)
 
-    survey.outliers = measured
+    sensitivity.outliers = measured
 
 
 def kill_before_block(block: int) -> None:
@@ -77,7 +77,7 @@ SLOW = pytest.mark.slow
         ("Llama", {"method": "sparsegpt", "sparsity": 0.6, "allocation": "owl"}),
         ("Qwen2", {"method": "wanda", "sparsity": 0.5, "propagate": "dense"}),
         pytest.param("Qwen3Moe", {"method": "admm", "sparsity": 0.5, "allocation": "owl"}, marks=SLOW),
-        pytest.param("Mixtral", {"method": "ria+dsnot", "sparsity": 0.5, "allocation": "owl"}, marks=SLOW),
+        pytest.param("Mixtral", {"method": "magnitude+dsnot", "sparsity": 0.5, "allocation": "owl"}, marks=SLOW),
         pytest.param("Qwen3Moe", {"method": "magnitude", "sparsity": 0.5, "allocation": "owl"}, marks=SLOW),
         pytest.param("Llama", {"method": "alps", "pattern": "2:4", "token_weights": HEAVY_ENDS}, marks=SLOW),
     ],
@@ -108,11 +108,11 @@ def test_what_was_surveyed_is_not_surveyed_again(tmp_path, models, monkeypatch):
         raise KeyboardInterrupt
 
     options = {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}
-    monkeypatch.setattr(pruner, "_work_on", stop)
+    monkeypatch.setattr(WorkFolder, "finish_block", stop)
     with pytest.raises(Stopped, match="0 blocks done; the same command continues"):
         prune(models("Llama"), SUBSET, tmp_path / "out", **options)
     monkeypatch.undo()
-    monkeypatch.setattr(survey, "outliers", lambda *a: pytest.fail("surveyed again"))
+    monkeypatch.setattr(sensitivity, "outliers", lambda *a: pytest.fail("surveyed again"))
     report = prune(models("Llama"), SUBSET, tmp_path / "out", **options)
     monkeypatch.undo()
     whole = prune(models("Llama"), SUBSET, tmp_path / "whole", **options)
@@ -123,7 +123,7 @@ def test_a_survey_that_fails_for_good_leaves_nothing(tmp_path, models, monkeypat
     def fail(*args: object) -> None:
         raise PruningError("no")
 
-    monkeypatch.setattr(survey, "outliers", fail)
+    monkeypatch.setattr(sensitivity, "outliers", fail)
     with pytest.raises(PruningError):
         prune(models("Llama"), SUBSET, tmp_path / "out", sparsity=0.5, allocation="owl")
     assert list(tmp_path.iterdir()) == []
@@ -170,28 +170,27 @@ def test_another_allocation_or_weights_do_not_continue_an_interrupted_run(
 # --- experts ----------------------------------------------------------------------------------------------------
 
 
-def moe_arms():
-    """Fused experts (gpt-oss), experts stored apart (Mixtral), fused and stored apart (Qwen3-MoE)."""
-    for method in (*METHODS, "wanda+dsnot", "alps+dsnot"):
-        for kind in ("GptOss", "Mixtral", "Qwen3Moe"):
-            fast = (kind, method) in (("GptOss", "ria"), ("Qwen3Moe", "admm"))
-            yield pytest.param(kind, method, marks=[] if fast else [SLOW])
-
-
-@pytest.mark.parametrize(("kind", "method"), moe_arms())
-def test_each_expert_gets_its_share_by_every_method_and_allocation(tmp_path, models, kind, method):
-    for allocation in ("owl", "uniform"):
-        out = tmp_path / allocation
-        report = prune(models(kind), SUBSET, out, method=method, sparsity=0.5, allocation=allocation)
-        weights = weights_of(out)
-        for m in report.matrices:
-            matrix = cut(weights[m.name], m.expert, m.rows, m.transposed)
-            assert m.n_zeros == int((matrix == 0).sum()) >= m.n_pruned
-        size = sum(m.shape[0] * m.shape[1] for m in report.matrices)
-        step = max(m.shape[0] for m in report.matrices) if report.group == "row" else 0
-        assert abs(sum(m.n_pruned for m in report.matrices) - nearest(0.5 * size)) <= step
-        assert len([m for m in report.matrices if "experts" in m.name]) >= 2 * 4 * 2
-        assert verify(out, base=models(kind)).n_untouched is not None
+@pytest.mark.parametrize(
+    ("kind", "method", "allocation"),
+    pairwise(
+        ("GptOss", "Mixtral", "Qwen3Moe"),  # fused experts, experts stored apart, fused and stored apart
+        (*METHODS, *REFINED),
+        ("owl", "uniform"),
+        fast=[("GptOss", "ria", "owl"), ("Qwen3Moe", "admm", "uniform")],
+    ),
+)
+def test_each_expert_gets_its_share_by_every_method_and_allocation(tmp_path, models, kind, method, allocation):
+    out = tmp_path / "out"
+    report = prune(models(kind), SUBSET, out, method=method, sparsity=0.5, allocation=allocation)
+    weights = weights_of(out)
+    for m in report.matrices:
+        matrix = cut(weights[m.name], m.expert, m.rows, m.transposed)
+        assert m.n_zeros == int((matrix == 0).sum()) >= m.n_pruned
+    size = sum(m.shape[0] * m.shape[1] for m in report.matrices)
+    step = max(m.shape[0] for m in report.matrices) if report.group == "row" else 0
+    assert abs(sum(m.n_pruned for m in report.matrices) - nearest(0.5 * size)) <= step
+    assert len([m for m in report.matrices if "experts" in m.name]) >= 2 * 4 * 2
+    assert verify(out, base=models(kind)).n_untouched is not None
 
 
 def test_a_file_of_ratios_names_experts_as_the_checkpoint_or_the_model_calls_them(tmp_path, models):
@@ -275,5 +274,5 @@ def test_a_plan_counts_the_pass_of_a_survey_and_loads_nothing(tmp_path, models, 
     assert (surveyed.n_positions, surveyed.forward_flops) == (uniform.n_positions, uniform.forward_flops / 2)
     gpt, admm, alps = (plan(method=m).solve_flops for m in ("sparsegpt", "admm", "alps"))
     assert gpt < admm < alps
-    assert plan(method="admm+dsnot").solve_flops > admm
+    assert plan(method="sparsegpt+dsnot").solve_flops > gpt
     assert list(tmp_path.iterdir()) == []

@@ -15,10 +15,10 @@ import pytest
 from factories import fill, make_grade, make_problem, make_run, make_trace
 from processes import python
 
-from calset.catalog import connection
 from calset.catalog.catalog import Catalog
-from calset.catalog.compact import compact
-from calset.catalog.selection import select
+from calset.catalog.maintenance.compact import compact
+from calset.catalog.select import select
+from calset.catalog.store import connection
 from calset.errors import CatalogError, CatalogLocked, InputError
 
 ROOT = Path(__file__).parent.parent
@@ -185,7 +185,7 @@ def test_what_is_no_catalog_or_open_elsewhere_is_refused(tmp_path: Path) -> None
 
 COMPACT = """
     import sys
-    from calset.catalog.compact import compact
+    from calset.catalog.maintenance.compact import compact
     print("go", flush=True)
     print(compact(sys.argv[1]).rows["traces"], flush=True)
 """

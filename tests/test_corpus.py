@@ -13,11 +13,11 @@ import pytest
 from factories import make_problem, make_run, make_source, make_trace
 from local_hub import LocalHub
 
-from calset import demo, ids
+from calset import bundled, ids
 from calset.catalog.catalog import Catalog
-from calset.catalog.corpus import open_corpus
 from calset.catalog.records import Subset
-from calset.catalog.selection import POOL_WINDOWS, select
+from calset.catalog.select import POOL_WINDOWS, select
+from calset.catalog.subsets.text import open_corpus
 from calset.errors import InputError
 
 TEXTS = [f"Chapter {n}. " + "It was a bright cold day in April. " * (3 + n) for n in range(40)]
@@ -27,7 +27,7 @@ TEXTS = [f"Chapter {n}. " + "It was a bright cold day in April. " * (3 + n) for 
 def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(demo.MODEL)
+    return AutoTokenizer.from_pretrained(bundled.MODEL)
 
 
 def catalog_at(path: Path) -> Catalog:
@@ -35,8 +35,8 @@ def catalog_at(path: Path) -> Catalog:
     from transformers import AutoTokenizer
 
     catalog = Catalog(path)
-    vocabulary = AutoTokenizer.from_pretrained(demo.MODEL).get_vocab()
-    run = make_run(str(demo.MODEL), tokenizer_hash=ids.vocabulary_hash(vocabulary))
+    vocabulary = AutoTokenizer.from_pretrained(bundled.MODEL).get_vocab()
+    run = make_run(str(bundled.MODEL), tokenizer_hash=ids.vocabulary_hash(vocabulary))
     catalog.add_source(make_source())
     catalog.add_problems([make_problem(1)])
     catalog.add_run(run)

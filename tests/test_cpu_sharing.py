@@ -17,7 +17,7 @@ from conftest import ScriptedEngine
 
 import calset
 from calset.builder.engines import Completion, cpu_sharing
-from calset.builder.model_info import inspect
+from calset.builder.model.info import inspect
 
 has_policies = pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy of their own")
 HERE, ELSEWHERE = SimpleNamespace(shares_cores=True), SimpleNamespace()

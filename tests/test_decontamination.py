@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +11,13 @@ import pytest
 from factories import make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import given
 from hypothesis import strategies as st
+from warm import calset
 
 from calset import Catalog, InputError, decontaminate, select
 from calset.builder.problems import load_problems
+from calset.catalog.contamination.overlap import Decontaminator, OverlapRule, clean
+from calset.catalog.contamination.words import normalise
 from calset.catalog.records import Contamination, Problem, Source
-from calset.overlap import Decontaminator, OverlapRule, clean
-from calset.words import normalise
 
 GSM = (
     "A baker sells 14 trays of rolls every morning and 9 trays every evening. Each tray holds 24 rolls and each roll "
@@ -379,22 +378,13 @@ def test_named_problems_are_checked_and_only_contaminated_ones_kept(tmp_path: Pa
 
 
 def test_the_command_reports_in_words_and_in_json(catalog: Catalog, held_out: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "calset.cli",
-        "decontaminate",
-        "--against",
-        held_out,
-        "--catalog",
-        str(catalog.path),
-    ]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
+    home = catalog.path.parent
+    command = ["decontaminate", "--against", held_out, "--catalog", str(catalog.path)]
+    report = json.loads(calset(*command, "--json", cwd=home).stdout)
     assert (report["n_checked"], report["n_contaminated"]) == (6, 1)
     assert report["examples"][0]["evidence"] == "What is 3 + 3"
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = calset(*command, cwd=home).stdout
     assert "1 of 6 problems" in said
     assert "NOT IN (SELECT problem_id FROM excluded)" in said
-    missing = subprocess.run([*command[:-1], "nowhere.duckdb"], capture_output=True, text=True, check=False)
+    missing = calset(*command[:-1], "nowhere.duckdb", cwd=home)
     assert missing.returncode == 2

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ENVIRONMENT, ranks
 from safetensors.torch import load_file
 from small_models import make_subset, save_model
 
 from calset.errors import InputError
-from calset.pruning.distributed import Team, own_gpu
+from calset.pruning.blockwise.distributed import Team, own_gpu
 from calset.pruning.prune import prune
 from calset.pruning.verify import verify
 
 CODE = """
-import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from small_models import make_subset
 from calset.pruning.prune import prune
-from calset.pruning.workfolder import WorkFolder
+from calset.pruning.blockwise.workfolder import WorkFolder
 {before}
 options = dict(method={method!r}, sparsity=0.5, hidden={hidden!r}, batch_tokens=64, device="cpu")
 prune({model!r}, make_subset(), {out!r}, allocation={allocation!r}, **options)
@@ -38,22 +39,18 @@ WorkFolder.finish_block = finish
 """
 
 
-def torchrun(
+def code(
     model: Path, out: Path, method: str, *, before: str = "", hidden: str | None = None, allocation: str = "uniform"
-) -> int:
-    text = CODE.format(
-        tests=str(Path(__file__).parent), model=str(model), out=str(out), before=before, hidden=hidden, method=method,
-        allocation=allocation,
-    )  # fmt: skip
-    script = out.parent / "run.py"
-    script.write_text(text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+) -> str:
+    return CODE.format(
+        model=str(model), out=str(out), before=before, hidden=hidden, method=method, allocation=allocation
     )
-    if done.returncode and not before:
-        raise AssertionError(done.stderr)
-    return done.returncode
+
+
+def torchrun(script: Path) -> int:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, check=False, env=environment).returncode
 
 
 @pytest.mark.slow
@@ -69,7 +66,7 @@ def test_two_processes_give_what_one_gives(tmp_path, kind, method, hidden, alloc
     model = save_model(tmp_path / "dense", kind)
     options = {"method": method, "sparsity": 0.5, "batch_tokens": 64, "device": "cpu", "allocation": allocation}
     one = prune(model, make_subset(), tmp_path / "one", **options)
-    torchrun(model, tmp_path / "two", method, hidden=hidden, allocation=allocation)
+    assert ranks(code(model, tmp_path / "two", method, hidden=hidden, allocation=allocation)) == [0, 0]
     ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).abs().max() <= 1e-5, name
@@ -77,16 +74,16 @@ def test_two_processes_give_what_one_gives(tmp_path, kind, method, hidden, alloc
     assert [m["n_tokens"] for m in record["matrices"]] == [m.n_tokens for m in one.matrices]
     assert [m["asked"] for m in record["matrices"]] == [m.asked for m in one.matrices]
     assert verify(tmp_path / "two").n_matrices == len(one.matrices)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "one", "run.py", "two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "one", "two"]
 
 
 @pytest.mark.slow
 def test_two_processes_that_are_killed_continue_to_the_same_bytes(tmp_path):
     model = save_model(tmp_path / "dense", "Qwen3Moe", num_hidden_layers=3)
-    torchrun(model, tmp_path / "whole", "sparsegpt", allocation="owl")
-    assert torchrun(model, tmp_path / "out", "sparsegpt", before=DIE, allocation="owl") != 0
+    assert ranks(code(model, tmp_path / "whole", "sparsegpt", allocation="owl")) == [0, 0]
+    assert -signal.SIGKILL in ranks(code(model, tmp_path / "out", "sparsegpt", before=DIE, allocation="owl"))
     assert not (tmp_path / "out").exists()
-    torchrun(model, tmp_path / "out", "sparsegpt", allocation="owl")
+    assert ranks(code(model, tmp_path / "out", "sparsegpt", allocation="owl")) == [0, 0]
     whole, out = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "out"))
     assert whole == out
     assert json.loads((tmp_path / "out/pruning.json").read_text())["resumed_at"] == [1]
@@ -135,16 +132,19 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     before = """
 from calset.errors import PruningError
 import os
-from calset.pruning import prune as module
-work_on = module._work_on
-def fail(index, walk, run):
+from calset.pruning.blockwise.walk import Walk
+statistics = Walk.statistics
+def fail(walk, index, *args, **options):
     if index == 1 and os.environ["RANK"] == "1": raise PruningError("this one cannot")
-    return work_on(index, walk, run)
-module._work_on = fail
+    return statistics(walk, index, *args, **options)
+Walk.statistics = fail
 """
     model = save_model(tmp_path / "dense")
-    assert torchrun(model, tmp_path / "out", "wanda", before=before) != 0
+    script = tmp_path / "run.py"
+    script.write_text(code(model, tmp_path / "out", "wanda", before=before))
+    assert torchrun(script) != 0
     assert not (tmp_path / "out").exists()
-    assert torchrun(model, tmp_path / "out", "wanda") == 0
+    script.write_text(code(model, tmp_path / "out", "wanda"))
+    assert torchrun(script) == 0
     record = json.loads((tmp_path / "out/pruning.json").read_text())
     assert list(record["resumed_at"]) == [1]

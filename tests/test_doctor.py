@@ -13,17 +13,18 @@ from typing import Any
 
 import duckdb
 import pytest
+import warm
 from factories import START, fill, keep_as_pulled
 from local_hub import TOKEN, LocalHub
 from processes import holding, python
 
 import calset
-from calset.catalog import doctor as module
-from calset.catalog import migrations, schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.doctor import Check, examine
-from calset.catalog.selection import select
-from calset.catalog.subsets import load
+from calset.catalog.maintenance import checks as module
+from calset.catalog.maintenance.checks import Check, examine
+from calset.catalog.select import select
+from calset.catalog.store import migrations, schema
+from calset.catalog.subsets.versions import load
 from calset.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -216,20 +217,14 @@ def test_the_disk_is_told_by_what_is_free(catalog: Catalog, monkeypatch: pytest.
 
 
 def run_doctor(catalog: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "calset.cli", "doctor", "--catalog", str(catalog), "--json"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return warm.calset("doctor", "--catalog", catalog, "--json", cwd=catalog.parent, **environment)
 
 
 def look_at_hub() -> list[Check]:
     """Runs in the client's process."""
-    from calset.diagnosis import _hub
+    from calset.diagnosis import hub
 
-    return list(_hub())
+    return list(hub())
 
 
 @pytest.mark.slow
@@ -254,7 +249,7 @@ def test_the_login_is_told_and_the_token_never_printed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_looks_at_the_machine_and_ends_with_1_on_a_problem(catalog: Catalog) -> None:
+def test_the_command_line_looks_at_the_machine(catalog: Catalog) -> None:
     done = run_doctor(catalog.path, {"HF_HUB_OFFLINE": "1"})
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"]) == (0, True), done.stderr
@@ -262,20 +257,17 @@ def test_the_command_line_looks_at_the_machine_and_ends_with_1_on_a_problem(cata
     for name in ("packages", "transformers", "grading", "Hub", "schema", "rows"):
         assert checks[name]["state"] == "ok"
     assert "math-verify" in checks["packages"]["message"]
-    with catalog.transaction() as con:
-        con.execute("DELETE FROM runs")
-    done = run_doctor(catalog.path, {"HF_HUB_OFFLINE": "1"})
-    assert (done.returncode, json.loads(done.stdout)["ok"]) == (1, False)
 
 
 @pytest.mark.slow
-def test_a_broken_engine_is_a_problem_and_the_rest_is_still_looked_at(catalog: Catalog, tmp_path: Path) -> None:
+def test_a_broken_engine_ends_it_with_1_and_the_rest_is_still_looked_at(catalog: Catalog, tmp_path: Path) -> None:
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object')")
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     done = run_doctor(catalog.path, environment)
-    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
-    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    checks = {check["name"]: check for check in report["checks"]}
+    assert (done.returncode, report["ok"]) == (1, False)
     assert checks["vllm"]["state"] == "problem"
     assert "libcudart.so.13" in checks["vllm"]["message"]
     assert checks["transformers"]["state"] == checks["rows"]["state"] == "ok"
@@ -285,7 +277,7 @@ def test_a_version_that_calset_does_not_take_is_a_problem(monkeypatch: pytest.Mo
     from calset import diagnosis
 
     monkeypatch.setattr("importlib.metadata.requires", lambda name: ["click>=99", "no-such-package", "rich>=13"])
-    _, check = diagnosis._packages()
+    _, check = diagnosis.packages()
     assert check.state == "problem"
     assert "click is " in check.message
     assert "no-such-package is not installed" in check.message
@@ -301,7 +293,7 @@ def test_a_catalog_of_another_duckdb_is_sound_too(tmp_path: Path) -> None:
     code = """
         import sys, duckdb
         from factories import fill
-        from calset.catalog.doctor import examine
+        from calset.catalog.maintenance.checks import examine
         assert duckdb.__version__.startswith("1.5")
         fill(sys.argv[1], [[("correct", 3)]])
         print([c.state for c in examine(sys.argv[2], full=True)])

@@ -15,12 +15,12 @@ from factories import fill
 from processes import python
 
 from calset.catalog.catalog import Catalog
-from calset.catalog.compact import compact
-from calset.catalog.report import report
-from calset.catalog.selection import select
+from calset.catalog.maintenance.compact import compact
+from calset.catalog.report.page import report
+from calset.catalog.select import select
 from calset.errors import InputError
-from calset.files import whole_file
-from calset.pruning import workfolder
+from calset.io.files import whole_file
+from calset.pruning.blockwise import workfolder
 
 PLAN = [[("correct", 10), ("correct", 12), ("incorrect", 9)]] * 4
 
@@ -76,17 +76,18 @@ def test_a_draft_has_another_name_each_time_and_stands_in_a_private_folder(catal
     assert left == []
 
 
-ASK = "calset.answers.Question('FROM problems')"
+ASK = "calset.catalog.query.output.Question('FROM problems')"
+OUTPUT = "calset.catalog.query.output"
 LINKS = {
     "report": (".r.html.{pid}.new", "calset.report(path, 'math', folder / 'r.html')"),
-    "query": (".q.csv.{pid}.new", f"calset.answers.save_answer(calset.Catalog(path), {ASK}, 'csv', folder / 'q.csv')"),
+    "query": (".q.csv.{pid}.new", f"{OUTPUT}.save_answer(calset.Catalog(path), {ASK}, 'csv', folder / 'q.csv')"),
     "new catalog": (".n.duckdb.{pid}-{thread}.new", "calset.merge(folder / 'n.duckdb', path)"),
     "compact": (".c.duckdb.compact", "calset.compact(path)"),
 }  # fmt: skip
 PLANT = """
     import os, sys, threading
     from pathlib import Path
-    import calset, calset.answers
+    import calset, calset.catalog.query.output
     folder = Path(sys.argv[1])
     path = folder / "c.duckdb"
     name = sys.argv[2].format(pid=os.getpid(), thread=threading.get_ident())
@@ -159,16 +160,16 @@ MAKE = """
     import os, sys
     from pathlib import Path
     os.umask(int(sys.argv[2], 8))
-    import calset, calset.answers
-    from calset.pruning import workfolder
+    import calset, calset.catalog.query.output
+    from calset.pruning.blockwise import workfolder
     folder, path = Path(sys.argv[1]), Path(sys.argv[1]) / "c.duckdb"
     out = folder / "made"
     out.mkdir()
     calset.export(path, "math", out / "exported")
     calset.report(path, "math", out / "r.html")
     for name in ("q.csv", "q.parquet"):
-        question = calset.answers.Question("FROM problems")
-        calset.answers.save_answer(calset.Catalog(path), question, name[2:], out / name)
+        question = calset.catalog.query.output.Question("FROM problems")
+        calset.catalog.query.output.save_answer(calset.Catalog(path), question, name[2:], out / name)
     calset.merge(out / "n.duckdb", path)
     source = folder / "source"
     with workfolder.opened(out / "pruned", source, {}) as work:

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import calset
-from calset import demo
-from calset.builder.model_info import inspect
-from calset.demo.run import DemoSettings, run_demo
+from calset import bundled
+from calset.builder.model.info import inspect
+from calset.demo.report import DemoSettings
+from calset.demo.run import run_demo
 from calset.errors import InputError
-from calset.pruning.evaluate import MIN_LOOP_TOKENS, is_looping
+from calset.evaluation.evaluate import MIN_LOOP_TOKENS, is_looping
 
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=4&max_digits=2&size=5&seed=400000"
 
@@ -45,14 +46,14 @@ def test_zeros_at_the_end_of_a_sum_are_no_loop() -> None:
 
 def test_an_evaluation_counts_what_it_generated_and_resumes(tmp_path: Path, transformers_engine) -> None:
     catalog = calset.Catalog(tmp_path / "c.duckdb")
-    ask = {"samples": 2, "catalog": catalog, "engine": transformers_engine, "max_tokens": 200}
-    report = calset.evaluate(demo.MODEL, PROBLEMS, **ask)
+    ask = {"samples": 2, "catalog": catalog, "engine": transformers_engine, "max_tokens": 120}
+    report = calset.evaluate(bundled.MODEL, PROBLEMS, **ask)
     rows = catalog.query("SELECT problem_id, verdict = 'correct', n_tokens, finish_reason FROM trace").rows
     assert len(rows) == report.n_traces == 10
     assert report.accuracy == pytest.approx(sum(bool(r[1]) for r in rows) / 10)
     assert report.mean_tokens == pytest.approx(sum(r[2] for r in rows) / 10)
     assert report.non_termination == pytest.approx(sum(r[3] == "length" for r in rows) / 10)
-    again = calset.evaluate(demo.MODEL, PROBLEMS, **ask)
+    again = calset.evaluate(bundled.MODEL, PROBLEMS, **ask)
     assert again.tokens_per_second is None  # nothing was generated
     assert (again.accuracy, again.mean_tokens) == (report.accuracy, report.mean_tokens)
     assert len(catalog.evaluations()) == 2
@@ -62,8 +63,8 @@ def test_another_seed_or_limit_is_another_evaluation(tmp_path: Path, scripted_en
     """Both are outside a build's key; an evaluation that reused the traces would report what it did not run."""
     catalog = calset.Catalog(tmp_path / "c.duckdb")
     for seed, limit in ((0, 50), (1, 50), (1, 80), (0, 50)):
-        engine = scripted_engine(inspect(demo.MODEL).revision)
-        calset.evaluate(demo.MODEL, PROBLEMS, catalog=catalog, engine=engine, seed=seed, max_tokens=limit)
+        engine = scripted_engine(inspect(bundled.MODEL).revision)
+        calset.evaluate(bundled.MODEL, PROBLEMS, catalog=catalog, engine=engine, seed=seed, max_tokens=limit)
         assert len(engine.requests) == (0 if catalog.evaluations()[3:] else 5)
     assert catalog.query("SELECT count(*) FROM traces").rows == [(15,)]
 
@@ -73,9 +74,9 @@ def test_what_could_not_be_judged_is_counted_apart(tmp_path: Path, scripted_engi
     file.write_text(
         "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in [("1+1?", "2"), ("why?", "\\frac{")])
     )
-    said = inspect(demo.MODEL).tokenizer.encode("\\boxed{2}", add_special_tokens=False)
-    engine = scripted_engine(inspect(demo.MODEL).revision, token_ids=tuple(said))
-    report = calset.evaluate(demo.MODEL, str(file), catalog=tmp_path / "c.duckdb", engine=engine, max_tokens=50)
+    said = inspect(bundled.MODEL).tokenizer.encode("\\boxed{2}", add_special_tokens=False)
+    engine = scripted_engine(inspect(bundled.MODEL).revision, token_ids=tuple(said))
+    report = calset.evaluate(bundled.MODEL, str(file), catalog=tmp_path / "c.duckdb", engine=engine, max_tokens=50)
     assert report.verdicts == {"correct": 1, "gold_unparsable": 1}
     assert (report.accuracy, report.n_problems) == (1.0, 1)
     assert any("1 of 2 traces were not judged" in warning for warning in report.warnings)
@@ -86,11 +87,11 @@ def test_calibration_questions_are_recognised_in_another_file(tmp_path: Path, sc
     for name, part in (("train", rows[:3]), ("held-out", rows[2:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
     catalog = calset.Catalog(tmp_path / "c.duckdb")
-    engine = scripted_engine(inspect(demo.MODEL).revision, token_ids=(31, 32, 33))
-    calset.build(demo.MODEL, str(tmp_path / "train.jsonl"), samples=1, catalog=catalog, engine=engine)
+    engine = scripted_engine(inspect(bundled.MODEL).revision, token_ids=(31, 32, 33))
+    calset.build(bundled.MODEL, str(tmp_path / "train.jsonl"), samples=1, catalog=catalog, engine=engine)
     subset = calset.select(catalog, "train", "rac", tokens=2000)
-    calset.prune(demo.MODEL, subset, tmp_path / "pruned", method="wanda", sparsity=0.5)
-    calset.prune(demo.MODEL, subset, tmp_path / "by-magnitude", method="magnitude", sparsity=0.5)
+    calset.prune(bundled.MODEL, subset, tmp_path / "pruned", method="wanda", sparsity=0.5)
+    calset.prune(bundled.MODEL, subset, tmp_path / "by-magnitude", method="magnitude", sparsity=0.5)
     ask = {"engine": engine, "max_tokens": 50}
     report = calset.evaluate(tmp_path / "pruned", str(tmp_path / "held-out.jsonl"), catalog=catalog, **ask)
     assert any(warning.startswith("1 of the evaluated problems") for warning in report.warnings)
@@ -104,7 +105,7 @@ def test_calibration_questions_are_recognised_in_another_file(tmp_path: Path, sc
 @pytest.mark.slow
 def test_the_demo_runs_from_traces_to_table_and_keeps_what_is_there(tmp_path: Path) -> None:
     settings = DemoSettings(
-        samples=2, budget=1500, build_limit=60, evaluation_limit=4, max_tokens=160, recipes=("rac", "prompts", "text"),
+        samples=2, budget=700, build_limit=24, evaluation_limit=4, max_tokens=120, recipes=("rac", "prompts", "text"),
         methods=("wanda",), shown="rac",
     )  # fmt: skip
     out = tmp_path / "demo"
@@ -112,7 +113,7 @@ def test_the_demo_runs_from_traces_to_table_and_keeps_what_is_there(tmp_path: Pa
     assert [(a.method, a.calibration) for a in report.arms] == [
         ("dense", "-"), ("wanda", "rac"), ("wanda", "prompts"), ("wanda", "text"),
     ]  # fmt: skip
-    assert all(arm.n_tokens <= 1500 for arm in report.arms)
+    assert all(arm.n_tokens <= 700 for arm in report.arms)
     assert (out / "demo.png").stat().st_size > 10_000
     assert (out / "report.json").exists()
     again = run_demo(out, engine="transformers", settings=settings)

@@ -15,7 +15,7 @@ import pytest
 
 from calset.builder.grading import Outcome, verdict_without_grading
 from calset.builder.grading.pool import GradingPool
-from calset.builder.reasoning import ReasoningFormat, split
+from calset.builder.model.reasoning import ReasoningFormat, split
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "graded_pairs.jsonl").read_text().splitlines()]
 # (answer, response) -> what the grader says instead of the label, and why that stays.

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.builder.grading import grade_response, grader_version
-from calset.builder.grading.answers import boxes, last_boxed, last_tagged, stated
 from calset.builder.grading.exact import read_number
+from calset.builder.grading.extract import boxes, last_boxed, last_tagged, stated
 
 LETTERS = st.sampled_from("ABCDEFGHIJ")
 FORMS = st.sampled_from(

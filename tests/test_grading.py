@@ -119,6 +119,7 @@ MATH = [
     ("3", r"\boxed{٣}", "stop", "correct"),
     ("3", r"\boxed{?}", "stop", "pred_unparsable"),
     ("?", r"\boxed{3}", "stop", "gold_unparsable"),
+    ("9" * 100_000, r"\boxed{3}", "stop", "gold_unparsable"),
     ("3", r"\boxed{\text{}}", "stop", "no_answer"),
     ("3", "\\boxed{" + "1" * 5000 + "}", "stop", "pred_unparsable"),
     ("3", "$" * 60_000 + r"\boxed{3}", "stop", "correct"),
@@ -297,26 +298,22 @@ def wait_for(condition, seconds: float = 60) -> bool:
 @pytest.fixture
 def children():
     """A function that lists this process's grading workers, apart from those of other tests' pools."""
-    before = _workers()
-    return lambda: _workers() - before
+    before = _workers(os.getpid())
+    return lambda: _workers(os.getpid()) - before
 
 
-def _workers() -> set[int]:
-    listed = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
-    )
+def _workers(parent: int) -> set[int]:
+    listed = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True)
     return {int(line.split()[0]) for line in listed.stdout.splitlines() if "calset.builder.grading" in line}
 
 
 def test_a_hanging_answer_times_out_and_the_others_are_graded(children):
     with GradingPool(2, deadline_seconds=2) as pool:
         pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120)
-        began = time.monotonic()
         hanging = pool.submit("math", "5", r"\boxed{9^{9^{9^9}}}", {})
         others = [pool.submit("math", str(n), rf"\boxed{{{n}}}", {}) for n in range(20)]
         assert [future.result(timeout=120).verdict for future in others] == ["correct"] * 20
         assert hanging.result(timeout=120).verdict == "timeout"
-        assert time.monotonic() - began < 60
     assert not children()
 
 
@@ -352,6 +349,11 @@ def test_a_worker_that_cannot_start_is_no_verdict(brought: Path, monkeypatch: py
         pool.submit("math", "1", "1", {}).result(timeout=60)
 
 
+def waited_for_a_cpu(process: int) -> float:
+    """Seconds that a process was ready to run and did not, as the kernel counts them."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+
+
 def test_a_worker_without_a_cpu_is_not_out_of_time(children, brought: Path):
     """The worker shares one CPU with a process that goes before it: 0.4 s of work take longer than the deadline."""
     cpu = min(os.sched_getaffinity(0))
@@ -363,13 +365,13 @@ def test_a_worker_without_a_cpu_is_not_out_of_time(children, brought: Path):
         spinner = subprocess.Popen([sys.executable, "-c", spin])
         try:
             time.sleep(0.3)
-            began = time.monotonic()
+            before = waited_for_a_cpu(worker)
             outcome = pool.submit("strange", "1", "burn 0.4", {}).result(timeout=120)
-            took = time.monotonic() - began
+            waited = waited_for_a_cpu(worker) - before
         finally:
             spinner.kill()
             spinner.wait()
-        assert took > 1, "the worker had the CPU: this showed nothing"
+        assert waited > 0.6, "the worker had the CPU: this showed nothing"
         assert outcome.verdict == "correct"
         # Sleeping is no excuse, and neither is work.
         for response in ("sleep 30", "burn 30"):
@@ -389,12 +391,11 @@ def test_a_second_worker_starts_only_when_the_first_falls_behind(children, broug
 def test_submitting_waits_when_too_much_waits_already(brought: Path):
     with GradingPool(1, max_waiting=3) as pool:
         pool.submit("strange", "1", "1", {}).result(timeout=120)
-        began, most = time.monotonic(), 0
+        submitted = []
         for _ in range(13):
-            pool.submit("strange", "1", "sleep 0.05", {})
-            most = max(most, pool.n_waiting)
-        assert most <= 3
-        assert time.monotonic() - began > 9 * 0.05  # all but those in work and in line were waited for
+            submitted.append(pool.submit("strange", "1", "sleep 0.05", {}))
+            assert pool.n_waiting <= 3
+        assert sum(future.done() for future in submitted) >= 13 - 3 - 1  # all but those in line and in work
 
 
 @pytest.mark.parametrize(("background", "nice"), [(True, 10), (False, 0)])
@@ -427,11 +428,12 @@ def test_workers_start_lazily_and_work_from_other_threads(children):
 def test_an_interrupt_from_the_terminal_spares_a_worker_that_is_still_starting():
     script = (
         "import os, signal, time\n"
+        "from pathlib import Path\n"
         "from calset.builder.grading.pool import GradingPool\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
         "with GradingPool(1) as pool:\n"
         "    future = pool.submit('math', '1', '1', {})\n"
-        "    while not pool._all:\n"
+        "    while not any(file.read_text() for file in Path('/proc/self/task').glob('*/children')):\n"
         "        time.sleep(0.01)\n"
         "    os.killpg(0, signal.SIGINT)\n"
         "    print(future.result().verdict)\n"
@@ -447,12 +449,13 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
         "from calset.builder.grading.pool import GradingPool\n"
         "pool = GradingPool(1)\n"
         "pool.submit('math', '1', '1', {}).result()\n"
-        "print(pool._all.copy().pop()._process.pid, flush=True)\n"
+        "print('graded', flush=True)\n"
         "time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    worker = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "graded\n"
+    (worker,) = _workers(parent.pid)
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 10
@@ -468,8 +471,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
 
 
 def test_a_packages_grader_grades_a_build(brought: Path, tiny_model: Path, tmp_path: Path, scripted_engine):
-    from calset.builder.generate import build
-    from calset.builder.model_info import inspect
+    from calset.builder.build import build
+    from calset.builder.model.info import inspect
     from calset.catalog.catalog import Catalog
 
     assert graders()["strange"] == "strange_grader"
@@ -505,11 +508,20 @@ def test_a_packages_grader_that_does_not_work_is_named(brought: Path):
         pool.submit("absent", "1", "1", {}).result(timeout=60)
 
 
-def test_closing_a_pool_whose_worker_is_still_importing_takes_no_time():
-    for n in range(12):
-        pool = GradingPool(1)
-        pool.warm("gym")
-        time.sleep(0.03 * n)
-        began = time.monotonic()
+def test_closing_a_pool_does_not_wait_for_a_worker_that_is_still_importing(children, brought: Path):
+    (brought.with_name("site") / "this_one_waits.py").write_text(f"open({str(brought)!r}, 'rb').read()")
+    bring(brought.with_name("site"), "waiting-grader", {"waiting": "this_one_waits"})
+    pool = GradingPool(1)
+    pool.warm("waiting")
+    with open(brought, "wb"):  # opens when the import waits there
         pool.close()
-        assert time.monotonic() - began < 20
+    assert not children()
+
+
+def test_a_pool_can_be_closed_at_any_moment_of_its_start(children):
+    for n in range(4):
+        pool = GradingPool(1)
+        pool.warm("exact")
+        time.sleep(0.05 * n)
+        pool.close()
+    assert not children()

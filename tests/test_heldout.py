@@ -18,18 +18,19 @@ from small_models import make_samples, make_subset, save_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Sample, Subset
 from calset.catalog.references import export
-from calset.catalog.selection import select
+from calset.catalog.select import select
+from calset.catalog.subsets import versions
 from calset.cli import cli
 from calset.errors import InputError, PruningError, VerificationError
-from calset.pruning import checkpoint, heldout
-from calset.pruning.heldout import losses, standard_error
+from calset.pruning import held_out_loss
+from calset.pruning.blockwise.walk import Walk
+from calset.pruning.held_out_loss import losses, standard_error
+from calset.pruning.model import checkpoint
 from calset.pruning.prune import prune
 from calset.pruning.verify import verify
-from calset.pruning.walk import Walk
 
 CPU = torch.device("cpu")
 
@@ -108,10 +109,10 @@ def test_the_losses_are_those_of_the_models_run_whole_on_one_sample_at_a_time(tm
 
 def test_neither_padding_nor_the_cut_of_logits_changes_a_loss(llama, monkeypatch):
     source = checkpoint.open_folder(llama)
-    samples = heldout.read_held_out(HELD_OUT, source, source)
+    samples = held_out_loss.read_held_out(HELD_OUT, source, source)
     counts, alone = losses(source, samples, CPU, batch_tokens=1)
     _, together = losses(source, samples, CPU, batch_tokens=10_000)
-    monkeypatch.setattr(heldout, "LOGIT_BYTES", 1)  # a column of logits at a time
+    monkeypatch.setattr(held_out_loss, "LOGIT_BYTES", 1)  # a column of logits at a time
     _, cut = losses(source, samples, CPU, batch_tokens=10_000)
     assert sorted(counts) == sorted(len(s.input_ids) - 5 for s in HELD_OUT.samples)
     for other in (together, cut):
@@ -121,7 +122,7 @@ def test_neither_padding_nor_the_cut_of_logits_changes_a_loss(llama, monkeypatch
 def test_a_sample_without_a_prompt_is_predicted_from_its_second_token_on(llama):
     source = checkpoint.open_folder(llama)
     windows = make_subset([Sample("w", list(range(3, 23)), 0, "text"), Sample("one", [7], 0, "text")])
-    counts, sums = losses(source, heldout.read_held_out(windows, source, source), CPU)
+    counts, sums = losses(source, held_out_loss.read_held_out(windows, source, source), CPU)
     want, _ = plain_loss(llama, [windows.samples[0]])
     assert counts == [19]
     assert sums == pytest.approx(want, rel=1e-5)
@@ -203,7 +204,7 @@ def mixed(extra: Sample) -> Subset:
     ],
 )
 def test_samples_that_are_not_held_out_or_do_not_fit_are_refused_in_a_line(pruned, monkeypatch, held_out, message):
-    monkeypatch.setattr(heldout, "walked", lambda *a: pytest.fail("a model was run"))
+    monkeypatch.setattr(held_out_loss, "walked", lambda *a: pytest.fail("a model was run"))
     with pytest.raises(InputError, match=message) as caught:
         verify(pruned, held_out=held_out)
     assert "\n" not in str(caught.value)
@@ -232,7 +233,7 @@ def test_losses_that_are_not_finite_are_an_error(tmp_path, llama):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     source = checkpoint.open_folder(folder)
     with pytest.raises(VerificationError, match="losses that are not finite"):
-        losses(source, heldout.read_held_out(HELD_OUT, source, source), CPU)
+        losses(source, held_out_loss.read_held_out(HELD_OUT, source, source), CPU)
 
 
 def test_what_an_older_record_does_not_list_is_looked_up_or_said_to_be_unknown(tmp_path, copy_of_pruned):
@@ -242,7 +243,7 @@ def test_what_an_older_record_does_not_list_is_looked_up_or_said_to_be_unknown(t
     assert found.is_apart is None
     assert any("could not be checked" in line for line in found.lines())
     fill(catalog.path, [[("correct", 5)]])
-    subsets.keep(catalog, CALIBRATION)
+    versions.keep(catalog, CALIBRATION)
     assert verify(copy_of_pruned, held_out=HELD_OUT, catalog=catalog).held_out.is_apart is True
     shared = mixed(Sample("new", [5, 6, 7, 8], 2, problem_id="calibration-problem-3"))
     with pytest.raises(InputError, match="shares 1 problems"):
@@ -255,9 +256,9 @@ def test_what_an_older_record_does_not_list_is_looked_up_or_said_to_be_unknown(t
 def test_progress_follows_both_models_through_blocks_and_batches(pruned):
     events = []
     verify(pruned, held_out=HELD_OUT, batch_tokens=40, progress=events.append)
-    n_batches = len({e["done"] for e in events if e["phase"] == "dense losses"}) - 1
+    n_batches = len({e.done for e in events if e.phase == "dense losses"}) - 1
     assert n_batches > 1
-    told = [(e["phase"], e["done"], e["total"]) for e in events]
+    told = [(e.phase, e.done, e.total) for e in events]
     assert told[[phase for phase, *_ in told].index("dense model") :] == [
         *(("dense model", i, 2) for i in range(3)),
         *(("dense losses", i, n_batches) for i in range(n_batches + 1)),
@@ -301,7 +302,7 @@ def test_the_commands_select_another_split_and_compare_on_it(tmp_path, llama):
 
     done = calset("select", "other", "--recipe", "random", "--held-out-from", "mine@1")
     assert done.exit_code == 0, done.output
-    mine, other = (subsets.load(catalog, name) for name in ("mine", "other"))
+    mine, other = (versions.load(catalog, name) for name in ("mine", "other"))
     assert other.n_samples == 8 - 4
     assert {s.problem_id for s in other.samples}.isdisjoint(s.problem_id for s in mine.samples)
     # The factories' token ids are of no tokenizer: exported under the bundled one's name.
@@ -317,7 +318,7 @@ def test_the_commands_select_another_split_and_compare_on_it(tmp_path, llama):
     done = calset("verify", tmp_path / "out", "--held-out", f"{tmp_path}/mine")
     assert isinstance(done.exception, InputError)
     done = calset("verify", tmp_path / "out", "--max-length", "9")
-    assert "--max-length is for --held-out" in str(done.exception)
+    assert "max_length= is for held_out=" in str(done.exception)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

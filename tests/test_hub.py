@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,21 @@ from factories import fill
 from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import TOKEN, Client, LocalHub, hurry
+from warm import calset as run_calset
+from warm import warm
 
 import calset
-from calset import hubfiles
-from calset.catalog import card
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import MANIFEST_SCHEMA, read_directory
-from calset.catalog.names import tag_of, versions_in
+from calset.catalog.hub import card
+from calset.catalog.hub.names import tag_of, versions_in
 from calset.catalog.records import Subset
 from calset.catalog.references import resolve
-from calset.catalog.selection import select
-from calset.catalog.subsets import load
+from calset.catalog.select import select
+from calset.catalog.subsets.folder import MANIFEST_SCHEMA, read_directory
+from calset.catalog.subsets.versions import load
 from calset.cli import main
 from calset.errors import CalsetError, InputError, TextsMissing
-from calset.markdown import line
+from calset.io.markdown import line
 
 PLAN = [[("correct", 10 + n), ("correct", 20 + n), ("incorrect", 30), ("truncated", 40)] for n in range(12)]
 TREE = {
@@ -75,7 +74,7 @@ def search(**options: Any) -> list[Any]:
 
 def cut(shard_bytes: int) -> None:
     """Shards so small that a test has several."""
-    from calset.catalog import release
+    from calset.catalog.hub import release
 
     release.SHARD_BYTES = shard_bytes
 
@@ -285,9 +284,9 @@ def test_without_a_login_it_says_how_to_log_in(hub: LocalHub, stranger: Client, 
 
 
 def _ask(what: str, token: str, catalog: Path, cache: Path) -> Any:
-    from calset.builder.model_info import inspect
-    from calset.diagnosis import _hub
-    from calset.hubfiles import open_dataset
+    from calset.builder.model.info import inspect
+    from calset.diagnosis import hub
+    from calset.io.hub import open_dataset
 
     os.environ["HF_TOKEN"] = token
     asked = {
@@ -296,7 +295,7 @@ def _ask(what: str, token: str, catalog: Path, cache: Path) -> Any:
         "search": search,
         "problems": lambda: open_dataset("me/token", types=(".jsonl",)),
         "model": lambda: inspect("me/token"),
-        "doctor": lambda: list(_hub()),
+        "doctor": lambda: list(hub()),
     }
     return asked[what]()
 
@@ -377,10 +376,10 @@ def test_a_busy_hub_is_asked_again(
 
 @pytest.mark.slow
 def test_it_waits_as_long_as_the_hub_says(hub: LocalHub, client: Client, catalog: Path, repo: str) -> None:
-    hub.fail("POST .*/commit/", status=429, headers={"Retry-After": "1"})
-    began = time.monotonic()
+    hub.fail("POST .*/commit/", status=429, headers={"Retry-After": "1"}, seconds=1)
+    asked = len(hub.asked("POST .*/commit/"))
     client(publish, "math@1", repo, catalog)
-    assert time.monotonic() - began > 1
+    assert len(hub.asked("POST .*/commit/")) == asked + 2
     hub.fail("POST .*/commit/", status=429, headers={"Retry-After": "3600"})  # nobody waits for that
     with pytest.raises(CalsetError, match="answers 429") as caught:
         client(publish, "math@2", repo, catalog)
@@ -681,7 +680,6 @@ def test_a_private_repository_without_a_token_is_one_clear_line(
 
 @pytest.mark.slow
 def test_the_command_line_says_in_one_line_what_is_wrong(hub: LocalHub, published: Path, tmp_path: Path) -> None:
-    env = {key: value for key, value in os.environ.items() if key != "CALSET_CATALOG"}
     for arguments, code, words in [
         (("pull", "hub:me/published/math@1"), 2, "if it is private, log in with `hf auth login`"),
         (("pull", "hub:me/published/../x"), 2, "write hub:ORG/REPO/NAME"),
@@ -689,10 +687,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong(hub: LocalHub, publishe
         (("publish", "../x", "me/x", "--catalog", published), 2, "cannot name a subset"),
         (("export", "hub:me/nowhere/math", "-o", "out"), 2, "no dataset me/nowhere"),
     ]:
-        done = subprocess.run(
-            [sys.executable, "-m", "calset.cli", *map(str, arguments)],
-            cwd=tmp_path, env=env | hub.settings(tmp_path / "home"), capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = run_calset(*arguments, cwd=tmp_path, **hub.settings(tmp_path / "home"))
         assert done.returncode == code, done.stderr
         (line,) = done.stderr.splitlines()
         assert line.startswith("calset: ")
@@ -888,9 +883,9 @@ def test_the_page_about_the_hub_runs_against_one(hub: LocalHub, tmp_path: Path) 
     assert len(snippets) == 4
     env = {key: value for key, value in os.environ.items() if key != "CALSET_CATALOG"}
     env |= hub.settings(tmp_path / "home", token=TOKEN) | {"CALSET_ENGINE": "transformers"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env["PATH"] = f"{warm().programs()}{os.pathsep}{env['PATH']}"
     for language, code in snippets:
-        runner = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        runner = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else ["python", "-c"]
         done = subprocess.run([*runner, code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         assert TOKEN not in done.stdout + done.stderr
@@ -1037,13 +1032,6 @@ def test_licences_are_carried_as_the_hub_names_them() -> None:
         "cc-by-4.0", "mit", "other", "unknown",
     ]  # fmt: skip
     assert card.unknown_licences(manifest(None, a="mit", b=None)) == ["questions of b", "model m"]
-
-
-def test_the_wait_is_the_one_that_the_hub_names() -> None:
-    assert hubfiles._retry_after({"retry-after": "7"}) == 7
-    assert hubfiles._retry_after({"ratelimit": '"api";r=0;t=55'}) == 55
-    assert hubfiles._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) is None
-    assert hubfiles._retry_after({}) is None
 
 
 def test_versions_are_read_from_tags() -> None:

@@ -14,7 +14,7 @@ import pytest
 from conftest import ScriptedEngine
 from local_hub import Client, LocalHub
 
-from calset.builder.generate import BuildReport
+from calset.builder.build import BuildReport
 from calset.catalog.records import Run
 from calset.errors import BuildWarning, InputError
 
@@ -67,7 +67,7 @@ def imported(model: str, path: Path, file: Path) -> list[Run]:
 
 
 def source_to_prune(model: str) -> tuple[str, str, bytes]:
-    from calset.pruning.checkpoint import open_source
+    from calset.pruning.model.checkpoint import open_source
 
     source = open_source(model)
     return source.name, source.revision, (source.folder / "model.safetensors").read_bytes()
@@ -211,7 +211,7 @@ def test_the_command_line_says_where_a_model_stays_before_it_starts(
 
 
 def refusal(model: str) -> str:
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
 
     try:
         return str(inspect(model))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import warm
 import yaml
 from conftest import ScriptedEngine
 from hypothesis import given
@@ -26,7 +25,7 @@ from calset.builder.problems import PRESETS
 from calset.builder.problems.presets import shuffled
 from calset.catalog.records import Problem, Source
 from calset.errors import CalsetError, InputError
-from calset.hubfiles import lay_out
+from calset.io.hub import lay_out
 
 SUMS = [{"question": f"{n} + {n}?", "answer": str(2 * n), "level": n % 3} for n in range(6)]
 
@@ -437,9 +436,9 @@ def test_what_is_in_the_cache_needs_no_hub_and_what_is_not_is_named(tmp_path: Pa
 def built(spec: str, path: str) -> list[tuple[str, str, str, int]]:
     """Runs in the client's process: a real build, and what the catalog says of its sources."""
     import calset
-    from calset import demo
+    from calset import bundled
 
-    report = calset.build(demo.MODEL, spec, samples=1, max_tokens=12, engine="transformers", catalog=path)
+    report = calset.build(bundled.MODEL, spec, samples=1, max_tokens=12, engine="transformers", catalog=path)
     sql = "SELECT name, kind, revision FROM sources"
     return [(*row, report.n_new) for row in calset.Catalog(path).query(sql).rows]
 
@@ -453,10 +452,10 @@ def test_a_build_records_the_commit_of_its_problems(hub: LocalHub, client: Clien
 def without_held_out(problems: Path, path: Path) -> tuple[int, int, int, dict[str, str]]:
     """Runs in the client's process: a build without what hf:org/held-out holds, and the catalog's sources."""
     import calset
-    from calset import demo
+    from calset import bundled
 
     options = {"samples": 1, "max_tokens": 12, "engine": ScriptedEngine(""), "graded": False, "catalog": path}
-    report = calset.build(demo.MODEL, str(problems), decontaminate="hf:org/held-out", **options)
+    report = calset.build(bundled.MODEL, str(problems), decontaminate="hf:org/held-out", **options)
     return report.n_excluded, report.n_new, report.n_existing, calset.Catalog(path).source_revisions()
 
 
@@ -531,11 +530,9 @@ def test_a_hub_that_stays_down_is_said_in_a_line_and_the_command_can_be_repeated
 
 def test_the_command_line_previews_a_dataset(hub: LocalHub, tmp_path: Path) -> None:
     hub.commit("org/shown", {"README.md": card(), "train.jsonl": json_lines(SUMS)})
-    environment = {**os.environ, **hub.settings(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def calset(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "calset.cli", "problems", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        return warm.calset("problems", *arguments, cwd=tmp_path, **hub.settings(tmp_path))
 
     done = calset("hf:org/shown", "--limit", "2", "--json")
     assert (done.returncode, done.stderr) == (0, "")

@@ -6,8 +6,7 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import warm
 from local_hub import Client, LocalHub
 
 import calset
-from calset import demo, import_traces
-from calset.builder.importing import ImportReport
-from calset.builder.model_info import ModelInfo, inspect
-from calset.builder.recovery import Recovery
-from calset.builder.tracefiles import Columns, Draft, RowError, drafts
+from calset import bundled, import_traces
+from calset.builder.importing.layouts import Columns, Draft, RowError, drafts
+from calset.builder.importing.report import ImportReport
+from calset.builder.importing.tokenize import Tokenization
+from calset.builder.model.info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
 from calset.errors import InputError
+from calset.io.progress import Progress
 
-ROOT = Path(__file__).parent.parent
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&max_digits=2&size=6&seed=3"
 OPENR1 = {"problem": "What is 1 + 2?", "answer": "3"}
 ASKED = {"problem": "What is 1 + 2?"}  # without a reference no grader starts, which saves a second
@@ -35,14 +35,14 @@ GOOD = "<think>1 + 2</think>3"
 
 @pytest.fixture(scope="module")
 def info() -> ModelInfo:
-    return inspect(demo.MODEL)
+    return inspect(bundled.MODEL)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     """18 real traces of the bundled model, some of them cut."""
     catalog = Catalog(tmp_path_factory.mktemp("built") / "built.duckdb")
-    calset.build(demo.MODEL, PROBLEMS, samples=3, catalog=catalog, engine="transformers", max_tokens=60)
+    calset.build(bundled.MODEL, PROBLEMS, samples=3, catalog=catalog, engine="transformers", max_tokens=60)
     return catalog
 
 
@@ -55,7 +55,7 @@ def run(tmp_path: Path, rows: list[Any], **options: Any) -> tuple[ImportReport, 
     """Import rows from one file; the report and the traces."""
     path = lines(tmp_path / "traces.jsonl", rows)
     catalog = Catalog(tmp_path / "c.duckdb")
-    report = import_traces(options.pop("model", demo.MODEL), path, catalog=catalog, **options)
+    report = import_traces(options.pop("model", bundled.MODEL), path, catalog=catalog, **options)
     return report, catalog.query("FROM trace ORDER BY question, text").as_dicts()
 
 
@@ -88,7 +88,7 @@ def test_token_ids_of_a_file_become_the_traces_that_a_build_keeps(
         json.dumps({"model_path": "org/tiny-lrm", "max_new_tokens": 60, "temperature": 0.6, "top_p": 0.95, "seed": 42})
     )
     catalog = Catalog(tmp_path / "c.duckdb")
-    report = import_traces(demo.MODEL, path, catalog=catalog, problems=PROBLEMS)
+    report = import_traces(bundled.MODEL, path, catalog=catalog, problems=PROBLEMS)
     assert (report.n_traces, report.n_from_file, report.n_matched, report.n_bad) == (18, 18, 18, 0)
     assert report.warnings == ()
     assert kept(catalog) == kept(built)
@@ -128,7 +128,7 @@ def test_an_exported_subset_comes_back(built: Catalog, tmp_path: Path) -> None:
     calset.select(built, "all", "rac")
     folder = calset.export(built, "all", tmp_path / "out")
     (data,) = folder.rglob("*.parquet")
-    report = import_traces(demo.MODEL, data, catalog=tmp_path / "c.duckdb", problems=PROBLEMS)
+    report = import_traces(bundled.MODEL, data, catalog=tmp_path / "c.duckdb", problems=PROBLEMS)
     assert (report.n_traces, report.n_from_file, report.n_bad) == (18, 18, 0)
     assert kept(Catalog(tmp_path / "c.duckdb")) == kept(built)
 
@@ -245,7 +245,9 @@ def test_each_import_is_a_run_that_names_its_own_file_and_problems(tmp_path: Pat
     saying = [lines(tmp_path / f"{i}.jsonl", [ASKED | {"generations": [f"{GOOD}{i}"]}]) for i in range(2)]
 
     def take(file: Path, problems: str) -> ImportReport:
-        return import_traces(demo.MODEL, file, catalog=catalog, problems=str(tmp_path / f"{problems}-problems.jsonl"))
+        return import_traces(
+            bundled.MODEL, file, catalog=catalog, problems=str(tmp_path / f"{problems}-problems.jsonl")
+        )
 
     reports = [take(saying[0], "a"), take(saying[1], "a"), take(saying[0], "b")]
     # The same question and answer of two files of problems are two problems: their sources have two names.
@@ -264,7 +266,7 @@ def test_what_a_manifest_says_otherwise_is_another_run_of_the_traces_that_are_ne
 
     def take(n: int, **told: int) -> ImportReport:
         (tmp_path / "rac_manifest.json").write_text(json.dumps(told))
-        return import_traces(demo.MODEL, lines(path, rows), catalog=catalog, limit=n)
+        return import_traces(bundled.MODEL, lines(path, rows), catalog=catalog, limit=n)
 
     first, longer, seeded = (take(1, max_new_tokens=60), take(2, max_new_tokens=90), take(3, max_new_tokens=90, seed=7))
     assert [(r.n_traces, r.n_existing) for r in (first, longer, seeded)] == [(1, 0), (1, 1), (1, 2)]
@@ -280,7 +282,7 @@ def test_what_a_manifest_says_otherwise_is_another_run_of_the_traces_that_are_ne
 def r1_style(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with a template that opens the thinking itself."""
     folder = tmp_path_factory.mktemp("models") / "r1-style"
-    shutil.copytree(demo.MODEL, folder)
+    shutil.copytree(bundled.MODEL, folder)
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text(template.replace("assistant\n'", "assistant\n<think>\n'"))
     return folder
@@ -301,13 +303,14 @@ def test_thinking_that_the_template_opens_is_not_opened_twice(tmp_path: Path, r1
 
 
 def test_a_question_is_found_under_a_system_prompt_that_nobody_named(info: ModelInfo) -> None:
-    recover = Recovery(info)
+    recover = Tokenization(info)
     for system in (None, "You are a helpful assistant."):
         draft = Draft(prompt_ids=info.prompt_ids("What is\n1 + 2?", system), completion_ids=(19, 2))
         assert recover.question(draft) == ("What is\n1 + 2?", system, True)
-    named = Recovery(info, "Think first.").question(Draft(prompt_ids=info.prompt_ids("Why?", "Think first.")))
+    named = Tokenization(info, "Think first.").question(Draft(prompt_ids=info.prompt_ids("Why?", "Think first.")))
     assert named == ("Why?", "Think first.", True)
-    free = recover.question(Draft(prompt_ids=recover._encode("just a text"), completion_ids=(19, 2)))
+    just_text = tuple(info.tokenizer("just a text", add_special_tokens=False)["input_ids"])
+    free = recover.question(Draft(prompt_ids=just_text, completion_ids=(19, 2)))
     assert free == ("just a text", None, False)
 
 
@@ -344,7 +347,7 @@ def test_bad_rows_are_named_by_their_line_and_the_others_are_kept(tmp_path: Path
     good = {**ASKED, "generations": [GOOD]}
     path = lines(tmp_path / "mixed.jsonl", [good, *(row for row, _ in BAD), {**good, "problem": "And 4?"}])
     path.write_bytes(path.read_bytes() + b'{"problem": "\xff\xfe", "generations": ["x"]}\n')
-    report = import_traces(demo.MODEL, path, catalog=tmp_path / "c.duckdb")
+    report = import_traces(bundled.MODEL, path, catalog=tmp_path / "c.duckdb")
     assert (report.n_traces, report.n_bad) == (2, len(BAD) + 1)
     for number, (bad, (_, why)) in enumerate(zip(report.bad, [*BAD, ({}, "is not UTF-8 text")], strict=False), 2):
         line = number if number < len(BAD) + 2 else number + 1
@@ -356,7 +359,7 @@ def test_what_was_read_before_a_file_breaks_off_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "array.json"
     path.write_text(json.dumps([{**ASKED, "generations": [GOOD]}])[:-1] + ', {"problem": ')
     with pytest.raises(InputError, match="row 2 is not JSON"):
-        import_traces(demo.MODEL, path, catalog=tmp_path / "c.duckdb")
+        import_traces(bundled.MODEL, path, catalog=tmp_path / "c.duckdb")
     assert Catalog(tmp_path / "c.duckdb").query("SELECT response FROM trace").rows == [("3",)]
 
 
@@ -380,7 +383,7 @@ def test_a_manifest_beside_traces_that_makes_no_sense_is_one_clear_line(tmp_path
 def test_a_file_without_one_trace_is_an_error_that_quotes_the_first_row(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", [{"a": 1}])
     with pytest.raises(InputError, match=r"t\.jsonl holds no trace: .*t\.jsonl:1 holds no trace"):
-        import_traces(demo.MODEL, path, catalog=tmp_path / "c.duckdb")
+        import_traces(bundled.MODEL, path, catalog=tmp_path / "c.duckdb")
     assert not (tmp_path / "c.duckdb").exists()
 
 
@@ -431,42 +434,32 @@ def test_progress_counts_rows_of_parquet_folders_and_limits(tmp_path: Path) -> N
     for n in range(2):
         rows = [{"problem": f"What is {i} + {n}?", "generations": [GOOD]} for i in range(5)]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{n}.parquet")
-    events: list[tuple[int, int | None, dict[str, int]]] = []
-    report = import_traces(
-        demo.MODEL, folder, catalog=tmp_path / "c.duckdb", commit_size=3, progress=lambda *event: events.append(event)
-    )
+    events: list[Progress] = []
+    report = import_traces(bundled.MODEL, folder, catalog=tmp_path / "c.duckdb", commit_size=3, progress=events.append)
     assert (report.n_rows, report.n_traces) == (10, 10)
-    assert events[-1] == (10, 10, {"traces": 10, "there": 0, "bad": 0})
-    assert [e[2]["traces"] for e in events] == sorted(e[2]["traces"] for e in events)
+    assert events[-1] == Progress("done", 10, 10, facts={"traces": 10, "there": 0, "bad": 0}, final=True)
+    assert [e.facts["traces"] for e in events] == [3, 6, 9, 10, 10]
     assert Catalog(tmp_path / "c.duckdb").sources()[0].name == "shards"
-    again = import_traces(demo.MODEL, folder, catalog=tmp_path / "c.duckdb", limit=4)
+    again = import_traces(bundled.MODEL, folder, catalog=tmp_path / "c.duckdb", limit=4)
     assert (again.n_rows, again.n_existing) == (4, 4)
-
-
-def cli(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "calset.cli", *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_command_line_reports_bad_lines_and_ends_well(tmp_path: Path) -> None:
     lines(tmp_path / "t.jsonl", [{**OPENR1, "generations": [GOOD]}, "oops\x1b[31m"])
-    done = cli("import", "t.jsonl", "--model", demo.MODEL, "--json", cwd=tmp_path)
+    done = warm.calset("import", "t.jsonl", "--model", bundled.MODEL, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "t.jsonl:2 is not JSON" in done.stderr
     assert "\x1b" not in done.stderr
     assert json.loads(done.stdout)["verdicts"] == {"correct": 1}
-    done = cli("import", "none.jsonl", "--model", demo.MODEL, cwd=tmp_path)
+    done = warm.calset("import", "none.jsonl", "--model", bundled.MODEL, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip() == "calset: no file none.jsonl"
-    done = cli("import", "t.jsonl", "--model", demo.MODEL, "--catalog", "b.duckdb", cwd=tmp_path)
+    done = warm.calset("import", "t.jsonl", "--model", bundled.MODEL, "--catalog", "b.duckdb", cwd=tmp_path)
     assert "1 new traces of 1 problems" in done.stdout
-    done = cli("merge", "b.duckdb", "none.duckdb", cwd=tmp_path)
+    done = warm.calset("merge", "b.duckdb", "none.duckdb", cwd=tmp_path)
     assert (done.returncode, "there is no catalog at none.duckdb" in done.stderr) == (2, True)
-    done = cli("merge", "b.duckdb", "--json", cwd=tmp_path)
+    done = warm.calset("merge", "b.duckdb", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["n_added"] == 0
 
 
@@ -478,35 +471,35 @@ def test_a_killed_import_is_finished_by_the_same_command(tmp_path: Path) -> None
         for n in range(400)
     ]
     lines(tmp_path / "t.jsonl", rows)
-    import_traces(demo.MODEL, tmp_path / "t.jsonl", catalog=tmp_path / "whole.duckdb")
+    import_traces(bundled.MODEL, tmp_path / "t.jsonl", catalog=tmp_path / "whole.duckdb")
     code = """if True:
         import sys, calset
-        def said(rows, total, counts): print(counts["traces"], flush=True)
+        def said(event): print(event.facts["traces"], flush=True)
         calset.import_traces(*sys.argv[1:3], catalog=sys.argv[3], commit_size=32, progress=said)
     """
-    command = [sys.executable, "-c", code, str(demo.MODEL), str(tmp_path / "t.jsonl"), str(tmp_path / "c.duckdb")]
+    command = ("python", "-c", code, bundled.MODEL, tmp_path / "t.jsonl", tmp_path / "c.duckdb")
     found = []
     for commits in (1, 3, 1):
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert process.stdout is not None
-        saved = [int(process.stdout.readline()) for _ in range(commits)][-1]
-        process.kill()
-        process.wait()
+        read, write = os.pipe()
+        process = warm.warm().start(*command, cwd=tmp_path, streams=[0, write, 2])
+        os.close(write)
+        with open(read) as said:
+            saved = [int(said.readline()) for _ in range(commits)][-1]
+            os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         found.append(
             Catalog(tmp_path / "c.duckdb").query("SELECT count(*) FROM traces JOIN grades USING (trace_id)").rows[0][0]
         )
         assert found[-1] >= (found[-2] if len(found) > 1 else 0) + saved
     assert 0 < found[0] < 800
-    report = import_traces(demo.MODEL, tmp_path / "t.jsonl", catalog=tmp_path / "c.duckdb")
+    report = import_traces(bundled.MODEL, tmp_path / "t.jsonl", catalog=tmp_path / "c.duckdb")
     assert (report.n_traces + report.n_existing, report.n_existing > 0) == (800, True)
     assert kept(Catalog(tmp_path / "c.duckdb")) == kept(Catalog(tmp_path / "whole.duckdb"))
 
 
 def import_from_hub(spec: str, catalog: Path) -> ImportReport:
     """Runs in the client's process."""
-    return import_traces(demo.MODEL, spec, catalog=catalog)
+    return import_traces(bundled.MODEL, spec, catalog=catalog)
 
 
 @pytest.mark.slow

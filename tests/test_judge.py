@@ -22,10 +22,11 @@ from calset.builder import judge as judging
 from calset.builder.engines import Completion, Request, Sampling
 from calset.builder.engines.base import RequestFeed
 from calset.builder.judge import SCHEMA, judge, prompt_hash, read_judgement
-from calset.builder.model_info import ModelInfo, inspect
+from calset.builder.model.info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Judgement
 from calset.errors import EngineError, InputError
+from calset.io.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -200,15 +201,15 @@ def test_what_needs_no_engine_is_saved_while_the_engine_is_at_work_and_never_gat
     monkeypatch.setattr(judging, "verdict_without_grading", counted)
     go_on, saved = threading.Event(), []
 
-    def progress(done: int, total: int) -> None:
-        saved.append(done)
-        assert len(seen) - done <= 2 * 8 + 2
-        if done >= 80:
+    def progress(event: Progress) -> None:
+        saved.append((event.phase, event.done))
+        assert len(seen) - event.done <= 2 * 8 + 2
+        if event.done >= 80:
             go_on.set()
 
     report = judge(catalog, tiny_model, engine=SlowJudge(info, go_on), commit_size=8, progress=progress)
     assert dict(report.verdicts) == {"truncated": 100, "correct": 1}
-    assert saved == [*range(8, 101, 8), 101]
+    assert saved == [*(("judging", n) for n in (*range(8, 101, 8), 101)), ("done", 101)]
     assert catalog.query("SELECT count(*) FROM judgements").rows == [(101,)]
 
 
@@ -293,12 +294,16 @@ def test_a_question_that_does_not_fit_is_an_error_and_the_rest_is_judged(
 
 def test_only_what_was_asked_for_is_judged(info: ModelInfo, tiny_model: Path, tmp_path: Path):
     catalog = fill(
-        tmp_path / "c.duckdb", [("correct", "0", {}), ("no_answer", "two", {}), ("pred_unparsable", "?", {})]
+        tmp_path / "c.duckdb",
+        [("correct", "0", {}), ("no_answer", "two", {}), ("pred_unparsable", "?", {}), ("ungraded", "6", {})],
     )
     engine = ScriptedJudge(info, lambda _: says("correct"))
     report = judge(catalog, tiny_model, engine=engine, verdicts=["no_answer", "pred_unparsable"])
     assert set(report.confusion) == {"no_answer", "pred_unparsable"}
     assert judge(catalog, tiny_model, engine=engine, traces_of="another").n_judged == 0
+    assert set(judge(catalog, tiny_model, engine=engine, ungraded=True).confusion) == {"ungraded"}
+    with pytest.raises(InputError, match="ungraded or verdicts, not both"):
+        judge(catalog, tiny_model, engine=engine, ungraded=True, verdicts=["correct"])
     with pytest.raises(InputError, match="unknown verdict 'wrong'"):
         judge(catalog, tiny_model, engine=engine, verdicts=["wrong"])
     with pytest.raises(InputError, match="no run 'r'"):

@@ -14,9 +14,9 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 EQUAL = """
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from calset.pruning import kernels, updates
-from calset.pruning.masks import Pattern, Selection, prune_mask
-from calset.pruning.stats import InputStatistics, Needs
+from calset.pruning.methods import kernels, sparsegpt as updates
+from calset.pruning.methods.masks import Pattern, Selection, prune_mask
+from calset.pruning.blockwise.statistics import InputStatistics, Needs
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(
@@ -60,7 +60,7 @@ COMPILES = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from calset.pruning import kernels
+from calset.pruning.methods import kernels
 
 names = ["columns", "upper", "mask", "errors", "width", "n_outputs",
          "columns_step", "upper_step", "mask_step", "errors_step"]

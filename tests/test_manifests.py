@@ -16,16 +16,18 @@ from factories import fill
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calset.catalog import card, release, subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import MANIFEST, read_directory
+from calset.catalog.hub import card, release
+from calset.catalog.hub.names import manifest_path
 from calset.catalog.records import Subset
-from calset.catalog.references import export
-from calset.catalog.report import report
-from calset.catalog.selection import select, tables
+from calset.catalog.references import diff, export
+from calset.catalog.report.page import report
+from calset.catalog.select import select, tables
+from calset.catalog.subsets import versions
+from calset.catalog.subsets.folder import MANIFEST, read_directory
 from calset.errors import InputError
+from calset.io.terminal import cell
 from calset.pruning.calibration import read
-from calset.terminal import cell
 
 MISSING, DEEP = "calset-test-missing", "calset-test-deep"  # stand for no key at all, and for 100,000 open brackets
 PLACE = {"repo": "me/math", "commit": "0" * 40, "tag": "math-v1", "manifest": "manifests/math.json"}
@@ -44,7 +46,7 @@ class Bench:
         made = release.make(subset, catalog, self.published)
         self.manifests = {
             self.exported / MANIFEST: json.loads((self.exported / MANIFEST).read_text()) | {"hub": PLACE},
-            self.published / release.manifest_path("math"): json.loads(json.dumps(made.manifest)),
+            self.published / manifest_path("math"): json.loads(json.dumps(made.manifest)),
         }
         self.empty = folder / "empty.duckdb"
         with Catalog(self.empty).transaction():
@@ -63,13 +65,13 @@ class Bench:
         work.mkdir()
         try:
             catalog = Catalog(shutil.copy(self.empty, work / "c.duckdb"))
-            kept = subsets.keep(catalog, subset)
-            assert subsets.load(catalog, kept.ref) == kept
+            kept = versions.keep(catalog, subset)
+            assert versions.load(catalog, kept.ref) == kept
             assert report(catalog, kept, work / "r.html").stat().st_size > 1000
             other = replace(kept, samples=kept.samples[1:])
-            shown = [*subsets.diff(catalog, kept, other).rows(), *subsets.diff(catalog, other, kept).rows()]
+            shown = [*diff(catalog, kept, other).rows(), *diff(catalog, other, kept).rows()]
             shown += [row for _, _, rows in tables(kept) for row in rows]
-            shown += [tuple(listed.items()) for listed in subsets.list_subsets(catalog)]
+            shown += [tuple(listed.items()) for listed in versions.list_subsets(catalog)]
             assert "".join(cell(value) for row in shown for value in row).encode()
             again = read_directory(export(catalog, kept, work / "out"))
             assert again == subset

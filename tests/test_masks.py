@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.errors import InputError, PruningError
-from calset.pruning.masks import Pattern, Selection, blocks, lowest_of_rows, nearest, prune_mask
+from calset.pruning.methods.masks import Pattern, Selection, blocks, lowest_of_rows, nearest, prune_mask
 
 SPARSITIES = st.floats(0.01, 0.99)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])

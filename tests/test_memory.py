@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from calset.errors import PruningError
-from calset.pruning.memory import WORTHWHILE, enough_memory, forget_above, square_of_zeros
-from calset.pruning.stats import TILE, InputStatistics, Needs, mirror
+from calset.pruning.blockwise.statistics import TILE, InputStatistics, Needs, mirror
+from calset.pruning.model.memory import WORTHWHILE, enough_memory, forget_above, square_of_zeros
 
 WIDTH = 17 * TILE - 3  # 290 MB, and the last tile is a smaller one
 

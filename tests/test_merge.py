@@ -20,13 +20,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from processes import holding, python
 
-from calset.catalog import merge as merge_module
-from calset.catalog import migrations, schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.merge import KEYS, OWN_TABLES, PARENTS, PARTS, merge
+from calset.catalog.maintenance import merge as merge_module
+from calset.catalog.maintenance.merge import KEYS, OWN_TABLES, PARENTS, PARTS, merge
 from calset.catalog.records import Decision, Grade, Judgement, Trace
-from calset.catalog.selection import select
-from calset.catalog.subsets import load
+from calset.catalog.select import select
+from calset.catalog.store import migrations, schema
+from calset.catalog.subsets.versions import load
 from calset.errors import CatalogLocked, InputError, SchemaTooNew
 
 ROOT = Path(__file__).parent.parent
@@ -347,8 +347,8 @@ def test_a_locked_other_names_its_holder(tmp_path: Path) -> None:
 
 MERGE = """
     import sys
-    from calset.catalog.merge import merge
-    said = lambda done, total, table: print(table, flush=True)
+    from calset.catalog.maintenance.merge import merge
+    said = lambda event: print(event.phase, flush=True)
     print("added", merge(sys.argv[1], sys.argv[2], progress=said).n_added, flush=True)
 """
 
@@ -373,7 +373,7 @@ def test_a_full_disk_is_one_clear_line_and_adds_nothing(tmp_path: Path) -> None:
     code = """
         import resource, signal, sys
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        from calset.catalog.merge import merge
+        from calset.catalog.maintenance.merge import merge
         room = int(sys.argv[3])
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # fails in the middle of a write, as a full disk does
         try:

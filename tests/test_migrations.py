@@ -18,13 +18,13 @@ import pytest
 from factories import keep_as_pulled, make_grade, make_problem, make_run, make_source, make_trace
 from older_catalogs import as_first_schema
 
-from calset.catalog import migrations
 from calset.catalog.catalog import Catalog
-from calset.catalog.compact import compact
-from calset.catalog.export import DATA
-from calset.catalog.merge import merge
+from calset.catalog.maintenance.compact import compact
+from calset.catalog.maintenance.merge import merge
 from calset.catalog.references import export
-from calset.catalog.selection import select
+from calset.catalog.select import select
+from calset.catalog.store import migrations
+from calset.catalog.subsets.folder import DATA
 from calset.errors import CatalogError, CatalogUpgraded
 
 ROOT = Path(__file__).parent.parent
@@ -154,23 +154,21 @@ def test_without_room_for_the_copy_nothing_is_upgraded_and_no_half_copy_stays(ol
 
 KILLED = """
     import os, sys
-    from calset.catalog import migrations
+    from dataclasses import replace
+    from calset.catalog.store import migrations
     from calset.catalog.catalog import Catalog
 
     number, moment = int(sys.argv[2]), sys.argv[3]
-    step, record = migrations._step, migrations._record
-    done = []
 
-    def killed_step(con, migration, **options):
-        if done and moment == "between":
-            os.kill(os.getpid(), 9)
-        step(con, migration, **options)
-        if migration.number == number:
+    def killed(migration):
+        def apply(con):
             if moment == "inside":
-                os.kill(os.getpid(), 9)
-            done.append(number)
+                migration.apply(con)
+            os.kill(os.getpid(), 9)
+        return replace(migration, apply=apply)
 
-    migrations._step = killed_step
+    dies = number if moment == "inside" else number + 1
+    migrations.MIGRATIONS = [killed(m) if m.number == dies else m for m in migrations.MIGRATIONS]
     Catalog(sys.argv[1]).query("FROM trace")
 """
 
@@ -218,8 +216,8 @@ USE = """
     from pathlib import Path
     from factories import make_grade, make_problem, make_run, make_trace
     from calset.catalog.catalog import Catalog
-    from calset.catalog.compact import compact
-    from calset.catalog.selection import select
+    from calset.catalog.maintenance.compact import compact
+    from calset.catalog.select import select
     from test_migrations import everything
 
     assert duckdb.__version__.startswith("1.5."), duckdb.__version__

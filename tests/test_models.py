@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from small_models import make_model, make_samples, make_subset, save_model
 
 from calset.errors import InputError, VerificationError
-from calset.pruning.decoder import find_decoder
-from calset.pruning.layout import Layout, cut
+from calset.pruning.model.decoder import find_decoder
+from calset.pruning.model.layout import Layout, cut
+from calset.pruning.model.tensorfiles import TensorFiles
 from calset.pruning.prune import plan_pruning, prune
-from calset.pruning.tensorfiles import TensorFiles
 from calset.pruning.verify import verify
 
 FAST = ("Qwen2", "Phi3", "GPT2", "Mixtral", "GptOss", "Qwen3Next")
@@ -51,20 +51,16 @@ def models(tmp_path_factory):
     return get
 
 
-def of_each_kind():
-    return [*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
-
-
 def of_each_method():
-    """Wanda on every kind; the others where experts are fused, stored apart, or there are none."""
-    for kind in of_each_kind():
-        name, marks = (kind, ()) if isinstance(kind, str) else (kind.values[0], kind.marks)
-        yield pytest.param(name, "wanda", marks=marks)
-        yield pytest.param(name, "sparsegpt", marks=pytest.mark.slow)
+    """SparseGPT on every kind, and every method where experts are fused, stored apart, or there are none."""
+    slow, nightly = [pytest.mark.slow], [pytest.mark.nightly]
+    for kind in (*FAST, *SLOW):
+        yield pytest.param(kind, "wanda", marks=[] if kind in FAST else nightly)
+        yield pytest.param(kind, "sparsegpt", marks=slow)
     for kind in ("Mixtral", "GptOss", "Qwen2"):
-        yield pytest.param(kind, "ria", marks=() if kind == "Mixtral" else pytest.mark.slow)
-        yield pytest.param(kind, "admm", marks=pytest.mark.slow)
-        yield pytest.param(kind, "alps", marks=() if kind == "Qwen2" else pytest.mark.slow)
+        yield pytest.param(kind, "ria", marks=[] if kind == "Mixtral" else slow)
+        yield pytest.param(kind, "admm", marks=slow)
+        yield pytest.param(kind, "alps", marks=[] if kind == "Qwen2" else slow)
 
 
 @pytest.mark.parametrize(("kind", "method"), of_each_method())
@@ -119,7 +115,7 @@ def assert_errs_as_little(dense, ours, theirs, inputs) -> None:
 def test_a_checkpoint_loads_block_by_block_as_transformers_loads_it_whole(models, kind):
     folder = models(kind)
     whole = load(folder)
-    from calset.pruning.checkpoint import open_source
+    from calset.pruning.model.checkpoint import open_source
 
     shell = open_source(folder).skeleton()
     assert all(p.device.type == "meta" for p in shell.parameters())
@@ -319,7 +315,7 @@ def test_weights_that_are_not_understood_are_refused_by_name_and_left_alone_when
 
 
 def test_a_model_with_weights_that_are_not_understood_is_pruned_in_part_when_allowed(tmp_path, models, monkeypatch):
-    import calset.pruning.decoder as decoder
+    import calset.pruning.model.decoder as decoder
 
     # As a later transformers would: a linear that calset does not know.
     own = decoder.is_linear

@@ -13,9 +13,8 @@ from factories import fill, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calset import InputError, demo
-from calset.builder.model_info import ModelInfo, inspect
-from calset.builder.planning import (
+from calset import InputError, bundled
+from calset.builder.cost import (
     ASSUMED,
     RATES,
     LengthHistory,
@@ -26,13 +25,14 @@ from calset.builder.planning import (
     nearest,
     parameters,
 )
+from calset.builder.model.info import ModelInfo, inspect
 
 NO_GPU = {"cpu": "a cpu", "cpus": 2, "gpus": []}
 
 
 @pytest.fixture(scope="module")
 def info() -> ModelInfo:
-    return inspect(demo.MODEL)
+    return inspect(bundled.MODEL)
 
 
 def plan(info: ModelInfo, **changes: Any) -> PlanReport:
@@ -118,9 +118,9 @@ def test_history_is_of_the_generation_key_or_else_of_the_model(tmp_path: Path) -
 def test_parameters_are_counted_from_headers_and_from_the_config(info: ModelInfo, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    real = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(demo.MODEL).parameters())
+    real = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(bundled.MODEL).parameters())
     assert parameters(info) == Parameters(real, real, 16, "safetensors headers")
-    shutil.copytree(demo.MODEL, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(bundled.MODEL, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
     hub = replace(info, folder=tmp_path / "m", location=str(tmp_path / "m"))
     assert parameters(hub) == Parameters(real, real, 16, "config")
 

@@ -20,8 +20,9 @@ from conftest import fewer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calset.builder.problems import load_problems, open_gym, open_problems
+from calset.builder.problems import load_problems, open_problems
 from calset.errors import InputError
+from calset.io.reasoning_gym import open_gym
 
 ROWS = [{"question": "1+1?", "answer": "2", "level": 3}, {"question": "2+2?", "answer": 4, "level": None}]
 

@@ -8,19 +8,27 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
+from factories import fill
 from safetensors.torch import load_file, save_file
 from small_models import make_model, make_samples, make_subset, save_model
 
-from calset.builder.model_info import folder_revision
+from calset.catalog.subsets import versions
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
-from calset.pruning import checkpoint, phases, workfolder
-from calset.pruning.layout import Layout
-from calset.pruning.methods import METHODS
+from calset.io.models import folder_revision
+from calset.io.progress import Progress
+from calset.pruning import record
+from calset.pruning.blockwise import workfolder
+from calset.pruning.blockwise.phases import Phase
+from calset.pruning.methods.registry import METHODS, REFINED
+from calset.pruning.model import checkpoint
+from calset.pruning.model.layout import Layout
+from calset.pruning.model.tensorfiles import INDEX
 from calset.pruning.prune import prune
-from calset.pruning.tensorfiles import INDEX
 from calset.pruning.verify import verify
 
 SUBSET = make_subset(make_samples([20 + 13 * (i % 9) for i in range(20)]))
@@ -44,6 +52,29 @@ def pruned(tmp_path_factory, llama) -> Path:
 @pytest.fixture
 def copy_of_pruned(tmp_path, pruned) -> Path:
     return shutil.copytree(pruned, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("method", ["wanda", "depth"])
+def test_a_pruning_is_recorded_in_the_catalog_that_names_its_subset(tmp_path, llama, monkeypatch, method):
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 5)]])
+    versions.keep(catalog, make_subset())
+    report = prune(llama, make_subset().name, tmp_path / "named", method=method, sparsity=0.5, catalog=catalog)
+    monkeypatch.setenv("CALSET_CATALOG", str(catalog.path))
+    prune(llama, make_subset(), tmp_path / "default", method=method, sparsity=0.5)
+    kept = catalog.prunings()
+    assert [record["out"] for record in kept] == [str(tmp_path / "named"), str(tmp_path / "default")]
+    assert kept[0]["calibration"]["content_hash"] == make_subset().content_hash
+    written = json.loads((tmp_path / "named" / "pruning.json").read_text())
+    assert {key: kept[0][key] for key in written} == written
+    assert report.calibration["subset"] == make_subset().ref
+
+
+def test_a_catalog_that_is_not_there_is_not_made_by_a_pruning(tmp_path, llama):
+    path = tmp_path / "none.duckdb"
+    prune(llama, make_subset(), tmp_path / "out", method="magnitude", sparsity=0.5, catalog=path)
+    with pytest.raises(InputError, match="there is no catalog"):
+        prune(llama, "name", tmp_path / "other", method="magnitude", sparsity=0.5, catalog=path)
+    assert not path.exists()
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------
@@ -150,11 +181,12 @@ def test_a_dense_models_card_keeps_its_front_matter_first(tmp_path, llama):
 def test_progress_counts_blocks(tmp_path, llama):
     events = []
     prune(llama, make_subset(), tmp_path / "out", method="wanda", sparsity=0.5, progress=events.append)
-    assert [(e["phase"], e["done"]) for e in events] == [
+    assert [(e.phase, e.done) for e in events] == [
         ("loading", 0),
         ("pruning", 0),
         ("pruning", 1),
         ("saving", 2),
+        ("done", 2),
     ]
 
 
@@ -312,7 +344,7 @@ def test_an_empty_output_folder_is_used(tmp_path, llama):
 
 def test_too_little_disk_is_said_before_weights_load(tmp_path, llama, monkeypatch):
     monkeypatch.setattr(Layout, "load", lambda *a: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: SimpleNamespace(free=10**6))
     with pytest.raises(CalsetError, match="make room"):
         prune(llama, make_subset(), tmp_path / "out", sparsity=0.5)
 
@@ -364,9 +396,9 @@ def test_too_little_memory_says_what_to_lower(tmp_path, llama, monkeypatch, wher
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 80 GiB")
 
     if where == "load":
-        monkeypatch.setattr("calset.pruning.tensorfiles.TensorFiles.slice", exhaust)
+        monkeypatch.setattr("calset.pruning.model.tensorfiles.TensorFiles.slice", exhaust)
     else:
-        monkeypatch.setattr("calset.pruning.walk.Walk.statistics", exhaust)
+        monkeypatch.setattr("calset.pruning.blockwise.walk.Walk.statistics", exhaust)
     with pytest.raises(PruningError, match=r"--batch-tokens \(it was 99\).*--max-length.*--device cpu") as caught:
         prune(llama, make_subset(), tmp_path / "out", sparsity=0.5, batch_tokens=99)
     assert "\n" not in str(caught.value)
@@ -418,7 +450,7 @@ def test_a_config_that_names_another_dtype_does_not_retype_the_weights(tmp_path,
         assert torch.equal(sparse[sparse != 0], dense[sparse != 0])
 
 
-@pytest.mark.parametrize("method", [*METHODS, "sparsegpt+dsnot"])
+@pytest.mark.parametrize("method", [*METHODS, *REFINED])
 def test_a_float64_checkpoint_is_pruned_and_stays_one(tmp_path, method):
     folder = save_model(tmp_path / "dense", dtype=torch.float64)
     report = prune(folder, make_subset(), tmp_path / "out", method=method, sparsity=0.5)
@@ -487,7 +519,7 @@ def test_verify_tells_how_far_it_is(pruned):
     events = []
     report = verify(pruned, progress=events.append)
     n_tensors = report.n_matrices + report.n_other_tensors
-    assert [(e["phase"], e["done"], e["total"]) for e in events] == [
+    assert [(e.phase, e.done, e.total) for e in events] == [
         *(("matrices", i, 14) for i in range(15)),
         *(("logits", i, 2) for i in range(3)),
         *(("untouched tensors", i, n_tensors) for i in range(n_tensors + 1)),
@@ -498,12 +530,12 @@ def test_verify_tells_how_far_it_is(pruned):
 @pytest.mark.parametrize("total", [1, 7, 99, 100, 101, 12_345])
 def test_a_phase_is_told_from_its_start_to_its_end_at_most_a_hundred_times(total):
     told = []
-    step = phases.steps(told.append, "tensors")
+    phase = Phase("tensors", told.append)
     for done in range(total + 1):
-        step(done, total)
+        phase.step(done, total)
     assert len(told) == min(total, 100) + 1
-    assert told[0] == {"done": 0, "total": total, "phase": "tensors"}
-    assert told[-1] == {"done": total, "total": total, "phase": "tensors"}
+    assert told[0] == Progress("tensors", 0, total)
+    assert told[-1] == Progress("tensors", total, total)
 
 
 def test_verify_catches_a_weight_that_came_back(copy_of_pruned):
@@ -621,11 +653,40 @@ def test_a_record_of_wrong_types_is_bad_input_in_a_line(copy_of_pruned, change):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", b"\xff", '{"schema_version": 1, "calibration": null, "matrices": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", b"\xff", '{"schema_version": 1, "calibration": null, "matrices": []}', '{"a": ' + "[" * 100_000,
+        '{"schema_version": 2, "matrices": [{"name": "a", "shape": [1, 1], "n_zeros": 1, "n_pruned": 1e999}]}',
+    ],
+)  # fmt: skip
 def test_read_record_refuses_what_it_cannot_read(tmp_path, text):
     (tmp_path / "pruning.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=r"pruning\.json is corrupt"):
-        checkpoint.read_record(tmp_path)
+    with pytest.raises(InputError, match=r"pruning\.json is corrupt") as caught:
+        record.read_record(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_that_is_too_long_or_no_file_is_not_read(tmp_path):
+    with (tmp_path / "pruning.json").open("wb") as file:
+        file.truncate(record.MAX_BYTES + 1)
+    with pytest.raises(InputError, match="too long for a pruning's record"):
+        record.read_record(tmp_path)
+    (tmp_path / "pruning.json").unlink()
+    os.mkfifo(tmp_path / "pruning.json")
+    with pytest.raises(InputError, match=r"has no pruning\.json"):
+        record.read_record(tmp_path)
+
+
+def test_a_record_says_no_more_and_no_less_than_before_it_was_typed(pruned):
+    """The names of the fields on the disk are those of the reports."""
+    text = json.loads((pruned / "pruning.json").read_text())
+    known = record.read_record(pruned)
+    read = json.loads(msgspec.json.encode(known))
+    assert read.keys() <= text.keys()
+    assert [{key: entry[key] for key in read["matrices"][0]} for entry in text["matrices"]] == read["matrices"]
+    for key in ("base", "calibration"):
+        assert read[key] == {name: text[key][name] for name in read[key]}
 
 
 @pytest.mark.parametrize(

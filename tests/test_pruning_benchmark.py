@@ -12,8 +12,13 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "pruning.py"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [("--sparsity", "0.5"), ("--pattern", "2:4")])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(("--sparsity", "0.5"), marks=pytest.mark.slow),
+        pytest.param(("--pattern", "2:4"), marks=pytest.mark.nightly),
+    ],
+)
 def test_calset_and_the_textbook_do_the_same_work(tmp_path, how):
     results = tmp_path / "results.jsonl"
     command = [sys.executable, SCRIPT, "--model", "tiny", "--dtype", "float32", "--pruners", "calset", "textbook", *how]

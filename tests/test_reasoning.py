@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calset.builder.reasoning import ReasoningFormat, detect, split
+from calset.builder.model.reasoning import ReasoningFormat, detect, split
 
 # Toy ids: 1 opens, 2 closes, 9 is a special end token; others are letters.
 SINGLE = ReasoningFormat("think", "<think>", "</think>", open_id=1, close_id=2)
@@ -77,7 +77,7 @@ def test_marks_of_several_tokens_are_found_in_the_text(text, width):
 
 
 def test_the_bundled_model_opens_its_own_thinking(tiny_model: Path):
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
 
     form = inspect(tiny_model).reasoning
     assert (form.name, form.opened_by_template) == ("think", False)
@@ -86,7 +86,7 @@ def test_the_bundled_model_opens_its_own_thinking(tiny_model: Path):
 
 
 def test_a_template_that_opens_thinking_is_seen_and_a_question_that_says_think_is_not(tiny_model: Path):
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
 
     tokenizer = inspect(tiny_model).tokenizer
     plain = tokenizer.chat_template
@@ -105,7 +105,7 @@ def test_a_tokenizer_and_template_without_marks_have_no_reasoning():
 
 
 def test_the_real_tokenizer_round_trips_a_thought(tiny_model: Path):
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
 
     info = inspect(tiny_model)
     ids = info.tokenizer(

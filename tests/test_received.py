@@ -13,11 +13,11 @@ from factories import fill, keep_as_pulled, make_grade, make_problem, make_run, 
 from older_catalogs import as_first_schema
 
 import calset
-from calset.catalog import schema
 from calset.catalog.catalog import Catalog
-from calset.catalog.doctor import examine
-from calset.catalog.selection import select
-from calset.catalog.subsets import load
+from calset.catalog.maintenance.checks import examine
+from calset.catalog.select import select
+from calset.catalog.store import schema
+from calset.catalog.subsets.versions import load
 from calset.cli import main
 from calset.errors import CatalogError, InputError
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from factories import fill
+from warm import calset
 
 from calset.catalog.catalog import Catalog
 from calset.catalog.references import export
-from calset.catalog.selection import select
-
-CALSET = [sys.executable, "-m", "calset.cli"]
+from calset.catalog.select import select
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(folder: Path, *arguments: str) -> str:
     """The one line of a refusal."""
-    env = {k: v for k, v in os.environ.items() if k != "CALSET_CATALOG"}
     before = sorted(folder.iterdir())
-    done = subprocess.run([*CALSET, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    done = calset(*arguments, cwd=folder)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = done.stderr.splitlines()
     assert sorted(folder.iterdir()) == before

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from factories import fill, make_grade, make_problem, make_run, make_source, make_trace
 
-from calset.builder.regrade import grade
-from calset.catalog import worklist
+from calset.builder.grade import grade
 from calset.catalog.catalog import Catalog
+from calset.catalog.query import worklist
 from calset.errors import InputError
 
 

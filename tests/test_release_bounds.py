@@ -21,14 +21,15 @@ from hypothesis import strategies as st
 from local_hub import TOKEN, LocalHub
 from test_hub import pull
 
-from calset.catalog import manifest, release
-from calset.catalog.export import DATA, MANIFEST, read_directory
+from calset.catalog.hub import release
 from calset.catalog.references import export
-from calset.catalog.samplefiles import read_rows as read_texts
-from calset.catalog.selection import select
-from calset.datafiles import read_document, read_rows
+from calset.catalog.select import select
+from calset.catalog.subsets import manifest
+from calset.catalog.subsets.folder import DATA, MANIFEST, read_directory
+from calset.catalog.subsets.samplefiles import read_rows as read_texts
 from calset.errors import InputError, TextsMissing
-from calset.parquetfiles import Bounds, read_batches
+from calset.io.parquet import Bounds, read_batches
+from calset.io.rows import read_document, read_rows
 
 MANY = 6_000_000  # values: 24 MB as token ids, and 50 as lists, where calset's own counts say some hundred
 LONG = "x" * 100_000
@@ -374,7 +375,7 @@ def test_a_data_file_of_another_size_than_was_published_is_not_downloaded(
 
 
 def _card_of(repo: str) -> str:
-    from calset.hubfiles import open_dataset
+    from calset.io.hub import open_dataset
 
     return str(open_dataset(repo, types=(".jsonl",)).licence)
 
@@ -386,7 +387,7 @@ def _publish(folder: Path, repo: str) -> None:
 
 
 def test_a_card_too_long_to_be_parsed_is_not_downloaded(hub: LocalHub, client: Any, source: Path) -> None:
-    from calset.hubfiles import CARD_BYTES
+    from calset.io.hub import CARD_BYTES
 
     text = b"---\nlicense: mit\n---\n" + b" " * CARD_BYTES
     hub.create("me/long-card", private=True)
@@ -409,13 +410,13 @@ def packed(path: Path, text: bytes, times: int) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.json.zst", "a.csv.zst"])
 def test_a_line_without_an_end_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calset.datafiles.MAX_ITEM_CHARS", 1 << 20)
+    monkeypatch.setattr("calset.io.rows.MAX_ITEM_CHARS", 1 << 20)
     path = packed(tmp_path / name, b"7" * (1 << 20), 100)
     assert "a.js" in (said := refusal(lambda: list(read_rows(path)))) or "a.csv" in said
     assert "longer than" in said
 
 
 def test_a_packed_text_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calset.datafiles.MAX_ITEM_CHARS", 1 << 20)
+    monkeypatch.setattr("calset.io.rows.MAX_ITEM_CHARS", 1 << 20)
     path = packed(tmp_path / "a.txt.zst", b"word " * 200_000, 100)
     assert "unpacks to more than" in refusal(lambda: read_document(path))

@@ -15,10 +15,10 @@ import pytest
 from factories import fill, make_grade, make_problem, make_run, make_source, make_trace
 
 import calset
-from calset.catalog import picture
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Subset
-from calset.catalog.selection import select
+from calset.catalog.report import chart
+from calset.catalog.select import select
 from calset.errors import InputError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -115,7 +115,7 @@ def test_the_picture_holds_the_pool_and_the_selection(catalog: Catalog, subset: 
     drawn = sum(int(n.replace(",", "")) for n in re.findall(r"<title>([\d,]+) traces</title>", page.read_text()))
     assert drawn == catalog.query("SELECT count(*) FROM trace WHERE difficulty IS NOT NULL").rows[0][0]
     for tag, attributes in tags:
-        for name, most in (("cx", picture.WIDTH), ("cy", picture.HEIGHT), ("x1", picture.WIDTH)):
+        for name, most in (("cx", chart.WIDTH), ("cy", chart.HEIGHT), ("x1", chart.WIDTH)):
             assert tag not in ("circle", "line") or name not in attributes or 0 < float(attributes[name] or 0) < most
 
 

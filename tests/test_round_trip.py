@@ -7,30 +7,28 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import warm
 from conftest import HAS_VLLM
 from local_hub import TOKEN, LocalHub
 
-from calset import demo
+from calset import bundled
 from calset.catalog.catalog import Catalog
-from calset.catalog.subsets import load
+from calset.catalog.subsets.versions import load
 
-ROOT = Path(__file__).parent.parent
 REPO = "me/round-trip"
 
 # An engine that writes down what it was asked and what it answered, before calset sees it.
 BUILD = """
 import json, sys
 import calset
-from calset import demo
+from calset import bundled
 from calset.builder.engines import open_engine
-from calset.builder.model_info import inspect
+from calset.builder.model.info import inspect
 
 class Witness:
     def __init__(self, engine, path):
@@ -50,8 +48,8 @@ class Witness:
 
 if __name__ == "__main__":
     name, catalog, served = sys.argv[1:]
-    engine = open_engine(name, inspect(demo.MODEL), max_model_len=1024, concurrency=16)
-    calset.build(str(demo.MODEL), "demo", samples=2, limit=6, max_tokens=200, engine=Witness(engine, served),
+    engine = open_engine(name, inspect(bundled.MODEL), max_model_len=1024, concurrency=16)
+    calset.build(str(bundled.MODEL), "demo", samples=2, limit=6, max_tokens=200, engine=Witness(engine, served),
                  catalog=catalog, seed=5)
     engine.close()
 """
@@ -68,14 +66,12 @@ print(json.dumps([by_datasets, by_polars, messages]))
 """
 
 
-def run(hub: LocalHub, home: Path, *command: str | Path, token: str | None = TOKEN) -> str:
+def run(hub: LocalHub, home: Path, *command: str | Path) -> str:
     """A command in a process of its own that finds this Hub, with its cache at ``home``; returns what it printed."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "CALSET_"))}
-    env |= hub.settings(home, token=token) | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(home / "datasets")}
+    env |= hub.settings(home, token=TOKEN) | {"HF_DATASETS_CACHE": str(home / "datasets")}
     home.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=home, env=env, capture_output=True, text=True, check=False
-    )
+    done = warm.warm().run(*command, cwd=home, env=env)
     assert TOKEN not in done.stdout + done.stderr
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -83,11 +79,10 @@ def run(hub: LocalHub, home: Path, *command: str | Path, token: str | None = TOK
 
 def calset(hub: LocalHub, home: Path, *arguments: str | Path) -> Any:
     """A command of calset with --json, as JSON."""
-    return json.loads(run(hub, home, "-m", "calset.cli", *arguments, "--json"))
+    return json.loads(run(hub, home, "calset", *arguments, "--json"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # nine processes, most of which import torch
 @pytest.mark.parametrize(
     "engine",
     [
@@ -101,9 +96,8 @@ def test_token_ids_are_the_same_from_the_engine_to_the_pruning(engine: str, tmp_
     with LocalHub() as hub:
         builder, elsewhere, third = tmp_path / "builder", tmp_path / "elsewhere", tmp_path / "third"
         builder.mkdir()
-        (builder / "build.py").write_text(BUILD)
         catalog, served = builder / "c.duckdb", builder / "served.jsonl"
-        run(hub, builder, builder / "build.py", engine, catalog, served)
+        run(hub, builder, "python", "-c", BUILD, engine, catalog, served)
         selected = calset(hub, builder, "select", "all", "--recipe", "random", "--catalog", catalog)
         report = calset(hub, builder, "publish", "all@1", REPO, "--catalog", catalog)
         assert report["new"]
@@ -139,7 +133,7 @@ def test_token_ids_are_the_same_from_the_engine_to_the_pruning(engine: str, tmp_
         weights, records = {}, {}
         for way, (home, reference, *rest) in ways.items():
             folder = tmp_path / f"pruned-{way}"
-            calset(hub, home, "prune", demo.MODEL, "--calibration", reference, *rest, *options, "-o", folder)
+            calset(hub, home, "prune", bundled.MODEL, "--calibration", reference, *rest, *options, "-o", folder)
             weights[way] = (folder / "model.safetensors").read_bytes()
             records[way] = json.loads((folder / "pruning.json").read_text())
             if way == "hub":
@@ -165,5 +159,5 @@ def test_token_ids_are_the_same_from_the_engine_to_the_pruning(engine: str, tmp_
         # And other tools read it: the snippet that the card shows.
         snippet = re.search(r"```python\n(from datasets.*?)```", tree["README.md"].decode(), re.S)
         assert snippet is not None
-        read = json.loads(run(hub, third, "-c", READ, snippet[1], out))
+        read = json.loads(run(hub, third, "python", "-c", READ, snippet[1], out))
         assert read == [token_ids, token_ids, ["assistant"] * len(token_ids)]

@@ -11,7 +11,8 @@ from small_models import make_subset, save_model
 
 import calset
 from calset.builder.engines import Engine, Request, Sampling, open_engine
-from calset.builder.model_info import inspect
+from calset.builder.model.info import inspect
+from calset.errors import EngineError
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
@@ -46,24 +47,26 @@ def test_vllm_serves_a_model_of_fewer_blocks(tmp_path: Path, tiny_model: Path) -
         engine.close()
 
 
-def test_vllm_serves_a_mixture_of_fewer_experts_and_one_with_zeros_in_its_experts(tmp_path: Path) -> None:
-    """What is left of 8 experts has the shapes of the other one, whose weights take their place: it spares a start."""
+def test_vllm_serves_a_mixture_of_fewer_experts_with_zeros_and_takes_no_other_in_its_place(tmp_path: Path) -> None:
+    """On a CPU, vLLM 0.32 answers with garbage after a swap of experts."""
     pytest.importorskip("vllm")
     # Shapes that vLLM's kernels on a CPU take.
     shape = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 32, "max_position_embeddings": 512}
     dense = save_model(tmp_path / "dense", "Qwen3Moe", num_experts=8, **shape)
     calset.prune(dense, SUBSET, tmp_path / "fewer", method="reap", sparsity=0.5)
-    dense = save_model(tmp_path / "other", "Qwen3Moe", num_experts=4, seed=1, **shape)
-    calset.prune(dense, SUBSET, tmp_path / "zeros", method="wanda", pattern="2:4")
-    engine = open_engine("vllm", inspect(tmp_path / "fewer"), max_model_len=512, concurrency=8)
+    calset.prune(tmp_path / "fewer", SUBSET, tmp_path / "out", method="wanda", pattern="2:4")
+    engine = open_engine("vllm", inspect(tmp_path / "out"), max_model_len=512, concurrency=8)
     try:
-        assert_served_as_by_transformers(engine, tmp_path / "fewer")
+        assert_served_as_by_transformers(engine, tmp_path / "out")
         report = calset.evaluate(
-            tmp_path / "zeros", "demo", engine=engine, max_tokens=16, limit=2, temperature=0.0,
+            tmp_path / "out", "demo", engine=engine, max_tokens=16, limit=2, temperature=0.0,
             catalog=tmp_path / "calset.duckdb",
         )  # fmt: skip
-        assert (report.n_traces, engine.loaded) == (2, inspect(tmp_path / "zeros").revision)
+        assert report.n_traces == 2
         assert report.mean_tokens > 0
-        assert_served_as_by_transformers(engine, tmp_path / "zeros")
+        if engine.shares_cores:
+            with pytest.raises(EngineError, match="cannot swap the weights of a mixture of experts; start a new eng"):
+                engine.load_weights(tmp_path / "fewer", inspect(tmp_path / "fewer").revision)
+            assert engine.loaded == inspect(tmp_path / "out").revision
     finally:
         engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import itertools
@@ -18,7 +19,6 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,11 @@ from server_double import (
     status,
 )
 
-from calset import cli
-from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, wire
-from calset.builder.engines.server import Patience
-from calset.builder.generate import build
-from calset.builder.model_info import ModelInfo, inspect
+from calset.builder.build import build
+from calset.builder.engines import Completion, Engine, Request, Sampling, check_options, open_engine, openai_api
+from calset.builder.engines.base import wait_on
+from calset.builder.engines.replica import Patience
+from calset.builder.model.info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
 from calset.errors import EngineError, EngineWarning, InputError
 
@@ -365,12 +365,19 @@ def test_what_the_source_raises_comes_through(doubles, opened):
 
 
 def test_a_retry_after_is_waited_for_and_the_request_answered(doubles, opened):
-    double = doubles(faults=[status(429, 1, {"Retry-After": "1"})])
-    began = time.monotonic()
+    over = threading.Event()
+
+    def busy(handler: Any, body: dict[str, Any]) -> bool:
+        if not double.asked.total() > 1:
+            threading.Timer(1, over.set).start()
+        if not over.is_set():
+            handler.reply(429, {"error": {"message": "busy"}}, {"Retry-After": "1"})
+        return not over.is_set()
+
+    double = doubles(faults=[busy])
     engine = opened(double)
     requests = requests_for(1)
     check_served(run(engine, requests), requests)
-    assert time.monotonic() - began >= 1.0
     assert double.asked[1] == 2
     assert not engine.warnings  # 429 is no failure
 
@@ -480,12 +487,13 @@ def test_the_only_server_may_be_restarted(doubles, opened):
 def test_a_stream_that_waits_for_a_restart_can_be_cancelled(doubles, opened):
     double = doubles(seconds=0.05)
     engine = opened(double, concurrency=4, failures=2, restart_timeout=600)
-    began = time.monotonic()
-    for n, _ in enumerate(engine.stream(requests_for(60), SAMPLING)):
-        if n == 5:
+    found = []
+    for completion in engine.stream(requests_for(60), SAMPLING):
+        found.append(completion)
+        if len(found) == 6:
             double.die()
-            threading.Timer(2.0, engine.cancel).start()
-    assert time.monotonic() - began < 30
+            threading.Timer(1.0, engine.cancel).start()
+    assert len(found) < 60
 
 
 @pytest.mark.parametrize("reason", ["abort", None])
@@ -509,18 +517,17 @@ def test_a_hung_server_is_found_by_its_health_and_its_requests_move_on(doubles, 
 
     def hang(handler: Any, body: dict[str, Any]) -> bool:
         handler.server_double.health = 503
-        release.wait(30)
+        release.wait()
         return False
 
     a, b = doubles(faults=[hang], probes_ok=True), doubles(seconds=0.01)
     engine = opened(a, b, concurrency=4, failures=2)
     requests = requests_for(40)
-    began = time.monotonic()
-    found = run(engine, requests)
-    assert time.monotonic() - began < 15
-    check_served(found, requests)
-    assert any(f"{a.url} was dropped (HTTP 503)" in warning for warning in engine.warnings)
-    release.set()
+    try:
+        check_served(run(engine, requests), requests)
+        assert any(f"{a.url} was dropped (HTTP 503)" in warning for warning in engine.warnings)
+    finally:
+        release.set()
 
 
 def test_when_no_server_is_left_the_error_names_them_and_says_how_to_go_on(doubles, opened):
@@ -701,10 +708,7 @@ def test_cancel_ends_the_stream_hangs_up_and_the_next_one_works(doubles, opened)
     stream = engine.stream(requests_for(2000), SAMPLING)
     next(stream)  # a stream that has not begun cannot be cancelled
     threading.Timer(0.2, engine.cancel).start()
-    began = time.monotonic()
-    found = list(stream)
-    assert time.monotonic() - began < 5
-    assert len(found) < 100
+    assert len(list(stream)) < 100
     requests = requests_for(20, first=5000)
     check_served(run(engine, requests), requests)
     assert double.most <= 16  # what was cancelled may still be asleep in the double
@@ -737,14 +741,19 @@ def test_close_from_another_thread_ends_the_stream_and_the_engine(doubles, opene
         next(engine.stream(requests_for(1), SAMPLING))
 
 
-def test_a_stream_that_begins_while_another_thread_closes_the_engine_is_an_error_and_no_hang(doubles, opened):
-    engine = opened(doubles())
-    engine._loop.call_soon_threadsafe(engine._loop.stop)  # as close() does last; the loop is not closed yet
-    engine._thread.join()
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_a_loop_is_given_after_it_has_stopped_is_an_error_and_no_hang(closed):
+    """A stream that begins while another thread closes the engine finds its loop so."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    if closed:
+        loop.close()
     with pytest.raises(EngineError, match="closed"):
-        next(engine.stream(requests_for(1), SAMPLING))
-    engine._loop.run_until_complete(engine._finish())
-    engine._loop.close()
+        wait_on(asyncio.sleep(0), loop, thread)
+    loop.close()
 
 
 def test_other_weights_need_another_server(doubles, opened, altered_model):
@@ -782,7 +791,7 @@ def test_the_key_comes_from_the_environment_and_is_in_no_error_or_log(doubles, o
     ],
 )
 def test_addresses_are_taken_with_and_without_v1(text, urls):
-    assert wire.parse_urls(text) == urls
+    assert openai_api.parse_urls(text) == urls
 
 
 @pytest.mark.parametrize(
@@ -816,24 +825,6 @@ def test_the_time_for_an_answer_fits_its_tokens(max_tokens, slowest):
     patience = Patience(slowest_tokens_per_second=slowest)
     assert patience.read_seconds(max_tokens) > max_tokens / slowest
     assert Patience(read_timeout=5.0).read_seconds(max_tokens) == 5.0
-
-
-@given(st.text())
-def test_no_retry_after_header_breaks_anything(text):
-    seconds = wire.retry_after_seconds(text, time.time())
-    assert seconds is None or seconds >= 0
-
-
-def test_a_retry_after_of_no_clock_is_none():
-    assert wire.retry_after_seconds("Mon, 01 Jan 2001 00:00:00 +" + "9" * 30, 0.0) is None
-
-
-def test_a_retry_after_may_be_a_date():
-    from datetime import UTC, datetime, timedelta
-
-    now = datetime(2030, 1, 1, tzinfo=UTC)
-    header = format_datetime(now + timedelta(seconds=90), usegmt=True)
-    assert wire.retry_after_seconds(header, now.timestamp()) == 90.0
 
 
 # --- a build ----------------------------------------------------------------------------------------------------
@@ -929,8 +920,6 @@ def test_what_went_wrong_with_servers_is_said_before_the_error_that_ends_a_build
         run_build()
     said = " ".join(str(one.message) for one in warned)
     assert any(double.url in said for double in (a, b))
-    cli._warn(warned[0].message, EngineWarning, "generate.py", 1)
-    assert capsys.readouterr().err.startswith("Warning: ")  # and not with a file and a line of code
 
 
 # --- a real vLLM server -----------------------------------------------------------------------------------------
@@ -1008,7 +997,7 @@ def test_a_real_servers_greedy_ids_are_those_of_vllm_in_process(real_server, vll
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_real_server_follows_the_seed_and_the_sampling_not_its_own_defaults(real_server, info):
+def test_a_real_vllm_server_follows_the_seed_and_the_sampling_not_its_own_defaults(real_server, info):
     server = open_engine(f"http://127.0.0.1:{real_server.port}", info, max_model_len=1024)
     prompt = info.prompt_ids("12 + 34 =")
     try:
@@ -1025,7 +1014,7 @@ def test_a_real_server_follows_the_seed_and_the_sampling_not_its_own_defaults(re
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_real_server_holds_a_completion_to_a_schema(real_server, info):
+def test_a_real_vllm_server_holds_a_completion_to_a_schema(real_server, info):
     schema = {"type": "object", "properties": {"verdict": {"enum": ["yes", "no"]}}, "required": ["verdict"]}
     server = open_engine(f"http://127.0.0.1:{real_server.port}", info, max_model_len=1024)
     try:
@@ -1038,14 +1027,14 @@ def test_a_real_server_holds_a_completion_to_a_schema(real_server, info):
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_build_through_a_real_server_under_two_names_stores_what_was_served_and_survives_its_death(
+def test_a_build_through_a_real_vllm_server_under_two_names_stores_what_was_served_and_survives_its_death(
     real_server, tiny_model, tmp_path, monkeypatch
 ):
     import vllm
 
     served: dict[str, tuple[list[int], list[int]]] = {}
     answered = itertools.count(1)
-    read = wire.read_completion
+    read = openai_api.read_completion
 
     def recording(payload: Any, request: Request, *rest: Any) -> Any:
         choice = payload["choices"][0]
@@ -1054,7 +1043,7 @@ def test_a_build_through_a_real_server_under_two_names_stores_what_was_served_an
             real_server.kill()
         return read(payload, request, *rest)
 
-    monkeypatch.setattr(wire, "read_completion", recording)
+    monkeypatch.setattr(openai_api, "read_completion", recording)
     catalog = tmp_path / "c.duckdb"
     urls = f"http://127.0.0.1:{real_server.port},http://localhost:{real_server.port}"
     saved = [0]

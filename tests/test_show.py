@@ -6,21 +6,19 @@ import json
 import os
 import pty
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import warm
 from factories import START, make_grade, make_problem, make_run, make_source, make_trace
 
-from calset.catalog import show
 from calset.catalog.catalog import Catalog
+from calset.catalog.query import show
+from calset.catalog.query.stats import DIFFICULTY_BANDS, difficulty_band, length_bands, stats
 from calset.catalog.records import Judgement, Trace
-from calset.catalog.stats import DIFFICULTY_BANDS, difficulty_band, length_bands, stats
 
-CALSET = [sys.executable, "-m", "calset.cli"]
 STEPS = [f"step {n}: {'so on ' * 12}" for n in range(60)]
 THINKING = "<think>\n" + "\n".join(STEPS) + "\n</think>\n\n"
 
@@ -55,7 +53,7 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, traces: list[Trace]) -> Ca
 
 
 def calset(*arguments: str | Path, cwd: Path) -> str:
-    done = subprocess.run([*CALSET, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False)
+    done = warm.calset(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -147,7 +145,8 @@ def test_a_terminal_gets_shades_and_a_pipe_a_plain_table(catalog: Catalog, term:
     assert "\x1b" not in plain
     main, other = pty.openpty()
     env = {**os.environ, "TERM": term, "COLUMNS": "100", "COLORTERM": "truecolor"}
-    process = subprocess.Popen([*CALSET, "stats", "--catalog", catalog.path], env=env, stdout=other, stderr=other)
+    command = ("calset", "stats", "--catalog", catalog.path)
+    process = warm.warm().start(*command, cwd=catalog.path.parent, env=env, streams=[other, other, other])
     os.close(other)
     out = b""
     while part := _read(main):

@@ -13,8 +13,9 @@ from conftest import fewer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calset.builder.stopping import Prior, StoppingRule, fit_prior, fit_strata, stratum
-from calset.catalog.recipes import RECIPES, Candidate, Recipe, rank
+from calset.builder.schedule.stopping import Prior, StoppingRule, fit_prior, fit_strata, stratum
+from calset.catalog.subsets.recipes import RECIPES, Recipe
+from calset.catalog.subsets.take import Candidate, Candidates, take
 from calset.errors import InputError
 
 BAND = RECIPES["ssgr"].difficulty
@@ -43,8 +44,8 @@ def test_the_band_is_the_recipe_s_to_the_last_bit(samples: int, data: st.DataObj
     low, high = sorted(data.draw(st.integers(0, 100)) / 100 for _ in range(2))
     rule, recipe = StoppingRule((low, high), samples), Recipe("band", difficulty=(low, high))
     for n_correct in range(samples + 1):
-        one = Candidate("s", "p", 0, True, True, (samples - n_correct) / samples, samples, 1)
-        assert rule.in_band(n_correct) == bool(rank([one], recipe, 0).order)
+        one = Candidate("s", "p", 0, True, True, (samples - n_correct) / samples, samples, 1, 1)
+        assert rule.in_band(n_correct) == bool(len(take(Candidates.of([one]), recipe, 0).at))
         assert rule.probability(samples, n_correct, UNIFORM) == rule.in_band(n_correct)
 
 
@@ -93,7 +94,7 @@ def test_a_problem_that_cannot_reach_all_its_verdicts_is_stopped() -> None:
 def test_a_recipe_without_a_band_completes_everything() -> None:
     rule = StoppingRule(None, 4)
     assert [rule.decide(k, 0, UNIFORM) for k in range(5)] == ["continue"] * 4 + ["complete"]
-    assert rule.prices(UNIFORM)[0, 0] == pytest.approx(4, rel=1e-3)
+    assert rule.indices(UNIFORM)[0, 0] == pytest.approx(4, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_a_price_is_the_least_of_all_ways_to_go_on_and_give_up(prior: Prior, a: 
         drawn, inside = _walk(rule, prior, policy, 0, 0)
         least = min(least, drawn / inside if inside > 0 else math.inf)
     least = least if least < 9e4 else math.inf  # prices end somewhere
-    assert rule.prices(prior)[0, 0] == pytest.approx(least, rel=0.012)
+    assert rule.indices(prior)[0, 0] == pytest.approx(least, rel=0.012)
 
 
 def _walk(rule: StoppingRule, prior: Prior, policy: dict, k: int, n_correct: int) -> tuple[float, float]:
@@ -147,7 +148,7 @@ def _walk(rule: StoppingRule, prior: Prior, policy: dict, k: int, n_correct: int
 
 @given(some_rule(), some_prior())
 def test_what_the_rule_stops_has_no_price(rule: StoppingRule, prior: Prior) -> None:
-    prices = rule.prices(prior)
+    prices = rule.indices(prior)
     for k in range(rule.samples):
         for n_correct in range(k + 1):
             probability = rule.probability(k, n_correct, prior)
@@ -161,7 +162,7 @@ def test_what_the_rule_stops_has_no_price(rule: StoppingRule, prior: Prior) -> N
 
 @given(some_rule(), some_prior(), st.data())
 def test_no_sample_of_a_batch_could_have_been_saved(rule: StoppingRule, prior: Prior, data: st.DataObject) -> None:
-    prices = rule.prices(prior)
+    prices = rule.indices(prior)
     k = data.draw(st.integers(0, rule.samples - 1))
     n_correct = data.draw(st.integers(0, k))
     limit = data.draw(st.sampled_from([math.inf, prices[0, 0], 10.0]))
@@ -283,7 +284,7 @@ class World:
     def _sample(self, samples: np.ndarray, prior: Prior, put_off: bool) -> tuple[np.ndarray, np.ndarray]:
         k, n_correct = np.zeros(len(samples), dtype=int), np.zeros(len(samples), dtype=int)
         going = np.ones(len(samples), dtype=bool)
-        prices = self.rule.prices(prior)
+        prices = self.rule.indices(prior)
         for drawn in range(self.rule.samples):
             k += going
             n_correct += going & samples[:, drawn]

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import die, killed, peak_bytes
+from pairs import pairwise
+from processes import ENVIRONMENT, die, killed, peak_bytes
 from safetensors.torch import load_file, save_file
 from small_models import make_samples, make_subset, save_model
+from warm import Running, warm
 
 from calset.errors import CalsetError, InputError, PruningError, Stopped
-from calset.pruning import checkpoint, memory, workfolder
+from calset.pruning.blockwise import workfolder
+from calset.pruning.blockwise.hidden_states import HiddenStates
+from calset.pruning.blockwise.workfolder import WorkFolder, folder_of
 from calset.pruning.estimate import Estimate
-from calset.pruning.hidden import HiddenStates
-from calset.pruning.layout import Layout
-from calset.pruning.memory import free_in_groups, free_memory
+from calset.pruning.model import checkpoint, memory
+from calset.pruning.model.layout import Layout
+from calset.pruning.model.memory import free_in_groups, free_memory
+from calset.pruning.model.tensorfiles import TensorFiles, read_headers, write_tensor
 from calset.pruning.prune import plan_pruning, prune
-from calset.pruning.tensorfiles import TensorFiles, read_headers, write_tensor
 from calset.pruning.verify import verify
-from calset.pruning.workfolder import WorkFolder, folder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,8 +80,8 @@ def kill_between_bytes(block: int) -> None:
 
 
 def kill_before_the_line(block: int) -> None:
-    own = workfolder._append
-    workfolder._append = lambda f, r: die() if len(workfolder._read_progress(f)) == block + 1 else own(f, r)
+    own = WorkFolder.note
+    WorkFolder.note = lambda w, r: die() if len(w.blocks) == block else own(w, r)
 
 
 def kill_after_the_line(block: int) -> None:
@@ -93,25 +98,35 @@ def kill_after_the_line(block: int) -> None:
 MOMENTS = (kill_before_bytes, kill_between_bytes, kill_before_the_line, kill_after_the_line)
 
 
-def scenarios():
-    """Every moment with every model and propagation; two in the fast suite."""
-    for moment in MOMENTS:
-        for kind in ("llama", "dense"):
-            for propagate in ("pruned", "dense"):
-                fast = (moment, kind, propagate) in (
-                    (kill_between_bytes, "llama", "pruned"),
-                    (kill_after_the_line, "llama", "dense"),
-                )
-                name = f"{moment.__name__}-{kind}-{propagate}"
-                yield pytest.param(moment, kind, propagate, marks=[] if fast else [pytest.mark.slow], id=name)
+@pytest.fixture(scope="module")
+def uninterrupted(request, tmp_path_factory) -> Callable[..., Path]:
+    """What one run without an interruption makes of a model."""
+
+    @cache
+    def made(kind: str, **options) -> Path:
+        out = tmp_path_factory.mktemp("whole") / "whole"
+        prune(request.getfixturevalue(kind), SUBSET, out, **options)
+        return out
+
+    return made
 
 
-@pytest.mark.parametrize(("moment", "kind", "propagate"), scenarios())
-def test_killed_at_every_block_and_continued_it_ends_with_the_same_bytes(tmp_path, request, moment, kind, propagate):
-    dense = request.getfixturevalue(kind)
+@pytest.mark.parametrize(
+    ("moment", "kind", "propagate"),
+    pairwise(
+        MOMENTS,
+        ("llama", "dense"),
+        ("pruned", "dense"),
+        fast=[(kill_between_bytes, "llama", "pruned"), (kill_after_the_line, "llama", "dense")],
+    ),
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_killed_at_every_block_and_continued_it_ends_with_the_same_bytes(
+    tmp_path, request, uninterrupted, moment, kind, propagate
+):
+    dense, out = request.getfixturevalue(kind), tmp_path / "out"
     options = {"sparsity": 0.5, "propagate": propagate, "device": "cpu"}
-    prune(dense, SUBSET, tmp_path / "whole", **options)
-    out = tmp_path / "out"
+    whole = uninterrupted(kind, **options)
     for block in range(3):
 
         def run(block: int = block) -> None:
@@ -121,12 +136,12 @@ def test_killed_at_every_block_and_continued_it_ends_with_the_same_bytes(tmp_pat
         killed(run)
         assert not out.exists()
     report = prune(dense, SUBSET, out, **options)
-    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+    assert bytes_of(out) == bytes_of(whole)
     assert report.resumed_at[-1] == (3 if moment is kill_after_the_line else 2)
-    whole, parts = (json.loads((f / "pruning.json").read_text())["matrices"] for f in (tmp_path / "whole", out))
-    assert whole == parts
+    expected, parts = (json.loads((f / "pruning.json").read_text())["matrices"] for f in (whole, out))
+    assert expected == parts
     assert verify(out).n_matrices == len(parts)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_killed_while_the_files_are_copied_or_put_in_place_it_ends_the_same(tmp_path, llama, monkeypatch):
@@ -135,7 +150,7 @@ def test_killed_while_the_files_are_copied_or_put_in_place_it_ends_the_same(tmp_
     prune(dense, SUBSET, tmp_path / "whole", **options)
     out = tmp_path / "out"
     for name in ("shutil.copyfile", "flush", "checkpoint.write_companions"):
-        monkeypatch.setattr(f"calset.pruning.workfolder.{name}", die)
+        monkeypatch.setattr(f"calset.pruning.blockwise.workfolder.{name}", die)
         killed(lambda: prune(dense, SUBSET, out, **options))
         monkeypatch.undo()
     prune(dense, SUBSET, out, **options)
@@ -147,31 +162,28 @@ def test_killed_while_the_files_are_copied_or_put_in_place_it_ends_the_same(tmp_
 @pytest.mark.slow
 def test_a_process_killed_from_outside_continues_to_the_same_bytes(tmp_path, tiny_model):
     code = (
-        "import sys; sys.path.insert(0, {tests!r})\n"
         "from small_models import make_samples, make_subset\n"
         "from calset.pruning.prune import prune\n"
         "import torch; torch.set_num_threads(1)\n"
         "prune({model!r}, make_subset(make_samples([200 + 13 * (i % 9) for i in range(24)])), {out!r}, sparsity=0.5)\n"
     )
 
-    def command(out: Path) -> list[str]:
-        text = code.format(tests=str(Path(__file__).parent), model=str(tiny_model), out=str(out))
-        return [sys.executable, "-c", text]
+    def start(out: Path) -> Running:
+        text = code.format(model=str(tiny_model), out=str(out))
+        return warm().start("python", "-c", text, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, streams=[0, 1, 2])
 
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    assert start(tmp_path / "whole").wait() == 0
     out = tmp_path / "out"
     progress = folder_of(out) / workfolder.PROGRESS
     for n_lines in (2, 4):  # the settings and one block, then three
-        running = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
+        running = start(out)
         while not (progress.is_file() and len(progress.read_bytes().splitlines()) >= n_lines):
-            assert running.poll() is None
-            assert time.monotonic() < deadline
+            assert Path(f"/proc/{running.pid}").exists()
             time.sleep(0.005)
-        running.kill()
+        os.kill(running.pid, signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL
         assert not out.exists()
-    subprocess.run(command(out), check=True, capture_output=True)
+    assert start(out).wait() == 0
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
 
@@ -194,6 +206,17 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_continue(tmp_path, llama, mon
     assert prune(llama, SUBSET, tmp_path / "out", method="wanda", sparsity=0.5).resumed_at == (2,)
 
 
+def test_an_interrupted_run_of_another_version_is_one_clear_line(tmp_path, llama, monkeypatch):
+    interrupt_after(monkeypatch, 1)
+    with pytest.raises(Stopped):
+        prune(llama, SUBSET, tmp_path / "out", method="wanda", sparsity=0.5)
+    monkeypatch.undo()
+    progress = folder_of(tmp_path / "out") / workfolder.PROGRESS
+    progress.write_text(progress.read_text().replace('"n_pruned"', '"n_gone"'))
+    with pytest.raises(PruningError, match=r"another version of calset began .*: remove .* to begin anew"):
+        prune(llama, SUBSET, tmp_path / "out", method="wanda", sparsity=0.5)
+
+
 @pytest.mark.parametrize("method", ["wanda", "depth"])
 def test_what_an_interrupted_run_holds_needs_no_room_again(tmp_path, llama, monkeypatch, method):
     needed = plan_pruning(llama, SUBSET, tmp_path / "out", method=method, sparsity=0.5).disk_bytes
@@ -209,7 +232,7 @@ def test_what_an_interrupted_run_holds_needs_no_room_again(tmp_path, llama, monk
         prune(llama, SUBSET, tmp_path / "out", method=method, sparsity=0.5)
     monkeypatch.undo()
     monkeypatch.setattr(workfolder, "MARGIN", 0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, needed // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=needed // 2))
     assert prune(llama, SUBSET, tmp_path / "out", method=method, sparsity=0.5).resumed_at
 
 
@@ -367,7 +390,7 @@ def test_a_plan_says_what_is_done_and_loads_and_writes_nothing(tmp_path, dense, 
     report = prune(dense, SUBSET, tmp_path / "out", sparsity=0.5, batch_tokens=64, progress=events.append)
     assert plan.n_matrices == len(report.matrices)
     assert plan.n_weights == sum(m.shape[0] * m.shape[1] for m in report.matrices)
-    assert plan.n_blocks == events[-1]["total"]
+    assert plan.n_blocks == events[-1].total
     assert plan.n_counted_tokens == report.n_counted_tokens
     assert plan.problems() == []
     assert dict(plan.rows())["hidden states"] == "on device"
@@ -397,7 +420,7 @@ def test_what_cannot_fit_is_refused_before_weights_load_unless_forced(tmp_path, 
 
     monkeypatch.setattr(Layout, "load", lambda *a: pytest.fail("weights were loaded"))
     if what == "disk":
-        monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+        monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: SimpleNamespace(free=10**6))
         with pytest.raises(CalsetError, match="make room"):
             prune(llama, SUBSET, tmp_path / "out", sparsity=0.5)
         return

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import ENVIRONMENT, die, killed
+from processes import die, killed, ranks
 from safetensors.torch import load_file, save_file
 from small_models import VOCABULARY, make_model, make_subset, save_model
 
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
-from calset.pruning import depth, reap, workfolder
-from calset.pruning.evaluate import _calibrated_on
-from calset.pruning.layout import Layout
+from calset.pruning.blockwise import workfolder
+from calset.pruning.blockwise.workfolder import WorkFolder, folder_of
+from calset.pruning.model.layout import Layout
+from calset.pruning.model.tensorfiles import INDEX, read_headers
 from calset.pruning.prune import plan_pruning, prune
-from calset.pruning.tensorfiles import INDEX, read_headers
+from calset.pruning.structured import depth, reap
 from calset.pruning.verify import verify
-from calset.pruning.workfolder import WorkFolder, folder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -451,7 +449,7 @@ def test_the_record_and_the_card_say_what_happened(models, dropped):
     card = (out / "README.md").read_text()
     assert SUBSET.content_hash in card
     assert "8 of 16 experts" in card
-    assert _calibrated_on(out) == SUBSET.content_hash
+    assert json.loads((out / "pruning.json").read_text())["calibration"]["content_hash"] == SUBSET.content_hash
 
 
 @pytest.mark.parametrize("method", ["depth", "reap"])
@@ -515,8 +513,8 @@ def test_the_dry_run_counts_and_loads_nothing(tmp_path, models, monkeypatch):
 MOMENTS = {
     "before a line": lambda m: m.setattr(WorkFolder, "note", lambda w, r: die()),
     "after two lines": lambda m: m.setattr(WorkFolder, "note", _die_after(2)),
-    "while copying": lambda m: m.setattr("calset.pruning.drop._blocks", die),
-    "before the rename": lambda m: m.setattr("calset.pruning.workfolder.flush", die),
+    "while copying": lambda m: m.setattr("calset.pruning.structured.copy.Part.ranges", die),
+    "before the rename": lambda m: m.setattr("calset.pruning.blockwise.workfolder.flush", die),
 }
 
 
@@ -574,7 +572,7 @@ def test_a_disk_that_fills_up_keeps_what_was_measured_and_leaves_no_output(tmp_p
 
 def test_too_little_disk_is_said_before_weights_load(tmp_path, models, monkeypatch):
     monkeypatch.setattr(Layout, "load", lambda *a: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(workfolder.shutil, "disk_usage", lambda p: SimpleNamespace(free=10**6))
     with pytest.raises(CalsetError, match="make room"):
         prune(models("Llama"), SUBSET, tmp_path / "out", method="depth", sparsity=0.5)
 
@@ -736,7 +734,7 @@ def test_a_record_of_wrong_types_is_bad_input_in_a_line(tmp_path, dropped, chang
 def test_verify_tells_how_far_it_is(dropped):
     events = []
     proved = verify(dropped("Mixtral", "reap")[0], progress=events.append)
-    assert [(e["phase"], e["done"], e["total"]) for e in events] == [
+    assert [(e.phase, e.done, e.total) for e in events] == [
         *(("logits", i, 2) for i in range(3)),
         *(("tensors", i, proved.n_tensors) for i in range(proved.n_tensors + 1)),
         ("done", 1, 1),
@@ -759,18 +757,13 @@ def test_verify_says_when_the_dense_model_is_gone(tmp_path, models):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method"), [("Llama", "depth"), ("GptOss", "reap")])
 def test_two_processes_choose_as_one_does(tmp_path, models, dropped, kind, method):
-    script = tmp_path / "run.py"
-    script.write_text(
+    code = (
         "import torch; torch.set_num_threads(1)\nfrom small_models import make_subset\n"
         "from calset.pruning.prune import prune\n"
         f"prune({str(models(kind))!r}, make_subset(), {str(tmp_path / 'out')!r}, method={method!r}, sparsity=0.5, "
         "batch_tokens=64, device='cpu')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    assert ranks(code) == [0, 0]
     whole, report = dropped(kind, method)
     record = json.loads((tmp_path / "out/pruning.json").read_text())
     for stack, one in zip(record["stacks"], report.stacks, strict=True):

@@ -17,15 +17,14 @@ from factories import fill, make_grade, make_problem, make_run, make_source, mak
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.compare import diff
-from calset.catalog.export import DATA, MANIFEST, MANIFEST_SCHEMA, read_directory
 from calset.catalog.records import Sample, Subset
-from calset.catalog.references import export, resolve
-from calset.catalog.report import report
-from calset.catalog.selection import select
-from calset.catalog.subsets import hash_samples, list_subsets, load
+from calset.catalog.references import diff, export, resolve
+from calset.catalog.report.page import report
+from calset.catalog.select import select
+from calset.catalog.subsets import versions
+from calset.catalog.subsets.folder import DATA, MANIFEST, MANIFEST_SCHEMA, read_directory
+from calset.catalog.subsets.versions import hash_samples, list_subsets, load
 from calset.errors import CalsetError, CatalogError, InputError
 
 PLAN = [[("correct", 10 + n), ("correct", 20 + n), ("incorrect", 30), ("truncated", 40)] for n in range(12)]
@@ -243,7 +242,7 @@ def test_messages_of_prompts_and_gold_know_the_system_prompt_too(
     key = f"key of {prompt}"
     traces = catalog.rows("SELECT trace_id, problem_id FROM trace WHERE generation_key = ?", [key])
     samples = [
-        Sample(subsets.prompt_sample_id(kind, t["problem_id"], key), [1, 2], 2, kind, None, t["problem_id"])
+        Sample(versions.prompt_sample_id(kind, t["problem_id"], key), [1, 2], 2, kind, None, t["problem_id"])
         for t in traces
     ]
     recipe = {"name": kind}
@@ -435,7 +434,7 @@ def test_a_name_too_long_to_be_a_file_is_one_clear_line(catalog: Catalog, subset
 
 def test_check_name_accepts_what_it_promises() -> None:
     for name in ("a", "math-ssgr_1.5", "0", "x" * 64):
-        assert subsets.check_name(name) == name
+        assert versions.check_name(name) == name
 
 
 def test_an_export_of_a_trace_that_was_run_again_has_the_text_verdict_and_run_of_its_tokens(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import python
 
-from calset import demo
-from calset.builder import templates
-from calset.builder.generate import dry_run
-from calset.builder.importing import import_traces
-from calset.builder.model_info import ModelInfo, inspect
+from calset import bundled
+from calset.builder.build import dry_run
+from calset.builder.importing.importer import import_traces
+from calset.builder.model import templates
+from calset.builder.model.info import ModelInfo, inspect
 from calset.catalog.catalog import Catalog
 from calset.errors import InputError
 
@@ -38,7 +38,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model_with(folder: Path, before: str) -> Path:
     """The bundled model, whose template runs ``before`` first."""
-    shutil.copytree(demo.MODEL, folder)
+    shutil.copytree(bundled.MODEL, folder)
     template = folder / "chat_template.jinja"
     template.write_text(before + template.read_text())
     return folder
@@ -46,7 +46,7 @@ def model_with(folder: Path, before: str) -> Path:
 
 @pytest.fixture(scope="module")
 def info() -> ModelInfo:
-    return inspect(demo.MODEL)
+    return inspect(bundled.MODEL)
 
 
 @given(question=st.text(max_size=60), system=st.none() | st.text(max_size=20))
@@ -116,7 +116,7 @@ def test_a_template_that_refuses_a_conversation_says_why(tmp_path: Path) -> None
 CHILD = """
     import os, sys
     os.environ["CALSET_API_KEY"] = "a marker"
-    from calset.builder import templates
+    from calset.builder.model import templates
     templates.prepare()
     (child,) = open(f"/proc/self/task/{os.getpid()}/children").read().split()
     print(child, flush=True)
@@ -144,7 +144,7 @@ def test_the_process_has_no_keys_and_ends_with_its_parent() -> None:
 def test_a_process_that_somebody_ends_is_replaced(info: ModelInfo) -> None:
     before = info.prompt_ids("1 + 1")
     for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        if b"calset.builder.templates" in Path(f"/proc/{child}/cmdline").read_bytes():
+        if b"calset.builder.model.templates" in Path(f"/proc/{child}/cmdline").read_bytes():
             os.kill(int(child), signal.SIGKILL)
     assert info.prompt_ids("1 + 1") == before
 

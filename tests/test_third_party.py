@@ -21,7 +21,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_smollm2_is_built_pruned_verified_and_served(smollm2: Path, tmp_path: Path) -> None:
+def test_smollm2_is_built_pruned_verified_and_served_by_vllm(smollm2: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     catalog = calset.Catalog(tmp_path / "smol.duckdb")
     problems = "gym:chain_sum?min_terms=2&max_terms=2&max_digits=1&size=6&seed=7"

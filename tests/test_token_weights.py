@@ -14,13 +14,13 @@ from factories import fill
 from safetensors.torch import load_file
 from small_models import make_samples, make_subset
 
-from calset.catalog import subsets
-from calset.catalog.export import DATA, read_directory
 from calset.catalog.references import export
+from calset.catalog.subsets import versions
+from calset.catalog.subsets.folder import DATA, read_directory
 from calset.cli import cli
 from calset.errors import InputError
 from calset.pruning.calibration import find_token_weights, read
-from calset.pruning.prune import prune
+from calset.pruning.prune import plan_pruning, prune
 
 SUBSET = make_subset()
 
@@ -61,7 +61,7 @@ def test_the_column_reaches_the_pruning_and_leaves_the_subset_what_it_was(tmp_pa
     assert hashes[1] is None
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "ria+dsnot"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "magnitude+dsnot"])
 def test_weights_of_one_change_nothing_and_of_a_half_only_the_scale(tmp_path, llama, method):
     options = {"method": method, "sparsity": 0.5}
     prune(llama, SUBSET, tmp_path / "none", **options)
@@ -109,8 +109,27 @@ def test_a_folder_here_does_not_weigh_the_catalogs_subset_of_its_name(tmp_path, 
         return json.loads(Path(out, "pruning.json").read_text())["calibration"]["token_weights"]
 
     assert hash_in_record("of-the-folder") is not None
-    subsets.keep(catalog, replace(SUBSET, name=folder.name))
+    versions.keep(catalog, replace(SUBSET, name=folder.name))
     assert hash_in_record("of-the-catalog") is None
+
+
+def test_the_api_reads_the_folders_weights_or_a_file_of_its_own_or_those_it_is_given(tmp_path, llama, folder):
+    add_column(folder, {"s1": [0.0] * 40})
+    path = tmp_path / "weights.parquet"
+    pl.DataFrame({"sample_id": ["s1"], "token_weights": [[0.25] * 40]}).write_parquet(path)
+
+    def hash_of(name: str, calibration: object, **options: object) -> str | None:
+        report = prune(llama, calibration, tmp_path / name, method="wanda", sparsity=0.5, **options)
+        plan_pruning(llama, calibration, tmp_path / f"{name}-again", method="wanda", sparsity=0.5, **options)
+        return report.calibration["token_weights"]
+
+    of_folder = hash_of("folder", folder)
+    assert of_folder == hash_of("given", read_directory(folder), token_weights={"s1": [0.0] * 40})
+    of_file = hash_of("file", str(folder), token_weights=path)
+    assert of_file == hash_of("quarter", SUBSET, token_weights={"s1": [0.25] * 40})
+    assert hash_of("none", read_directory(folder)) is None
+    assert None not in (of_folder, of_file)
+    assert of_folder != of_file
 
 
 @pytest.mark.parametrize(

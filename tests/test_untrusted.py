@@ -8,20 +8,22 @@ import pty
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import warm
+from warm import calset
 
-from calset import build, terminal
-from calset.builder.model_info import inspect
+from calset import build
+from calset.builder.model.info import inspect
 from calset.catalog.catalog import Catalog
 from calset.cli import main
+from calset.io import terminal
+from calset.io.progress import Progress
 
 pytestmark = pytest.mark.slow  # half a minute: every listing over texts of 10 MB
-CALSET = [sys.executable, "-m", "calset.cli"]
 # What a terminal acts on, or what reorders or breaks the line it stands in.
 ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 BIG = 10_000_000
@@ -49,14 +51,9 @@ COMMANDS = (
 )
 
 
-def calset(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[bytes]:
-    env = {k: v for k, v in os.environ.items() if k != "CALSET_CATALOG"}
-    return subprocess.run([*CALSET, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, check=False)
-
-
-def harmless(done: subprocess.CompletedProcess[bytes], code: int = 0) -> str:
+def harmless(done: subprocess.CompletedProcess[str], code: int = 0) -> str:
     """Both outputs are UTF-8 without a character that acts; returns standard output."""
-    out, err = done.stdout.decode(), done.stderr.decode()
+    out, err = done.stdout, done.stderr
     assert done.returncode == code, err[-2000:]
     assert not ACTIVE.search(out)
     assert not ACTIVE.search(err)
@@ -84,7 +81,7 @@ def rows() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows: list[dict[str, Any]]) -> Path:
     """A catalog of traces whose problems, tokens and names are all hostile, one a problem."""
-    from tests.conftest import ScriptedEngine
+    from conftest import ScriptedEngine
 
     folder = tmp_path_factory.mktemp("untrusted")
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -95,7 +92,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows: lis
     info = inspect(tiny_model)
     token_ids = tuple(info.tokenizer.encode(f"<think>{SAID}</think>{SAID}<|im_end|>", add_special_tokens=False))
     engine = ScriptedEngine(info.revision, token_ids=token_ids)
-    began = time.monotonic()
     report = build(
         tiny_model,
         str(folder / "q'\x1b[2J; --.jsonl"),
@@ -103,9 +99,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows: lis
         engine=engine,
         catalog=folder / "calset.duckdb",
         system_prompt="'\x1b[2J\x00",
+        grader="exact",
         graders=1,
     )
-    assert time.monotonic() - began < 60
     assert report.n_new == len(rows) + 1
     harmless(calset("select", "all", "--recipe", "rac", "--tokens", "100000", cwd=folder))
     return folder
@@ -127,9 +123,7 @@ def test_nothing_is_lost_and_bytes_are_equal(folder: Path, rows: list[dict[str, 
 def test_no_listing_acts_on_a_terminal(folder: Path) -> None:
     for command in COMMANDS:
         for form in ((), ("--json",)):
-            began = time.monotonic()
             out = harmless(calset(*command, *form, cwd=folder))
-            assert time.monotonic() - began < 30
             if form:
                 assert lines(out)
 
@@ -163,7 +157,7 @@ def test_a_real_terminal_gets_nothing_to_act_on(folder: Path, command: tuple[str
     """Through a pseudo terminal that takes no escape sequences, so that rich writes none of its own."""
     main, other = pty.openpty()
     env = {**os.environ, "TERM": "dumb", "COLUMNS": "100"}
-    process = subprocess.Popen([*CALSET, *command], cwd=folder, env=env, stdout=other, stderr=other, stdin=other)
+    process = warm.warm().start("calset", *command, cwd=folder, env=env, streams=[other, other, other])
     os.close(other)
     out = b""
     while True:
@@ -237,9 +231,10 @@ def test_an_error_that_quotes_ten_megabytes_stays_short(folder: Path) -> None:
 
 def test_a_terminal_of_another_encoding_gets_escapes(folder: Path) -> None:
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [*CALSET, "query", "SELECT question FROM problem WHERE question LIKE 'emoji%'"]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, check=False)
-    assert b"\\U0001f469" in done.stdout
+    command = ["-m", "calset.cli", "query", "SELECT question FROM problem WHERE question LIKE 'emoji%'"]
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, check=False)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    assert "\\U0001f469" in done.stdout
     harmless(done)
 
 
@@ -254,7 +249,7 @@ def test_half_a_surrogate_pair_in_a_question_is_refused_in_one_line(tmp_path: Pa
     (tmp_path / "q.jsonl").write_text('{"question": "x\\ud83d", "answer": "2"}\n')
     done = calset("problems", "q.jsonl", cwd=tmp_path)
     harmless(done, 2)
-    assert b"surrogate" in done.stderr
+    assert "surrogate" in done.stderr
 
 
 def test_metadata_too_deep_to_keep_is_refused_not_a_crash(tmp_path: Path) -> None:
@@ -297,8 +292,8 @@ def test_a_build_of_hostile_problems_prints_nothing_that_acts(folder: Path, rows
 
 def test_progress_takes_any_text(capsys: pytest.CaptureFixture[str]) -> None:
     for mode in ("plain", "json", "bar"):
-        with terminal.progress(mode, "saved\x1b[2J") as bar:
-            bar.update(1, 2, {"phase": "[/nothing] \x1b]0;x\x07\x7f\u202e [red]a"}, final=True)
+        with terminal.progress(mode, "saved\x1b[2J") as show:
+            show(Progress("[/nothing] \x1b]0;x\x07\x7f\u202e [red]a", 1, 2, final=True))
         shown = capsys.readouterr().err
         assert "nothing" in shown
         if mode != "bar":  # rich moves the cursor itself

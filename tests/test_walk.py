@@ -12,12 +12,12 @@ from torch import nn
 
 from calset.catalog.records import Sample
 from calset.errors import InputError, PruningError
+from calset.pruning.blockwise.statistics import InputStatistics, Needs
+from calset.pruning.blockwise.walk import Walk
 from calset.pruning.calibration import Batch, read
-from calset.pruning.decoder import find_decoder
-from calset.pruning.masks import Selection
-from calset.pruning.methods import METHODS, prune_shared
-from calset.pruning.stats import InputStatistics, Needs
-from calset.pruning.walk import Walk
+from calset.pruning.methods.masks import Selection
+from calset.pruning.methods.registry import METHODS, prune_shared
+from calset.pruning.model.decoder import find_decoder
 
 CPU = torch.device("cpu")
 
@@ -151,19 +151,33 @@ def test_linears_that_read_one_tensor_share_statistics_and_count_it_once():
     assert {s.n_tokens for s in got.values()} == {sum(len(s.input_ids) for s in samples)}
 
 
-def test_one_tensor_is_told_from_others_by_identity():
-    from calset.pruning.walk import _is_same
+def overwritten(x: torch.Tensor) -> torch.Tensor:
+    return x.mul_(2)
 
-    x = torch.randn(2, 3, 4)
-    version = x._version
-    assert _is_same(x, version, x)
-    assert _is_same(x, version, x.view(6, 4))
-    assert not _is_same(x, version, x.clone())
-    assert not _is_same(x, version, x.view(3, 8))
-    assert not _is_same(x, version, x[:1])
-    assert not _is_same(x, version, x.transpose(0, 1))
-    x.add_(1)
-    assert not _is_same(x, version, x)
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (lambda x: x, True),
+        (lambda x: x.view(1, *x.shape), True),
+        (lambda x: x.clone(), False),
+        (lambda x: x.transpose(0, 1), False),
+        (overwritten, False),
+    ],
+    ids=["itself", "view", "copy", "transposed", "overwritten"],
+)
+def test_two_linears_share_statistics_only_where_they_read_the_same_values_in_the_same_place(other, same):
+    model = make_model()
+    mlp = model.model.layers[0].mlp
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        gate = mlp.gate_proj(x)
+        return mlp.down_proj(gate + mlp.up_proj(other(x)).reshape(gate.shape))
+
+    mlp.forward = forward
+    got = first_block_statistics(model, batches_of(make_samples((20, 20, 20))))
+    named = {name.rpartition(".")[2]: s for name, s in got.items()}
+    assert (named["gate_proj"] is named["up_proj"]) == same
 
 
 def test_where_only_inputs_count_a_block_runs_no_further_than_to_the_last_of_them():
@@ -257,7 +271,7 @@ def test_pruned_and_dense_propagation_differ_after_the_first_block():
 
 
 def test_the_bundled_models_blocks_and_matrices_are_found(tiny_model):
-    from calset.pruning.checkpoint import open_source
+    from calset.pruning.model.checkpoint import open_source
 
     decoder = find_decoder(open_source(tiny_model).skeleton())
     assert [b.name for b in decoder.blocks] == [f"model.layers.{i}" for i in range(6)]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from calset.builder.engines import Engine, open_engine
-from calset.builder.model_info import inspect
+from calset.builder.model.info import inspect
 from calset.errors import InputError
-from calset.pruning.checkpoint import open_source
-from calset.pruning.tensorfiles import TensorFiles
-from calset.weights import INDEX, SINGLE, check_weights, weight_files
+from calset.io.weights import INDEX, SINGLE, check_weights, weight_files
+from calset.pruning.model.checkpoint import open_source
+from calset.pruning.model.tensorfiles import TensorFiles
 
 PART = "model-00001-of-00001.safetensors"
 OUTSIDE = ["../elsewhere/part.safetensors", "sub/part.safetensors", "..", ".", "", "..\\part.safetensors", "part", 5]

@@ -252,11 +252,11 @@ def test_where_the_kernel_has_no_walls_graders_work_and_doctor_says_what_they_ca
         assert libc.prctl(22, 2, struct.pack("HP", len(steps), ctypes.addressof(buffer)), 0, 0) == 0
 
         from calset.builder.grading.pool import GradingPool
-        from calset.diagnosis import _grading
+        from calset.diagnosis import grading
         sys.path.insert(0, {str(site)!r})
         with GradingPool(1) as pool:
             told = json.loads(pool.submit("nosy", "1", "all", {target!r}).result().extracted)
-        print(json.dumps([told, *(check.as_dict() for check in _grading())]))
+        print(json.dumps([told, *(check.as_dict() for check in grading())]))
     """
     process = python(code)
     out, err = process.communicate(timeout=120)
@@ -274,9 +274,9 @@ def test_where_the_kernel_has_no_walls_graders_work_and_doctor_says_what_they_ca
 
 
 def test_doctor_says_that_graders_have_walls_exactly_where_they_have(site: Path, target: dict[str, Any]) -> None:
-    from calset.diagnosis import _grading
+    from calset.diagnosis import grading
 
-    _, walls = _grading()
+    _, walls = grading()
     with GradingPool(1) as pool:
         told, gaps = ask(pool, target), pool.gaps
     assert (walls.state == "ok") == (gaps == [])

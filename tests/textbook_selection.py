@@ -7,35 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from statistics import median
-from typing import Any, NamedTuple
-
-import numpy as np
-import pyarrow as pa
+from typing import Any
 
 from calset import ids
 from calset.catalog.catalog import Catalog
-from calset.catalog.recipes import Recipe
-from calset.catalog.subsets import prompt_sample_id
-from calset.catalog.take import Candidates, apportion
-
-
-class Candidate(NamedTuple):
-    """A sample that could be taken. ``n_tokens``: completion tokens; ``size``: with the prompt; None: not judged."""
-
-    sample_id: str
-    problem_id: str
-    sample_index: int
-    correct: bool
-    finished: bool
-    difficulty: float | None
-    k: int
-    n_tokens: int
-    size: int = 1
-    stratum: str = ""
+from calset.catalog.subsets.recipes import Recipe
+from calset.catalog.subsets.take import Candidate, apportion
+from calset.catalog.subsets.versions import prompt_sample_id
 
 
 @dataclass(frozen=True)
@@ -46,24 +29,6 @@ class Taken:
     stages: dict[str, int]
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-
-
-def columns(candidates: Sequence[Candidate]) -> Candidates:
-    """The same candidates as ``calset.catalog.take`` wants them."""
-    problems, strata = (sorted({c[i] for c in candidates}) for i in (1, -1))
-
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(c, name) for c in candidates], dtype)
-
-    return Candidates(
-        sample_id=pa.array([c.sample_id for c in candidates], pa.string()),
-        problem=np.array([problems.index(c.problem_id) for c in candidates], np.int32),
-        difficulty=np.array([math.nan if c.difficulty is None else c.difficulty for c in candidates], float),
-        **{name: column(name, bool) for name in ("correct", "finished")},
-        **{name: column(name, np.int32) for name in ("sample_index", "k", "n_tokens", "size")},
-        stratum=np.array([strata.index(c.stratum) for c in candidates], np.int32),
-        strata=strata,
-    )
 
 
 def take(candidates: Iterable[Candidate], recipe: Recipe, seed: int) -> Taken:
@@ -92,12 +57,14 @@ def take(candidates: Iterable[Candidate], recipe: Recipe, seed: int) -> Taken:
         stages["length"] = len(pool)
     pool.sort(key=sort_key(recipe, seed))
     if recipe.per_problem is not None:
-        pool = [c for i, c in enumerate(pool) if [d.problem_id for d in pool[:i]].count(c.problem_id) < recipe.per_problem]
+        pool = cap(pool, recipe.per_problem)
         stages["per_problem"] = len(pool)
     if not pool:
         return Taken([], stages)
     offered = [min(c.size, recipe.window or c.size) for c in pool]
-    chosen = spend_by_stratum(offered, pool, recipe) if recipe.stratify else spend(offered, recipe.samples, recipe.tokens)
+    chosen = (
+        spend_by_stratum(offered, pool, recipe) if recipe.stratify else spend(offered, recipe.samples, recipe.tokens)
+    )
     facts: dict[str, Any] = {"taken": len(chosen), "tokens_available": sum(offered), "median_k": median_k}
     if band is not None:
         facts["length_band"] = list(band)
@@ -138,6 +105,16 @@ def sort_key(recipe: Recipe, seed: int) -> Any:
     return tie_break
 
 
+def cap(pool: Sequence[Candidate], per_problem: int) -> list[Candidate]:
+    """The first so many of each problem."""
+    taken, kept = Counter[str](), []
+    for candidate in pool:
+        taken[candidate.problem_id] += 1
+        if taken[candidate.problem_id] <= per_problem:
+            kept.append(candidate)
+    return kept
+
+
 def spend(sizes: Sequence[int], samples: int | None, tokens: int | None) -> list[int]:
     """The positions that a budget takes: whole samples in order, passing over what would exceed what is left."""
     if tokens is None:
@@ -170,7 +147,7 @@ def strata_facts(pool: Sequence[Candidate], sizes: Sequence[int], chosen: Sequen
     found = {}
     for name in sorted({c.stratum for c in pool}):
         there = [i for i, c in enumerate(pool) if c.stratum == name]
-        taken = [i for i in chosen if i in set(there)]
+        taken = [i for i in chosen if pool[i].stratum == name]
         found[name] = {"offered": len(there), "taken": len(taken)}
         found[name] |= {"tokens_offered": sum(sizes[i] for i in there), "tokens_taken": sum(sizes[i] for i in taken)}
     return found
@@ -225,9 +202,12 @@ class Selection:
     warnings: list[str]
 
 
-def select(catalog: Catalog, recipe: Recipe, seed: int, where: str | None = None) -> Selection:
-    """Take a subset of a catalog of one model, reading every trace of it."""
+def select(
+    catalog: Catalog, recipe: Recipe, seed: int, *, model: str | None = None, where: str | None = None
+) -> Selection:
+    """Take a subset of a model's traces, reading every one of them."""
     rows = catalog.query("SELECT * EXCLUDE (text, response) FROM trace WHERE kind = 'build'").as_dicts()
+    rows = [row for row in rows if model in (None, row["model"])]
     stages = {"traces": len(rows)}
     if where is not None:
         kept = {trace for (trace,) in catalog.query(f"SELECT trace_id FROM trace WHERE ({where}\n)").rows}
@@ -237,14 +217,14 @@ def select(catalog: Catalog, recipe: Recipe, seed: int, where: str | None = None
         rows = first_of_each_problem(rows)
         stages["problems"] = len(rows)
     strata = strata_of(catalog, recipe.stratify)
-    candidates, row_of = [], {}
+    candidates, keys = [], {}
     for row in rows:
         size, sample = row["n_prompt_tokens"], row["trace_id"]
         if recipe.kind == "trace":
             size += row["n_tokens"]
         else:
             sample = prompt_sample_id(recipe.kind, row["problem_id"], row["generation_key"])
-        row_of[sample] = row
+        keys[sample] = row["trace_id"], row["attempt"]
         candidates.append(
             Candidate(
                 sample, row["problem_id"], row["sample_index"], row["verdict"] == "correct", row["finished"],
@@ -252,10 +232,11 @@ def select(catalog: Catalog, recipe: Recipe, seed: int, where: str | None = None
             )
         )  # fmt: skip
     taken = take(candidates, recipe, seed)
+    tokens = catalog.query("SELECT trace_id, attempt, prompt_ids, completion_ids FROM trace_tokens").rows
+    stored = {(trace, attempt): found for trace, attempt, *found in tokens}
     samples = []
     for c, start, size in taken.samples:
-        row = row_of[c.sample_id]
-        ((prompt, completion),) = catalog.tokens([(row["trace_id"], row["attempt"])]).values()
+        prompt, completion = stored[keys[c.sample_id]]
         whole = [*prompt, *(completion if recipe.kind == "trace" else [])]
         name = c.sample_id if size == c.size else f"{c.sample_id}:{start}-{start + size}"
         samples.append((name, whole[start : start + size], min(max(len(prompt) - start, 0), size)))
@@ -279,7 +260,15 @@ def strata_of(catalog: Catalog, by: str | None) -> dict[str, str]:
     return {name: str(problem.metadata.get(by, "(none)")) for name, problem in problems.items()}
 
 
-BANDS = {"0": 0.0, "(0, 0.2]": 0.2, "(0.2, 0.4]": 0.4, "(0.4, 0.6]": 0.6, "(0.6, 0.8]": 0.8, "(0.8, 1)": 1 - 1e-9, "1": 1}
+BANDS = {
+    "0": 0.0,
+    "(0, 0.2]": 0.2,
+    "(0.2, 0.4]": 0.4,
+    "(0.4, 0.6]": 0.6,
+    "(0.6, 0.8]": 0.8,
+    "(0.8, 1)": 1 - 1e-9,
+    "1": 1,
+}
 
 
 def difficulty_length(pool: Sequence[Candidate], taken: Sequence[Candidate]) -> dict[str, Any]:
@@ -288,13 +277,10 @@ def difficulty_length(pool: Sequence[Candidate], taken: Sequence[Candidate]) -> 
     quarters = [ordered[max(1, math.ceil(q * len(ordered) / 4)) - 1] for q in range(5)]
     tops = sorted(set(quarters[1:]))
     lows = [quarters[0], *(top + 1 for top in tops)]
-    cells: dict[str, list[list[int]]] = {}
-    for name in (*BANDS, "unknown"):
-        counts = [[0, 0] for _ in tops]
-        for which, candidates in enumerate((taken, pool)):
-            for c in candidates:
-                if name == next((n for n, top in BANDS.items() if c.difficulty is not None and c.difficulty <= top), "unknown"):
-                    counts[next(i for i, top in enumerate(tops) if c.n_tokens <= top)][which] += 1
-        if any(n for _, n in counts):
-            cells[name] = counts
-    return {"lengths": [f"{low}..{top}" for low, top in zip(lows, tops, strict=False)], "taken_of": cells}
+    cells = {name: [[0, 0] for _ in tops] for name in (*BANDS, "unknown")}
+    for which, candidates in enumerate((taken, pool)):
+        for c in candidates:
+            known = (name for name, top in BANDS.items() if c.difficulty is not None and c.difficulty <= top)
+            cells[next(known, "unknown")][next(i for i, top in enumerate(tops) if c.n_tokens <= top)][which] += 1
+    labels = [f"{low}..{top}" for low, top in zip(lows, tops, strict=False)]
+    return {"lengths": labels, "taken_of": {name: row for name, row in cells.items() if any(n for _, n in row)}}

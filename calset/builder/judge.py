@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,11 +36,13 @@ from calset.builder.engines import (
     resolve_engine,
 )
 from calset.builder.grading import Outcome, verdict_without_grading
-from calset.builder.model_info import ModelInfo, inspect
-from calset.builder.reasoning import split
-from calset.catalog import worklist
+from calset.builder.model.info import ModelInfo, inspect
+from calset.builder.model.reasoning import split
 from calset.catalog.catalog import Catalog
+from calset.catalog.query import worklist
 from calset.catalog.records import JUDGED, Judgement, Verdict
+from calset.errors import InputError
+from calset.io.progress import OnProgress, Progress, silent
 
 # The marks that enclose the response are made from its trace's id: it cannot hold them, so it cannot close them.
 TEMPLATE = """\
@@ -120,12 +122,13 @@ def judge(
     source: str | None = None,
     run: str | None = None,
     verdicts: Sequence[str] = (),
+    ungraded: bool = False,
     seed: int = 0,
     device: str | None = None,
     concurrency: int | None = None,
     engine_options: Mapping[str, Any] | None = None,
     commit_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> JudgeReport:
     """Let a model judge stored traces; its judgements are kept beside the rules' verdicts, which stay as they are.
 
@@ -141,10 +144,11 @@ def judge(
             running engine on it, which stays open.
         traces_of, source, run: only the traces of this model, of this source's problems, of this run.
         verdicts: only traces whose present verdict is one of these.
+        ungraded: only traces without a verdict.
         concurrency: requests at once.
         engine_options: the engine's own options. The context asked for is 16,384 tokens, or the judge's own where that
             is less; vLLM takes another ``max_model_len``.
-        progress: called with (judged and saved, all) after each commit.
+        progress: called with a ``Progress`` of judged traces after each commit (phase "judging").
 
     Raises:
         InputError: a bad model, engine, option, verdict or run.
@@ -157,10 +161,14 @@ def judge(
         check_options(resolve_engine(engine), {"concurrency": concurrency} | options)
     if run is not None:
         store.run(run)
-    wanted = worklist.Wanted(verdicts=tuple(verdicts), run_id=run, model=traces_of, source=source)
+    if ungraded and verdicts:
+        raise InputError("ungraded traces have no verdict: pass ungraded or verdicts, not both")
+    verdicts = ("ungraded",) if ungraded else tuple(verdicts)
+    wanted = worklist.Wanted(verdicts=verdicts, run_id=run, model=traces_of, source=source)
     info = inspect(model)
-    work = _Judging(store, info, wanted, seed, commit_size, progress)
+    work = _Judging(store, info, wanted, seed, commit_size, progress or silent)
     if not work.total:
+        work.emit("done", final=True)
         return work.report(None)
     running = engine
     if isinstance(running, str):
@@ -177,6 +185,7 @@ def judge(
     finally:
         if isinstance(engine, str):
             running.close()
+    work.emit("done", final=True)
     return work.report(running)
 
 
@@ -228,7 +237,7 @@ class _Judging:
         wanted: worklist.Wanted,
         seed: int,
         commit_size: int,
-        progress: Callable[[int, int], None] | None,
+        progress: OnProgress,
     ) -> None:
         self._store, self._info, self._seed, self._size, self._progress = store, info, seed, commit_size, progress
         self._hash = prompt_hash()
@@ -359,8 +368,12 @@ class _Judging:
         self._store.add_judgements(ready)
         self._verdicts.update(judgement.verdict for judgement in ready)
         ready.clear()
-        if self._progress is not None:
-            self._progress(self._verdicts.total(), max(self.total, self._verdicts.total()))
+        self.emit("judging")
+
+    def emit(self, phase: str, *, final: bool = False) -> None:
+        """Send a progress event."""
+        n_done = self._verdicts.total()
+        self._progress(Progress(phase, n_done, max(self.total, n_done), final=final))
 
     def report(self, engine: Engine | None) -> JudgeReport:
         confusion: dict[str, dict[str, int]] = {}

@@ -15,26 +15,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from calset import ids
 from calset.builder.engines import Completion, Engine, Request, cpu_sharing
 from calset.builder.engines.base import RESUME_HINT
+from calset.builder.environment import hardware, versions
 from calset.builder.grading import Outcome
+from calset.builder.grading.grades import grade_row, submit
 from calset.builder.grading.pool import GradingPool
-from calset.builder.grading.rows import grade_row, submit
+from calset.builder.model.reasoning import split
 from calset.builder.plan import LOCK_PATIENCE_SECONDS, Plan, patiently
-from calset.builder.provenance import hardware, versions
-from calset.builder.reasoning import split
-from calset.builder.schedule import Schedule, Unit
-from calset.builder.tally import Rate, Tally
+from calset.builder.progress import Meter, Saved
+from calset.builder.schedule.fixed import Schedule, Unit
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import BROKEN, Contamination, Decision, Problem, Run, Trace, utc_now
 from calset.errors import CalsetError, CatalogError, CatalogLocked, EngineError, first_line
+from calset.io.progress import OnProgress
 
 COMMIT_SECONDS = 1.5
 # A commit takes processor time from the engine where there are few cores: at most one part in so many.
@@ -42,29 +43,6 @@ COMMIT_SHARE = 100
 LOCK_SECONDS = 2.0
 MAX_PAUSE_SECONDS = 10.0
 MAX_HELD = 1024  # finished traces that are not saved yet, before the engine gets no more work
-
-
-@dataclass(frozen=True, slots=True)
-class BuildProgress:
-    """Where a build stands. Sent before the engine starts, and after each commit: ``saved`` traces are on disk."""
-
-    total: int | None  # None when an adaptive build decides it as it goes
-    saved: int  # by this build
-    existing: int  # by earlier ones
-    tokens: int  # completion tokens of the saved traces
-    tokens_per_second: float  # over the last seconds
-    lifetime_tokens_per_second: float
-    truncated: int
-    correct: int
-    judged: int
-    eta_seconds: float | None
-    phase: str  # first "checking problems", "starting engine", "generating", and last "done" or "stopped"
-    finish_reasons: Mapping[str, int] = field(default_factory=dict)
-    target: Mapping[str, int] = field(default_factory=dict)  # of an adaptive build: need, met, problems by decision
-    n_problems: int = 0  # read so far, while problems are checked
-
-
-Report = Callable[[BuildProgress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,32 +83,25 @@ class Pipeline:
         schedule: Schedule,
         store: Catalog,
         *,
-        graded: bool = True,
-        commit_every_seconds: float | None = None,
-        commit_size: int = 512,
-        excluded: Excluded | None = None,
-        engine_options: Mapping[str, Any] | None = None,
-        progress: Report | None = None,
+        excluded: Excluded,
+        progress: OnProgress | None = None,
     ) -> None:
-        self.plan, self.schedule, self.graded = plan, schedule, graded
+        self.plan, self.settings, self.schedule = plan, plan.settings, schedule
         self.store = copy.copy(store)
         # A commit that finds the file locked comes back soon, and is tried again: a Ctrl-C is seen in between.
         self.store.lock_timeout = min(store.lock_timeout, LOCK_SECONDS)
-        self._every = COMMIT_SECONDS if commit_every_seconds is None else commit_every_seconds
-        self._share = COMMIT_SHARE if commit_every_seconds is None else 0
-        self._size, self._progress = commit_size, progress
-        self._excluded, self._engine_options = excluded or Excluded(), engine_options or {}
+        pause = self.settings.commit_every_seconds
+        self._every = COMMIT_SECONDS if pause is None else pause
+        self._share = COMMIT_SHARE if pause is None else 0
+        self._size, self._excluded = self.settings.commit_size, excluded
         self.n_existing = plan.existing.n - plan.existing.again
         self.run_id: str | None = None
         self.stopped = False
         self.seconds = 0.0
-        self.tally = Tally()
+        self._meter = Meter(None if self.settings.aim else plan.n_requested, progress)
         self._stop = threading.Event()
         self._taking = threading.Lock()
         self._feed_error: Exception | None = None
-        self._met_before = 0  # of an adaptive build's target, by earlier builds
-        self._began = time.monotonic()
-        self._rate = Rate(self._began)
         self._locked_since: float | None = None
         self._flying: dict[str, Unit] = {}
         self._inbox: queue.SimpleQueue[Completion | _Entry | _End] = queue.SimpleQueue()
@@ -164,16 +135,14 @@ class Pipeline:
         self.run_id = f"{utc_now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         run = self._run(engine)
         patiently(lambda: self.store.add_run(run))
-        self._began = time.monotonic()
-        self._rate = Rate(self._began)
-        self._met_before = self.schedule.facts().get("met", 0)
+        self._meter.begin(self.schedule.facts().get("met", 0))
         self.emit("generating")
         with _interruptible(self._stop), cpu_sharing.beside(engine).giving_way():
             try:
                 while self._round(engine, pool):
                     pass
             finally:
-                self.seconds = time.monotonic() - self._began
+                self.seconds = self._meter.seconds
         self.emit("stopped" if self.stopped else "done")
 
     def _round(self, engine: Engine, pool: GradingPool) -> bool:
@@ -233,7 +202,7 @@ class Pipeline:
                 self._feed_error = error
                 return
             if unit is not None:
-                seed = ids.request_seed(self.plan.seed, unit.problem.problem_id, unit.sample_index)
+                seed = ids.request_seed(self.settings.seed, unit.problem.problem_id, unit.sample_index)
                 yield Request(unit.trace_id, unit.prompt_ids, seed, self.plan.max_tokens)
 
     def _take(self, over: threading.Event) -> Unit | None:
@@ -282,7 +251,7 @@ class Pipeline:
     def _enter(self, completion: Completion, pool: GradingPool) -> None:
         unit = self._flying.pop(completion.key)
         trace = self._trace(unit, completion)
-        future = submit(pool, trace, unit.problem, unit.problem.grader) if self.graded else None
+        future = submit(pool, trace, unit.problem, unit.problem.grader) if self.settings.graded else None
         entry = _Entry(unit, trace, future)
         if future is None or future.done():
             self._settle(entry)
@@ -306,7 +275,7 @@ class Pipeline:
             run_id=self.run_id or "",
             generation_key=plan.key,
             sample_index=unit.sample_index,
-            request_seed=ids.request_seed(plan.seed, unit.problem.problem_id, unit.sample_index),
+            request_seed=ids.request_seed(self.settings.seed, unit.problem.problem_id, unit.sample_index),
             prompt_ids=unit.prompt_ids,
             completion_ids=token_ids,
             text=info.text_of(token_ids),
@@ -355,60 +324,35 @@ class Pipeline:
         self.n_existing += len(traces) - len(done.fresh)
         mine = [trace for trace in traces if (trace.trace_id, trace.attempt) in done.fresh]
         verdicts = [grade for grade in grades if (grade.trace_id, grade.attempt) in done.fresh]
-        self._rate.add(time.monotonic(), self.tally.add(mine, verdicts if self.graded else None))
+        self._meter.add(mine, verdicts if self.settings.graded else None)
         self.emit("generating")
         return True
 
     # -- what is said -----------------------------------------------------------------------------------------------
 
-    def emit(self, phase: str) -> None:
-        """Report where the build stands."""
-        if self._progress is None:
-            return
-        now = time.monotonic()
-        seconds = max(now - self._began, 1e-9)
-        target = self.schedule.facts()
-        total = None if target else self.plan.n_requested
-        self._progress(
-            BuildProgress(
-                total=total,
-                saved=self.tally.saved,
-                existing=self.n_existing,
-                tokens=self.tally.tokens,
-                tokens_per_second=self._rate.per_second(now),
-                lifetime_tokens_per_second=self.tally.tokens / seconds,
-                truncated=self.tally.truncated,
-                correct=self.tally.correct,
-                judged=self.tally.judged,
-                eta_seconds=self._eta(total, seconds, target),
-                phase=phase,
-                finish_reasons=dict(self.tally.finish_reasons),
-                target=target,
-            )
-        )
+    @property
+    def saved(self) -> Saved:
+        """Counts of what this build has saved."""
+        return self._meter.saved
 
-    def _eta(self, total: int | None, seconds: float, target: Mapping[str, int]) -> float | None:
-        if total is not None:
-            left = total - self.n_existing - self.tally.saved
-            return left * seconds / self.tally.saved if self.tally.saved else None
-        met, need = target.get("met", 0), target.get("need", 0)
-        gained = met - self._met_before
-        return max(0, need - met) * seconds / gained if gained > 0 and self.tally.saved else None
+    def emit(self, phase: str) -> None:
+        """Send a progress event."""
+        self._meter.emit(phase, self.n_existing, self.schedule.facts())
 
     def _run(self, engine: Engine) -> Run:
         info, plan = self.plan.info, self.plan
         return Run(
             run_id=self.run_id or "",
-            kind=plan.kind,
+            kind=self.settings.kind,
             generation_key=plan.key,
             model=info.model,
             model_revision=info.revision,
             tokenizer_hash=info.tokenizer_hash,
             chat_template_hash=info.chat_template_hash,
-            system_prompt=plan.system_prompt,
+            system_prompt=self.settings.system_prompt,
             sampling=plan.sampling.as_dict(),
             max_tokens=plan.max_tokens,
-            seed=plan.seed,
+            seed=self.settings.seed,
             engine=engine.name,
             engine_version=engine.version,
             reasoning_format=info.reasoning.name,
@@ -421,7 +365,7 @@ class Pipeline:
                 for name, value in plan.sampling.as_dict().items()
             },
             template_options=dict(info.template_options),
-            engine_options=dict(self._engine_options),
+            engine_options=dict(self.settings.engine_options or {}),
         )
 
 

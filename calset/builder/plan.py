@@ -10,7 +10,7 @@ import shlex
 import time
 import warnings as python_warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,22 +18,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from calset import ids
 from calset.builder.engines import Sampling
-from calset.builder.model_info import ModelInfo, default_commit, hub_name, inspect
-from calset.builder.problems import ProblemSource, open_problems
-from calset.builder.schedule import Opened
+from calset.builder.grading.scorers import check_scorers
+from calset.builder.model.info import ModelInfo, inspect
+from calset.builder.problems import ProblemSource, gym_tasks, open_problems
+from calset.builder.schedule.fixed import Opened
+from calset.builder.settings import BuildSettings
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import Contamination, Problem, Run, RunKind
-from calset.catalog.values import chunks
+from calset.catalog.records import Contamination, Problem, Run
+from calset.catalog.store.values import chunks
 from calset.errors import BuildWarning, CatalogLocked, InputError
+from calset.io.models import default_commit, hub_name
+from calset.io.retry import Backoff, retried
 
 if TYPE_CHECKING:
-    from calset.overlap import Decontaminator
+    from calset.catalog.contamination.overlap import Decontaminator
 
 MAX_TOKENS = 32_768  # when the user gives none and the context holds more
 MIN_TOKENS = 8
 BLOCK = 256  # problems read at a time: one look into the catalog each, and one call of the chat template's process
 IDS_A_LOOK = 10_000
 LOCK_PATIENCE_SECONDS = 600.0
+_LOCKED = Backoff(first=0.1, longest=1.0)  # beside the catalog's own wait for the lock
 
 T = TypeVar("T")
 LeaveOut = Callable[[Problem, list[Contamination]], None]
@@ -50,17 +55,14 @@ class Existing:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A checked build: what is asked of which model on which problems. Lengths are in tokens."""
+    """Plan of a build: its settings, and what follows from them, the model and the problems. Lengths are in tokens."""
 
+    settings: BuildSettings
     info: ModelInfo
     sources: tuple[ProblemSource, ...]
-    samples: int
     sampling: Sampling
-    system_prompt: str | None
     max_tokens: int
     longest: int  # of prompt and completion together
-    kind: RunKind
-    seed: int
     key: str
     problem_ids: tuple[str, ...] = field(repr=False)
     prompt_tokens: int  # of one sample of every problem
@@ -73,7 +75,7 @@ class Plan:
 
     @property
     def n_requested(self) -> int:
-        return len(self.problem_ids) * self.samples
+        return len(self.problem_ids) * self.settings.samples
 
     @property
     def n_todo(self) -> int:
@@ -81,7 +83,7 @@ class Plan:
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         """A problem's prompt as the model is served it."""
-        return self.info.prompt_ids(problem.question, self.system_prompt)
+        return self.info.prompt_ids(problem.question, self.settings.system_prompt)
 
     def problems(self, leave_out: LeaveOut | None = None) -> Iterator[Problem]:
         """The problems of all sources in order, each once; an excluded one goes to ``leave_out`` with the evidence."""
@@ -99,7 +101,7 @@ class Plan:
             names = [problem.problem_id for problem in block]
             found = {} if fresh else patiently(lambda names=names: store.attempts(self.key, names))
             decided = {} if fresh else patiently(lambda names=names: store.last_decisions(self.key, names))
-            prompts = self.info.prompts([problem.question for problem in block], self.system_prompt)
+            prompts = self.info.prompts([problem.question for problem in block], self.settings.system_prompt)
             for problem, prompt in zip(block, prompts, strict=True):
                 name = problem.problem_id
                 yield Opened(problem, prompt, found.get(name, {}), decided.get(name))
@@ -118,23 +120,31 @@ def unique(sources: Sequence[ProblemSource]) -> Iterator[Problem]:
                 yield problem
 
 
-def open_sources(specs: Sequence[str], store: Catalog, **options: Any) -> tuple[ProblemSource, ...]:
-    """The sources that specs name; one that the catalog knows already stays at the revision recorded there.
+def open_sources(settings: BuildSettings, store: Catalog) -> tuple[ProblemSource, ...]:
+    """Open the settings' problem sources; one that the catalog knows stays at the revision recorded there.
 
     Raises:
-        InputError: see ``open_problems``; or no spec.
+        InputError: see ``open_problems``; or a source that only code unknown to calset can score.
     """
-    if not specs:
-        raise InputError("no problems given")
     pinned = store.source_revisions()
-    return tuple(open_problems(spec, revision=pinned.get(spec), **options) for spec in specs)
+    sources = tuple(
+        open_problems(
+            spec,
+            question=settings.question,
+            answer=settings.answer,
+            grader=settings.grader,
+            limit=settings.limit,
+            revision=pinned.get(spec),
+        )
+        for spec in settings.specs
+    )
+    if settings.graded:
+        check_scorers(gym_tasks(source.source for source in sources), unsafe_scorers=settings.unsafe_scorers)
+    return sources
 
 
-def open_model(model: str | Path, store: Catalog, **options: Any) -> ModelInfo:
-    """The model; one of the Hub that names no revision stays at the commit of the catalog's first run of it.
-
-    Args:
-        options: ``inspect``'s.
+def open_model(model: str | Path, store: Catalog, *, template_options: Mapping[str, Any] | None = None) -> ModelInfo:
+    """Open the model; one of the Hub that names no revision stays at the commit of the catalog's first run of it.
 
     Raises:
         InputError: see ``inspect``.
@@ -145,7 +155,7 @@ def open_model(model: str | Path, store: Catalog, **options: Any) -> ModelInfo:
     name, asked = hub_name(model)
     commits = store.model_commits(name)
     try:
-        info = inspect(model, revision=commits[0] if commits else None, **options)
+        info = inspect(model, revision=commits[0] if commits else None, template_options=template_options)
     except InputError as error:
         if asked is not None or not commits or commits[0] not in str(error):
             raise
@@ -165,27 +175,17 @@ def open_model(model: str | Path, store: Catalog, **options: Any) -> ModelInfo:
 
 
 def make_plan(
+    settings: BuildSettings,
     info: ModelInfo,
     sources: Sequence[ProblemSource],
     store: Catalog,
     *,
-    samples: int,
-    sampling: Sampling,
-    system_prompt: str | None = None,
-    max_tokens: int | None = None,
-    limit: int | None = None,
-    kind: RunKind = "build",
-    seed: int = 0,
-    retry: Collection[str] = (),
-    graded: bool = True,
     decontaminator: Decontaminator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Read every problem once, render every prompt, and look what the catalog holds; writes nothing.
 
     Args:
-        limit: prompt and completion tokens that fit; the model's own when None.
-        graded: whether the build grades.
         decontaminator: leaves out the problems that evaluation sources hold too.
         progress: called with the number of problems read, about once a second.
 
@@ -193,6 +193,7 @@ def make_plan(
         InputError: no problems, or none that is left in; a prompt that the template refuses, or one that leaves no
             room for a completion.
     """
+    system_prompt, kind = settings.system_prompt, settings.kind
     measured = _measure(info, sources, system_prompt, decontaminator, progress)
     names = ", ".join(source.source.spec for source in sources)
     if measured.longest is None:
@@ -200,7 +201,9 @@ def make_plan(
         raise InputError(
             f"all {n} problems of {names} are in evaluation sources" if n else f"{names} holds no problems"
         )
-    budget = _token_budget(max_tokens, limit or info.max_model_len, measured.n_longest, measured.longest)
+    engine, sampling = settings.engine, settings.sampling(info.sampling)
+    context = info.max_model_len if isinstance(engine, str) else min(info.max_model_len, engine.max_model_len)
+    budget = _token_budget(settings.max_tokens, context, measured.n_longest, measured.longest)
     key = ids.generation_key(
         model=info.model,
         revision=info.revision,
@@ -209,26 +212,23 @@ def make_plan(
         system_prompt=system_prompt,
         sampling=sampling.as_dict(),
         # An evaluation reports its seed and limit as its own, so other ones are other traces; a build's stay out of it.
-        kind=kind if kind == "build" else f"{kind}-{seed}-{budget}",
+        kind=kind if kind == "build" else f"{kind}-{settings.seed}-{budget}",
         template_options=info.template_options,
     )
     return Plan(
+        settings=settings,
         info=info,
         sources=tuple(sources),
-        samples=samples,
         sampling=sampling,
-        system_prompt=system_prompt,
         max_tokens=budget,
         longest=measured.n_longest + budget,
-        kind=kind,
-        seed=seed,
         key=key,
         problem_ids=tuple(measured.problem_ids),
         prompt_tokens=measured.n_tokens,
         first_prompt_ids=measured.first,
-        existing=_existing(store, key, measured.problem_ids, samples, budget, frozenset(retry)),
-        warnings=tuple(_warnings(info, sampling, samples, system_prompt)),
-        other_graders=tuple(_other_graders(store, sources, measured.problem_ids)) if graded else (),
+        existing=_existing(store, key, measured.problem_ids, settings, budget),
+        warnings=tuple(_warnings(info, sampling, settings)),
+        other_graders=tuple(_other_graders(store, sources, measured.problem_ids)) if settings.graded else (),
         excluded_ids=frozenset(measured.excluded_ids),
         decontaminator=decontaminator,
     )
@@ -276,8 +276,6 @@ def _measure(
 
 
 def _token_budget(max_tokens: int | None, limit: int, longest: int, problem: Problem) -> int:
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
     left = limit - longest
     if left < (max_tokens or MIN_TOKENS):
         need = f"{max_tokens} for the completion" if max_tokens else "room for a completion"
@@ -286,27 +284,27 @@ def _token_budget(max_tokens: int | None, limit: int, longest: int, problem: Pro
     return max_tokens or min(left, MAX_TOKENS)
 
 
-def _warnings(info: ModelInfo, sampling: Sampling, samples: int, system_prompt: str | None) -> Iterator[str]:
+def _warnings(info: ModelInfo, sampling: Sampling, settings: BuildSettings) -> Iterator[str]:
     if info.reasoning.name == "none":
         yield f"{info.model} marks no reasoning (<think>): its whole responses are graded"
-    if sampling.temperature == 0 and samples > 1:
+    if sampling.temperature == 0 and settings.samples > 1:
         yield "temperature 0 gives the same trace for each sample of a problem"
     defaults = info.sampling.as_dict()
     yield from info.remarks(
-        system_prompt, [name for name, value in sampling.as_dict().items() if value != defaults[name]]
+        settings.system_prompt, [name for name, value in sampling.as_dict().items() if value != defaults[name]]
     )
 
 
 def _existing(
-    store: Catalog, key: str, problem_ids: Sequence[str], samples: int, max_tokens: int, retry: frozenset[str]
+    store: Catalog, key: str, problem_ids: Sequence[str], settings: BuildSettings, max_tokens: int
 ) -> Existing:
     """What is there; with warnings about traces that their limit cut: a build's limit is not in their key."""
-    there, cut, failed = 0, Counter[bool](), 0
+    retry, there, cut, failed = settings.retry, 0, Counter[bool](), 0
     limits: dict[bool, int] = {}
     if not store.exists():
         return Existing()
     for part in chunks(problem_ids, IDS_A_LOOK):
-        for row in store.count_attempts(key, part, samples=samples, max_tokens=max_tokens):
+        for row in store.count_attempts(key, part, samples=settings.samples, max_tokens=max_tokens):
             there += row.n
             failed += row.n if row.broken else 0
             if row.cut:
@@ -348,7 +346,7 @@ def uncounted(plan: Plan, store: Catalog) -> str | None:
     found: Counter[str] = Counter()
     who = {"model": plan.info.model, "revision": plan.info.revision}
     for part in chunks(plan.problem_ids, IDS_A_LOOK):
-        found.update(store.count_others(plan.key, part, samples=plan.samples, **who))
+        found.update(store.count_others(plan.key, part, samples=plan.settings.samples, **who))
     if not found:
         return None
     runs = {run.generation_key: run for run in store.runs("build")}
@@ -362,7 +360,7 @@ def uncounted(plan: Plan, store: Catalog) -> str | None:
 def _apart(plan: Plan, run: Run) -> str:
     """Why an adaptive build of the plan does not count a run's traces."""
     if run.generation_key == plan.key:
-        return f"beyond --samples {plan.samples}"
+        return f"beyond --samples {plan.settings.samples}"
     ours = plan.sampling.as_dict()
     said = [f"{name} {value}" for name, value in run.sampling.items() if value != ours.get(name)]
     return f"with {', '.join(said)}" if said else "made otherwise"
@@ -374,10 +372,5 @@ def patiently(work: Callable[[], T]) -> T:
     Raises:
         CatalogLocked: it held it for ``LOCK_PATIENCE_SECONDS``.
     """
-    began = time.monotonic()
-    while True:
-        try:
-            return work()
-        except CatalogLocked:
-            if time.monotonic() - began > LOCK_PATIENCE_SECONDS:
-                raise
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    return retried(work, _LOCKED, lambda error: isinstance(error, CatalogLocked), deadline=deadline)

@@ -1,1 +1,4 @@
-"""Keeps problems, runs, traces, grades and subsets in one DuckDB file, and turns questions to it into subsets."""
+"""Keeps what was built, answers questions about it, and turns it into named subsets that can be published.
+
+Must not know engines, graders or how a model is pruned.
+"""

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import duckdb
 
 from calset import ids
-from calset.catalog.connection import Mode, opened
-from calset.catalog.filters import Filter
+from calset.catalog.filters import Filter, FilterOptions
 from calset.catalog.records import (
     BROKEN,
     Attempt,
@@ -35,12 +34,14 @@ from calset.catalog.records import (
     Trace,
     utc_now,
 )
-from calset.catalog.schema import TABLES
-from calset.catalog.tokens import read_tokens
-from calset.catalog.values import arrow_batch, clean, clean_params, dump_json, identifier
-from calset.errors import CatalogError, InputError, first_line
-from calset.jsonable import jsonable
-from calset.suggest import did_you_mean
+from calset.catalog.store.connection import Mode, opened
+from calset.catalog.store.inserts import append, insert, insert_grades, insert_traces, row
+from calset.catalog.store.schema import TABLES
+from calset.catalog.store.sql import Result, check_select, in_memory, transaction
+from calset.catalog.store.tokens import read_tokens
+from calset.catalog.store.values import clean, clean_params, dump_json
+from calset.errors import InputError, did_you_mean, first_line
+from calset.io.keywords import shows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,20 +53,6 @@ _JSON_COLUMNS, _TIME_COLUMNS = (
 )
 _MAY_BE_NULL = ("sampling_from", "template_options", "engine_options", "origin", "messages")
 _LISTS = ("warnings", "messages")  # the JSON of all other columns is an object
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a query returned: column names, their DuckDB types, rows in order; ``truncated`` when a limit cut it."""
-
-    columns: list[str]
-    types: list[str]
-    rows: list[tuple[Any, ...]]
-    truncated: bool = False
-
-    def as_dicts(self) -> list[dict[str, Any]]:
-        """The rows as JSON-able dicts; of two columns with one name the last counts."""
-        return [dict(zip(self.columns, map(jsonable, row), strict=True)) for row in self.rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +95,21 @@ class Catalog:
         Like every connection but ``connect()`` it reaches no other file, no network and no Python variable.
 
         Raises:
-            CatalogLocked, CatalogError, InputError: see ``calset.catalog.connection.opened``.
+            CatalogLocked, CatalogError, InputError: see ``calset.catalog.store.connection.opened``.
         """
-        with opened(self.path, "write", self.lock_timeout) as con, _transaction(con):
+        with opened(self.path, "write", self.lock_timeout) as con, transaction(con):
             yield con
 
     @contextmanager
     def _writing(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """As ``transaction``, for statements of this module: after them the file need not be checked again."""
-        with opened(self.path, "write", self.lock_timeout, own_sql=True) as con, _transaction(con):
+        with opened(self.path, "write", self.lock_timeout, own_sql=True) as con, transaction(con):
             yield con
 
     @contextmanager
     def merging(self, other: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         """As ``transaction``, on a connection that may also attach the file ``other``, and no further one."""
-        with opened(self.path, "write", self.lock_timeout, other=other) as con, _transaction(con):
+        with opened(self.path, "write", self.lock_timeout, other=other) as con, transaction(con):
             yield con
 
     def reading(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
@@ -180,17 +167,17 @@ class Catalog:
     def add_source(self, source: Source) -> int:
         """Keep a source; returns 1, or 0 when it was there."""
         with self._writing() as con:
-            return _insert(con, "sources", [_row("sources", source)], key=("source_id",))
+            return insert(con, "sources", [row("sources", source)], key=("source_id",))
 
     def add_problems(self, problems: Sequence[Problem]) -> int:
         """Keep problems; returns how many were new."""
         with self._writing() as con:
-            return _insert(con, "problems", [_row("problems", p) for p in problems], key=("problem_id",))
+            return insert(con, "problems", [row("problems", p) for p in problems], key=("problem_id",))
 
     def add_run(self, run: Run) -> int:
         """Keep a run; returns 1, or 0 when it was there."""
         with self._writing() as con:
-            return _insert(con, "runs", [_row("runs", run)], key=("run_id",))
+            return insert(con, "runs", [row("runs", run)], key=("run_id",))
 
     def add_traces(self, traces: Sequence[Trace]) -> int:
         """Keep traces with their token ids; returns how many (trace_id, attempt) were new."""
@@ -220,25 +207,25 @@ class Catalog:
         if not (traces or grades or problems or decisions or contaminations):
             return Recorded(0, 0)
         with self._writing() as con:
-            _insert(con, "problems", [_row("problems", p) for p in problems], key=("problem_id",))
-            _append(con, "decisions", [_row("decisions", d) for d in decisions])
-            _insert(
+            insert(con, "problems", [row("problems", p) for p in problems], key=("problem_id",))
+            append(con, "decisions", [row("decisions", d) for d in decisions])
+            insert(
                 con,
                 "contaminations",
-                [_row("contaminations", c) for c in contaminations],
+                [row("contaminations", c) for c in contaminations],
                 key=("problem_id", "evaluation_source", "evaluation_revision", "evaluation_row", "n"),
             )
-            fresh = _insert_traces(con, traces, grades)
+            fresh = insert_traces(con, traces, grades)
             strangers = {(t.trace_id, t.attempt) for t in traces} - fresh
             grades = [grade for grade in grades if (grade.trace_id, grade.attempt) not in strangers]
-            return Recorded(len(fresh), _insert_grades(con, grades, fresh), frozenset(fresh))
+            return Recorded(len(fresh), insert_grades(con, grades, fresh), frozenset(fresh))
 
     def add_judgements(self, judgements: Sequence[Judgement]) -> int:
         """Keep what judges said of traces; returns how many were new."""
-        rows = [_row("judgements", judgement) for judgement in judgements]
+        rows = [row("judgements", judgement) for judgement in judgements]
         key = ("trace_id", "attempt", "judge", "judge_revision", "prompt_hash", "judged_at")
         with self._writing() as con:
-            return _insert(con, "judgements", rows, key=key)
+            return insert(con, "judgements", rows, key=key)
 
     def add_evaluation(self, record: Mapping[str, Any]) -> str:
         """Keep what an evaluation found (any JSON-able mapping); returns its id."""
@@ -252,7 +239,7 @@ class Catalog:
         """Keep that a subset stands on the Hub; returns 1, or 0 when that was kept."""
         key = ("name", "version", "content_hash", "repo", "revision", "tag")
         with self._writing() as con:
-            return _insert(con, "publications", [_row("publications", publication)], key=key)
+            return insert(con, "publications", [row("publications", publication)], key=key)
 
     def publications(self) -> list[Publication]:
         """Where subsets stand on the Hub, oldest first."""
@@ -262,7 +249,7 @@ class Catalog:
         text = dump_json(record)
         name = ids.digest(table, text)
         with self._writing() as con:
-            _insert(con, table, [(name, utc_now(), text)], key=(key,))
+            insert(con, table, [(name, utc_now(), text)], key=(key,))
         return name
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -548,10 +535,11 @@ class Catalog:
             found = con.sql(sql, params=clean_params(params))
             names, types, rows = found.columns, [str(kind) for kind in found.types], found.to_arrow_table()
             del found
-        return _in_memory(names, types, rows)
+        return in_memory(names, types, rows)
 
+    @shows(FilterOptions)
     def traces(
-        self, *, columns: Sequence[str] | None = None, limit: int | None = None, **filters: Any
+        self, *, columns: Sequence[str] | None = None, limit: int | None = None, **filters: Unpack[FilterOptions]
     ) -> duckdb.DuckDBPyRelation:
         """The traces that meet filters, as a relation (see ``sql``), by problem and sample.
 
@@ -560,7 +548,7 @@ class Catalog:
         Args:
             columns: of the view ``trace``; all but its texts (``text``, ``response``) when None, ``["*"]`` for all.
             limit: only the first rows.
-            filters: fields of ``calset.catalog.filters.Filter``.
+            filters: fields of ``calset.catalog.filters.Filter``, which explains them.
 
         Raises:
             InputError: a filter, value or column that there is not, or no catalog.
@@ -573,189 +561,5 @@ class Catalog:
         return self.sql(*Filter(**filters).select(columns, limit))
 
 
-@contextmanager
-def _transaction(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    con.execute("BEGIN")
-    try:
-        yield
-    except BaseException:
-        with suppress(duckdb.Error):
-            con.execute("ROLLBACK")
-        raise
-    con.execute("COMMIT")
-
-
-def _in_memory(names: Sequence[str], types: Sequence[str], rows: pa.Table) -> duckdb.DuckDBPyRelation:
-    """An Arrow table as a relation of its own connection, which the relation keeps alive."""
-    con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": "false"})
-    # SQL may name two columns alike, a table may not.
-    unique = [name if name not in names[:i] else f"{name}_{names[:i].count(name)}" for i, name in enumerate(names)]
-    con.register("answer", rows.rename_columns(unique))
-    there = [str(kind) for kind in con.sql("FROM answer").types]
-    # Arrow knows neither JSON nor HUGEINT nor UUID: what came as text or decimal goes back to its type.
-    quoted = [identifier(name) for name in unique]
-    columns = [q if was == now else f"{q}::{was} AS {q}" for q, was, now in zip(quoted, types, there, strict=True)]
-    return con.sql(f"SELECT {', '.join(columns)} FROM answer")
-
-
-def check_select(con: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Refuse anything but one statement that reads.
-
-    Why besides the read-only connection: SET, ATTACH, CALL, temporary tables and transactions would pass that.
-
-    Raises:
-        InputError: no statement, several, or one that is not a SELECT.
-        duckdb.ParserException: not SQL.
-    """
-    statements = con.extract_statements(clean(sql))
-    if len(statements) != 1:
-        raise InputError(f"one SELECT statement is wanted, not {len(statements)}")
-    kind = statements[0].type
-    if kind not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
-        name = str(kind).rsplit(".", 1)[-1]
-        raise InputError(f"only SELECT statements are answered (the catalog is open read-only), not {name}")
-
-
 _SAME_MODEL = ("model", "model_revision", "kind")
 _TRACE_COLUMNS = [f.name for f in fields(Trace) if f.name in TABLES["traces"]]
-
-
-def _row(table: str, record: Any) -> tuple[Any, ...]:
-    """A record as a row of its table, in column order."""
-    return tuple(
-        dump_json(getattr(record, column)) if kind == "JSON" else getattr(record, column)
-        for column, kind in TABLES[table].items()
-    )
-
-
-def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: Sequence[tuple[Any, ...]], key: Sequence[str]) -> int:
-    """Insert the rows whose key is not there yet, the first of several in the batch; returns how many.
-
-    Why not ON CONFLICT: it needs keys, which DuckLake has not, and has holes.
-    """
-    at = [list(TABLES[table]).index(name) for name in key]
-    by_key: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    for row in rows:
-        by_key.setdefault(tuple(row[i] for i in at), row)
-    present = _present(con, table, key, by_key)
-    return _append(con, table, [row for k, row in by_key.items() if k not in present])
-
-
-def _present(con: duckdb.DuckDBPyConnection, table: str, key: Sequence[str], keys: Iterable[Any]) -> set[Any]:
-    """Which of the keys a table holds. The few keys are the build side: a large table is only streamed past them."""
-    names = ", ".join(f'"{name}"' for name in key)
-    return {row[: len(key)] for row in _semi_join(con, table, key, keys, names)}
-
-
-def _semi_join(
-    con: duckdb.DuckDBPyConnection, table: str, key: Sequence[str], keys: Iterable[Any], select: str
-) -> list[tuple[Any, ...]]:
-    wanted = list(keys)
-    if not wanted:
-        return []
-    con.register("calset_keys", arrow_batch({name: TABLES[table][name] for name in key}, wanted))
-    names = ", ".join(f'"{name}"' for name in key)
-    rows = con.execute(f"SELECT {select} FROM {table} SEMI JOIN calset_keys USING ({names})").fetchall()
-    con.unregister("calset_keys")
-    return rows
-
-
-def _append(con: duckdb.DuckDBPyConnection, table: str, rows: Sequence[tuple[Any, ...]]) -> int:
-    if rows:
-        con.register("calset_batch", arrow_batch(TABLES[table], rows))
-        con.execute(f"INSERT INTO {table} SELECT * FROM calset_batch").fetchall()
-        con.unregister("calset_batch")
-    return len(rows)
-
-
-def _insert_traces(
-    con: duckdb.DuckDBPyConnection, traces: Sequence[Trace], grades: Sequence[Grade]
-) -> set[tuple[str, int]]:
-    """Insert the traces that are new, each with the first grade of it in ``grades``; returns their (id, attempt)."""
-    by_key: dict[tuple[str, int], Trace] = {}
-    for trace in traces:
-        by_key.setdefault((trace.trace_id, trace.attempt), trace)
-    pools = _pool_keys(con, by_key.values())
-    present = _present_traces(con, by_key, pools)
-    fresh = {key: trace for key, trace in by_key.items() if key not in present}
-    # The views join on it, so an orphan would be kept and never seen.
-    problems = {(trace.problem_id,) for trace in fresh.values()}
-    if missing := problems - _present(con, "problems", ("problem_id",), problems):
-        raise InputError(f"traces name a problem_id that the catalog does not hold: {min(missing)[0]}; add it first")
-    first: dict[tuple[str, int], Grade] = {}
-    for grade in _in_order(grades):
-        first.setdefault((grade.trace_id, grade.attempt), grade)
-    tokens = [(t.trace_id, t.attempt, t.prompt_ids, t.completion_ids) for t in fresh.values()]
-    _append(con, "trace_tokens", tokens)
-    _append(con, "traces", [_trace_row(t, pools[key], first.get(key)) for key, t in fresh.items()])
-    return set(fresh)
-
-
-def _pool_keys(con: duckdb.DuckDBPyConnection, traces: Iterable[Trace]) -> dict[tuple[str, int], int]:
-    """The pool key of each trace by (trace id, attempt)."""
-    runs = {(trace.run_id,) for trace in traces}
-    kinds = {
-        run: rest for run, *rest in _semi_join(con, "runs", ("run_id",), runs, "run_id, model, model_revision, kind")
-    }
-    if missing := {run for (run,) in runs} - set(kinds):
-        raise InputError(f"traces name a run_id that the catalog does not hold: {min(missing)}; add it first")
-    return {(t.trace_id, t.attempt): ids.pool_key(t.problem_id, *kinds[t.run_id]) for t in traces}
-
-
-def _present_traces(
-    con: duckdb.DuckDBPyConnection, traces: Mapping[tuple[str, int], Trace], pools: Mapping[tuple[str, int], int]
-) -> set[tuple[str, int]]:
-    """Which of the traces are there, looked up among those of their pools: a million integers are scanned faster than
-    a million ids, and the few that are found show as well whether two problems' keys are alike."""
-    owners: dict[int, str] = {}
-    found = _semi_join(
-        con, "traces", ("pool_key",), {(pool,) for pool in pools.values()}, "trace_id, attempt, pool_key, problem_id"
-    )
-    asked = [(*key, pools[key], trace.problem_id) for key, trace in traces.items()]
-    for _, _, pool, problem in (*found, *asked):
-        if owners.setdefault(pool, problem) != problem:
-            raise CatalogError(
-                f"the problems {owners[pool]} and {problem} have one 60-bit key by chance, and one catalog cannot tell "
-                "them apart: keep one of them in a catalog of its own"
-            )
-    return {(trace, attempt) for trace, attempt, *_ in found} & traces.keys()
-
-
-def _trace_row(trace: Trace, pool_key: int, first: Grade | None) -> tuple[Any, ...]:
-    counted: dict[str, Any] = {"n_prompt_tokens": len(trace.prompt_ids), "pool_key": pool_key}
-
-    def value(column: str) -> Any:
-        if column.startswith("first_"):
-            return getattr(first, column.removeprefix("first_"), None)
-        return counted[column] if column in counted else getattr(trace, column)
-
-    return tuple(value(column) for column in TABLES["traces"])
-
-
-def _in_order(grades: Sequence[Grade]) -> list[Grade]:
-    return sorted(grades, key=lambda grade: grade.graded_at)
-
-
-def _insert_grades(con: duckdb.DuckDBPyConnection, grades: Sequence[Grade], fresh: Collection[tuple[str, int]]) -> int:
-    """Insert grades of traces that are there; ``fresh`` were inserted in this transaction and have no grade yet."""
-    known: dict[tuple[str, int], set[tuple[Any, ...]]] = {(g.trace_id, g.attempt): set() for g in grades}
-    older = [key for key in known if key not in fresh]
-    if missing := set(older) - _present(con, "traces", ("trace_id", "attempt"), older):
-        raise InputError(f"grades name a trace that the catalog does not hold: {min(missing)[0]}; add it first")
-    # 0 belongs to the grade that came with the trace, so that one added later, though it be the first, begins at 1.
-    next_seq = {key: int(key not in fresh) for key in known}
-    mark = "grader, grader_version, verdict, graded_at"
-    for trace_id, attempt, seq, *rest in _semi_join(
-        con, "grades", ("trace_id", "attempt"), older, f"trace_id, attempt, seq, {mark}"
-    ):
-        known[trace_id, attempt].add(tuple(rest))
-        next_seq[trace_id, attempt] = max(next_seq[trace_id, attempt], seq + 1)
-    rows = []
-    for grade in _in_order(grades):
-        key = (grade.trace_id, grade.attempt)
-        this = (grade.grader, grade.grader_version, grade.verdict, grade.graded_at)
-        if this not in known[key]:
-            rows.append(tuple(next_seq[key] if c == "seq" else getattr(grade, c) for c in TABLES["grades"]))
-            known[key].add(this)
-            next_seq[key] += 1
-    return _append(con, "grades", rows)

@@ -10,11 +10,10 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from calset.catalog.records import VERDICTS, RunKind
-from calset.errors import InputError
-from calset.suggest import did_you_mean
+from calset.errors import InputError, did_you_mean
 
 Band = tuple[float | None, float | None]
 
@@ -28,6 +27,20 @@ COLUMNS = (
 # All but the texts of a trace, which are most of a catalog's bytes.
 NARROW = tuple(name for name in COLUMNS if name not in ("text", "response"))
 _BANDS = {"difficulty": "difficulty", "tokens": "n_tokens", "k": "k"}
+
+
+class FilterOptions(TypedDict, total=False):
+    """The fields of ``Filter`` as keyword parameters."""
+
+    difficulty: Band | None
+    correct: bool | None
+    verdict: str | Sequence[str] | None
+    tokens: Band | None
+    model: str | None
+    source: str | None
+    k: Band | None
+    finished: bool | None
+    kind: RunKind | None
 
 
 @dataclass(frozen=True, slots=True)

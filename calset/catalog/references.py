@@ -1,4 +1,4 @@
-"""Calibration references: find the subset that a reference names, and export it.
+"""Calibration references: find the subset that a reference names, export it, and compare it with another.
 
 A reference is ``name`` or ``name@2`` of a catalog, the folder of an exported subset, or ``hub:org/repo/name@2``.
 Must not know: how selections are made, how a subset is kept, written or downloaded.
@@ -10,12 +10,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from calset.catalog import subsets
 from calset.catalog.catalog import Catalog
-from calset.catalog.export import MANIFEST, provenance_of, read_directory, write_folder
-from calset.catalog.hub import open_reference
-from calset.catalog.names import PREFIX
+from calset.catalog.hub.names import PREFIX
+from calset.catalog.hub.pull import open_reference
 from calset.catalog.records import Subset
+from calset.catalog.subsets import versions
+from calset.catalog.subsets.compare import Difference, compare
+from calset.catalog.subsets.folder import MANIFEST, provenance_of, read_directory, write_folder
 from calset.errors import InputError
 
 
@@ -33,8 +34,21 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
     return locate(ref, catalog)[0]
 
 
+def find(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Subset:
+    """Do as ``resolve``, without looking for the runs of a subset that was selected here: its ``origin`` is None."""
+    return _found(ref, catalog)[0]
+
+
 def locate(ref: str | Path, catalog: Catalog | str | Path | None = None) -> tuple[Subset, Path | None]:
     """Do as ``resolve``, and return the exported folder too that the subset was read from, None if it was none."""
+    subset, folder = _found(ref, catalog)
+    if subset.origin is None:
+        origin = provenance_of(subset, catalog if isinstance(catalog, Catalog) else Catalog(catalog))
+        subset = replace(subset, origin=origin)
+    return subset, folder
+
+
+def _found(ref: str | Path, catalog: Catalog | str | Path | None) -> tuple[Subset, Path | None]:
     path = Path(ref)
     if isinstance(ref, str) and ref.startswith(PREFIX):
         return open_reference(ref), None
@@ -46,10 +60,8 @@ def locate(ref: str | Path, catalog: Catalog | str | Path | None = None) -> tupl
             f"no calibration subset at {ref}: give NAME or NAME@VERSION of the catalog, an exported folder, or "
             "hub:ORG/REPO/NAME@VERSION"
         )
-    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     try:
-        subset = subsets.load(catalog, ref)
-        return (subset if subset.origin else replace(subset, origin=provenance_of(subset, catalog))), None
+        return versions.load(catalog if isinstance(catalog, Catalog) else Catalog(catalog), ref), None
     except InputError:
         # A name means the catalog's subset; a folder of that name here counts only when there is none.
         if os.path.isfile(path / MANIFEST):
@@ -71,4 +83,19 @@ def export(catalog: Catalog | str | Path, subset: Subset | str, directory: str |
         CatalogError: no space left.
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
-    return write_folder(catalog, resolve(subset, catalog) if isinstance(subset, str) else subset, directory)
+    return write_folder(catalog, find(subset, catalog) if isinstance(subset, str) else subset, directory)
+
+
+def diff(catalog: Catalog | str | Path | None, a: Subset | str | Path, b: Subset | str | Path) -> Difference:
+    """Compare two subsets (or references to them): what they share and how they differ.
+
+    Samples are the same when their ids and token ids are; problems by problem id.
+
+    Args:
+        catalog: where names are looked up, and what tells the difficulty, source and verdict of samples.
+
+    Raises:
+        InputError: no such subset.
+    """
+    catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    return compare(catalog, *(s if isinstance(s, Subset) else find(s, catalog) for s in (a, b)))

@@ -8,98 +8,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from calset.demo import MODEL, PROSE
+from calset.bundled import MODEL, PROSE
+from calset.demo.report import Arm, DemoReport, DemoSettings
 from calset.errors import CalsetError, InputError, Stopped
+from calset.io.progress import OnProgress, Progress, silent
 
 if TYPE_CHECKING:
     from calset.builder.engines.base import Engine
     from calset.catalog.catalog import Catalog
     from calset.catalog.records import Subset
-    from calset.pruning.evaluate import EvaluationReport
-
-# Progress: (stage, done, total, facts)
-OnProgress = Callable[[str, float, float | None, Mapping[str, Any]], None]
-
-
-def silent(stage: str, done: float, total: float | None, facts: Mapping[str, Any]) -> None:
-    """No progress."""
-
+    from calset.evaluation.evaluate import EvaluationReport
 
 CATALOG = "demo.duckdb"  # not the default name: a demo in a project folder must not write to its catalog
 MODEL_LENGTH = 1024  # prompt and completion tokens that the engine must hold
-
-
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
-    """The demo's size.
-
-    ``sparsity``: the highest of those measured by ``benchmarks/demo_sparsity.py`` (0.40, 0.50, 0.55, 0.60, 0.70) at
-    which no calibration leaves the model at zero; the table is in docs/pruning.md.
-    """
-
-    samples: int = 6  # traces a calibration problem
-    budget: int = 8192  # tokens a subset
-    sparsity: float = 0.55
-    window: int = 256  # tokens a sample of the text baseline
-    max_tokens: int = 512
-    build_limit: int | None = None  # calibration problems; None = all
-    evaluation_limit: int | None = None  # held-out problems; None = all
-    recipes: tuple[str, ...] = ("ssgr", "rac", "prompts", "text")
-    methods: tuple[str, ...] = ("sparsegpt", "wanda")
-    shown: str = "ssgr"  # the subset that the plot marks
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One line of the table: a model and what came of evaluating it."""
-
-    method: str
-    calibration: str
-    n_samples: int
-    n_tokens: int
-    evaluation: EvaluationReport
-
-
-@dataclass(frozen=True, slots=True)
-class DemoReport:
-    arms: Sequence[Arm]
-    settings: DemoSettings
-    engine: str
-    seed: int
-    plot: Path
-    catalog: Path
-    seconds: float
-
-    def title(self) -> str:
-        n = self.arms[0].evaluation.n_problems
-        return f"Pruned to {self.settings.sparsity:.0%} zeros, {n} held-out problems, one sample each, seed {self.seed}"
-
-    def columns(self) -> list[str]:
-        return ["method", "calibration", "samples", "tokens", "accuracy", "± se", "length", "non-termination", "loops"]
-
-    def rows(self) -> list[list[Any]]:
-        return [
-            [
-                arm.method,
-                arm.calibration,
-                arm.n_samples or None,
-                arm.n_tokens or None,
-                arm.evaluation.accuracy,
-                arm.evaluation.accuracy_se,
-                round(arm.evaluation.mean_tokens),
-                arm.evaluation.non_termination,
-                arm.evaluation.loop_rate,
-            ]
-            for arm in self.arms
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def run_demo(
@@ -114,12 +39,15 @@ def run_demo(
 
     Run again on the same folder it keeps what is there: traces by their ids, pruned models by their ``pruning.json``.
 
+    Args:
+        progress: called with a ``Progress`` whose phase is the stage: what a build, a pruning or an evaluation tells.
+
     Raises:
         InputError: ``out`` holds something else.
         CalsetError: a calibration problem turned up among the held-out ones.
     """
     from calset.builder.engines import open_engine
-    from calset.builder.model_info import inspect
+    from calset.builder.model.info import inspect
     from calset.catalog.catalog import Catalog
 
     began = time.monotonic()
@@ -128,7 +56,7 @@ def run_demo(
     folder = _claim(Path(out))
     catalog = Catalog(folder / CATALOG)
     _check_disjoint()
-    say("starting the engine", 0, None, {})
+    say(Progress("starting the engine"))
     running = open_engine(engine, inspect(MODEL), max_model_len=MODEL_LENGTH)
     try:
         build_traces(catalog, running, seed, settings, say)
@@ -144,7 +72,7 @@ def run_demo(
         running.close()
     plot = folder / "demo.png"
     report = DemoReport(tuple(arms), settings, name, seed, plot, folder / CATALOG, time.monotonic() - began)
-    from calset.demo.plot import draw
+    from calset.demo.report import draw
 
     draw(report, catalog, subsets[settings.shown], plot)
     (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=2, default=str) + "\n", encoding="utf-8")
@@ -174,7 +102,7 @@ def _check_disjoint() -> None:
 
 
 def build_traces(catalog: Catalog, engine: Engine, seed: int, settings: DemoSettings, say: OnProgress = silent) -> None:
-    from calset.builder.generate import build
+    from calset.builder.build import build
 
     report = build(
         MODEL,
@@ -191,16 +119,18 @@ def build_traces(catalog: Catalog, engine: Engine, seed: int, settings: DemoSett
         raise Stopped("the demo was stopped; run the same command again to continue it")
 
 
-def _stage(say: OnProgress, label: str) -> Callable[[Any], None]:
-    def show(event: Any) -> None:
-        speed = round(event.tokens_per_second) if event.tokens_per_second else None
-        say(label, event.existing + event.saved, event.total, {"tokens/s": speed})
+def _stage(say: OnProgress, label: str) -> OnProgress:
+    """Pass events on under the name of the demo's stage."""
+
+    def show(event: Progress) -> None:
+        facts = {name: fact for name, fact in event.facts.items() if name == "tokens/s"}
+        say(replace(event, phase=label, facts=facts, eta_seconds=None))
 
     return show
 
 
 def select_subsets(catalog: Catalog, seed: int, settings: DemoSettings) -> dict[str, Subset]:
-    from calset.catalog.selection import select
+    from calset.catalog.select import select
 
     subsets = {}
     for recipe in settings.recipes:
@@ -220,16 +150,15 @@ def prune_model(
             catalog.add_pruning(made)  # a demo killed just before that had not kept it; twice is once
             return out
         raise InputError(f"{out} is from a demo with other settings: name another folder with -o")
-    label = f"prune {out.name}"
-    report = prune(
+    prune(
         MODEL,
         subset,
         out,
         method=method,
         sparsity=settings.sparsity,
-        progress=lambda event: say(label, event["done"], event["total"], {}),
+        catalog=catalog,
+        progress=_stage(say, f"prune {out.name}"),
     )
-    catalog.add_pruning(report.as_dict())
     return out
 
 
@@ -242,7 +171,7 @@ def evaluate_model(
     settings: DemoSettings,
     say: OnProgress = silent,
 ) -> EvaluationReport:
-    from calset.pruning.evaluate import evaluate
+    from calset.evaluation.evaluate import evaluate
 
     return evaluate(
         model,

@@ -1,1 +1,4 @@
-"""Prunes a causal language model against a calibration subset, proves what it did, and evaluates the result."""
+"""Prunes a causal language model against a calibration subset and proves the result.
+
+Must not know how traces are built.
+"""

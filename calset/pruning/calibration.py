@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from calset import ids
 from calset.errors import InputError, first_line
-from calset.parquetfiles import Bounds, read_batches
+from calset.io.parquet import Bounds, read_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from calset.catalog.catalog import Catalog
     from calset.catalog.records import Sample, Subset
 
 Tokens = Literal["all", "completion", "prompt"]
+TokenWeights = Mapping[str, Sequence[float]]  # sample id -> a number a token
 BATCH_TOKENS = 8192  # positions a micro-batch, padding included
 # On a CPU less is faster, since more of it stays in the caches (by 10 % in float32, 20 % in bfloat16), and smaller.
 CPU_BATCH_TOKENS = 2048
@@ -87,7 +89,7 @@ def read(
     max_positions: int | None = None,
     max_length: int | None = None,
     vocabulary_size: int | None = None,
-    token_weights: Mapping[str, Sequence[float]] | None = None,
+    token_weights: TokenWeights | None = None,
 ) -> Calibration:
     """Take a subset's samples as they are.
 
@@ -136,9 +138,7 @@ def read(
     return Calibration(sequences, spans, tuple(warnings), weights if weighted else None)
 
 
-def _check_weights(
-    subset: Subset, token_weights: Mapping[str, Sequence[float]] | None
-) -> Mapping[str, Sequence[float]]:
+def _check_weights(subset: Subset, token_weights: TokenWeights | None) -> TokenWeights:
     lengths = {sample.sample_id: len(sample.input_ids) for sample in subset.samples}
     for name, weights in (token_weights or {}).items():
         if name not in lengths:
@@ -148,6 +148,30 @@ def _check_weights(
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise InputError(f"a token weight of sample {name} is negative or not finite")
     return token_weights or {}
+
+
+def open_calibration(
+    calibration: Subset | str | Path, token_weights: TokenWeights | str | Path | None, catalog: Catalog
+) -> tuple[Subset, TokenWeights | None]:
+    """Open a calibration subset and the weights of its tokens.
+
+    Args:
+        calibration: the subset, or a reference to it as ``calset.resolve`` takes it.
+        token_weights: the weights, or a Parquet file of them (see ``find_token_weights``); when None, those of the
+            exported folder that the reference names, if there are any.
+        catalog: where names are looked up.
+
+    Raises:
+        InputError: no such subset, or weights that cannot be read.
+    """
+    from calset.catalog.records import Subset
+    from calset.catalog.references import locate
+
+    subset, folder = (calibration, None) if isinstance(calibration, Subset) else locate(calibration, catalog)
+    if token_weights is None or isinstance(token_weights, str | Path):
+        path = None if token_weights is None else Path(token_weights)
+        return subset, find_token_weights(folder, path)
+    return subset, token_weights
 
 
 def find_token_weights(folder: Path | None, path: Path | None = None) -> dict[str, list[float]] | None:
@@ -162,7 +186,7 @@ def find_token_weights(folder: Path | None, path: Path | None = None) -> dict[st
     Raises:
         InputError: a file that cannot be read or has no such columns.
     """
-    from calset.catalog.export import DATA
+    from calset.catalog.subsets.folder import DATA
 
     data = path or (folder / DATA if folder is not None else None)
     if data is None:

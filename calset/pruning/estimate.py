@@ -13,24 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calset.errors import CalsetError
-from calset.files import existing_parent, size
-from calset.pruning import distributed
-from calset.pruning.decoder import n_chosen_experts, surroundings
-from calset.pruning.hidden import Where
-from calset.pruning.memory import free_memory
-from calset.pruning.stats import CHUNK, TILE, Needs
-from calset.pruning.survey import NEEDS
+from calset.io.files import existing_parent, size
+from calset.pruning.blockwise import distributed
+from calset.pruning.blockwise.hidden_states import Where, nearest_place
+from calset.pruning.blockwise.statistics import CHUNK, TILE, Needs
+from calset.pruning.methods.sensitivity import NEEDS
+from calset.pruning.model.decoder import n_chosen_experts, surroundings
+from calset.pruning.model.memory import free_memory
 
 if TYPE_CHECKING:
     import torch
 
     from calset.pruning.calibration import Calibration
-    from calset.pruning.decoder import Block, Decoder, Weight
-    from calset.pruning.layout import Matrix
-    from calset.pruning.methods import Method
-    from calset.pruning.tensorfiles import TensorFiles
+    from calset.pruning.methods.registry import Method
+    from calset.pruning.model.decoder import Block, Decoder, Weight
+    from calset.pruning.model.layout import Matrix
+    from calset.pruning.model.tensorfiles import TensorFiles
 
-SHARE = 0.5  # of the free memory that hidden states may take before they move on
 FLOAT = 4  # bytes; Grams and solves are in float32
 DOUBLE = 8  # bytes; sums and sums of squares are in float64
 
@@ -132,7 +131,7 @@ def estimate(
     """The estimate for a model whose parameters may be on the meta device.
 
     Args:
-        allocation: a rule of ``allocate``; ``owl`` runs the dense model once more.
+        allocation: a rule of ``methods.allocation``; ``owl`` runs the dense model once more.
         hidden: where hidden states are to be; default: wherever they fit, the nearest first.
     """
     surveyed = NEEDS if allocation == "owl" else Needs.NOTHING
@@ -194,15 +193,6 @@ def _n_forwards(method: Method, surveyed: Needs, propagate: str) -> int:
     """How often the blocks run: for the survey, for the statistics, and again as pruned."""
     pruning = 0 if not method.needs else 2 if propagate == "pruned" else 1
     return pruning + bool(surveyed)
-
-
-def nearest_place(hidden: int, device: torch.device, others: int, device_free: int, host_free: int) -> Where:
-    """Where ``hidden`` bytes of hidden states fit beside ``others`` on the device, the nearest first."""
-    if others + hidden <= device_free and hidden <= SHARE * device_free:
-        return "device"
-    if device.type != "cpu" and hidden <= SHARE * host_free:
-        return "host"
-    return "disk"
 
 
 def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:

@@ -11,69 +11,62 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from calset.errors import InputError
-from calset.pruning import allocate, checkpoint, distributed, methods, workfolder
-from calset.pruning.calibration import BATCH_TOKENS, CPU_BATCH_TOKENS, Calibration, Tokens, read
-from calset.pruning.decoder import find_decoder
+from calset.pruning.blockwise import distributed, workfolder
+from calset.pruning.blockwise.statistics import Needs
+from calset.pruning.calibration import BATCH_TOKENS, CPU_BATCH_TOKENS, Calibration, TokenWeights, read
 from calset.pruning.estimate import Estimate, estimate
-from calset.pruning.hidden import Where
-from calset.pruning.layout import Layout, Matrix
-from calset.pruning.masks import Group, Pattern, Selection
-from calset.pruning.stats import Needs
-from calset.pruning.tensorfiles import TensorFiles, exact_dtype
-from calset.pruning.updates import has_triton
+from calset.pruning.methods import allocation as allocate
+from calset.pruning.methods import registry
+from calset.pruning.methods.masks import Pattern, Selection
+from calset.pruning.methods.sparsegpt import has_triton
+from calset.pruning.model import checkpoint
+from calset.pruning.model.decoder import find_decoder
+from calset.pruning.model.layout import Layout, Matrix
+from calset.pruning.model.tensorfiles import TensorFiles, exact_dtype
+from calset.pruning.report_parts import device_name, hash_of, versions
+from calset.pruning.settings import DAMPING, PruneSettings, compiled
 
 if TYPE_CHECKING:
     import torch
 
     from calset.catalog.records import Subset
-    from calset.pruning.decoder import Decoder
-
-Propagate = Literal["pruned", "dense"]
-
-
-DAMPING = 0.01  # of the mean diagonal
-
+    from calset.pruning.model.decoder import Decoder
 
 MAX_DEVIATION = 0.005  # of a matrix's share of zeros from the asked one, before it is worth a warning
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything checked, before weights load."""
+    """Plan of a pruning: its settings, and what follows from them, the model and the samples before weights load.
 
+    Attributes:
+        batch_tokens: positions a micro-batch, as set or as suits the device.
+        identity: all that decides the result; an interrupted run is continued by one with the same.
+    """
+
+    settings: PruneSettings
     source: checkpoint.Source
     subset: Subset
-    out: Path
-    method: methods.Method
+    method: registry.Method
     selection: Selection
     calibration: Calibration
-    tokens: Tokens
-    propagate: Propagate
-    damping: float
-    max_length: int | None
     batch_tokens: int
     device: torch.device
     dtype: torch.dtype  # of the model while it runs
     dtypes: Mapping[str, torch.dtype]  # of the matrices in the source's files, by tensor name
     chosen: frozenset[tuple[Any, ...]]  # the keys of the matrices to prune
     left_dense: Sequence[str]
-    allow_partial: bool
-    allocation: str
     shares: Mapping[str, float] | None  # by label, of an allocation that is known before weights load
     estimate: Estimate
-    settings: Mapping[str, Any]  # all that decides the result, for a run that continues this one
+    identity: Mapping[str, Any]
     warnings: list[str] = field(default_factory=list)
 
-    @property
-    def uses_data(self) -> bool:
-        return _uses_data(self.method, self.allocation)
 
-
-def _without_effect(method: methods.Method, pattern: Pattern | None, group: str | None, damping: float) -> list[str]:
-    warnings = []
+def _without_effect(settings: PruneSettings, method: registry.Method, pattern: Pattern | None) -> list[str]:
+    group, damping, warnings = settings.group, settings.damping, []
     if pattern is not None and group is not None:
         warnings.append(f"--group {group} has no effect with a pattern: weights compete within {pattern.m} columns")
     if Needs.GRAM not in method.needs and damping != DAMPING:
@@ -81,180 +74,132 @@ def _without_effect(method: methods.Method, pattern: Pattern | None, group: str 
     return warnings
 
 
-def check_options(propagate: str, damping: float, batch_tokens: int | None, hidden: str | None) -> None:
-    if propagate not in get_args(Propagate):
-        raise InputError(f"propagate must be one of {', '.join(get_args(Propagate))}, not {propagate!r}")
-    if not 0 < damping <= 1e4:
-        raise InputError(f"damping is a positive share of the mean diagonal, such as 0.01, not {damping}")
-    if batch_tokens is not None and batch_tokens < 1:
-        raise InputError(f"batch_tokens must be positive, not {batch_tokens}")
-    if hidden is not None and hidden not in get_args(Where):
-        raise InputError(f"hidden must be one of {', '.join(get_args(Where))}, not {hidden!r}")
+def make_plan(settings: PruneSettings, subset: Subset, token_weights: TokenWeights | None) -> Plan:
+    """Check everything that can be checked before weights load.
 
+    Args:
+        token_weights: see ``calibration.read``.
 
-def make_plan(
-    model: str | Path,
-    calibration: Subset,
-    out: str | Path,
-    *,
-    method: str,
-    sparsity: float | None,
-    pattern: str | None,
-    tokens: Tokens,
-    propagate: Propagate,
-    group: Group | None,
-    allocation: str | Path,
-    token_weights: Mapping[str, Sequence[float]] | None,
-    damping: float,
-    block_size: int,
-    device: str | None,
-    batch_tokens: int | None,
-    max_length: int | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    allow_partial: bool,
-    hidden: Where | None,
-    force: bool,
-) -> Plan:
+    Raises:
+        InputError: anything that cannot be done.
+        CalsetError: too little free disk.
+    """
     import torch
 
-    asked = {key: value for key, value in locals().items() if key != "torch"}
-    parsed = Pattern.parse(pattern) if pattern is not None else None
-    chosen = methods.find(method)
-    selection = Selection(sparsity, parsed, group or chosen.group, block_size)
-    check_options(propagate, damping, batch_tokens, hidden)
-    patterns = _Patterns.of(include, exclude)
-    source = checkpoint.open_source(model)
-    allocation = str(allocation)
-    uses_data = _uses_data(chosen, allocation)
-    warnings = check_subset(calibration, source, uses_data, force)
-    samples = read(
-        calibration,
-        tokens,
-        max_positions=source.max_positions,
-        max_length=max_length,
-        vocabulary_size=getattr(source.config.get_text_config(), "vocab_size", None),
-        token_weights=token_weights,
-    )
-    if uses_data:
+    method, selection = registry.find(settings.method), settings.selection
+    source = checkpoint.open_source(settings.model)
+    warnings = check_subset(subset, source, settings)
+    samples = read_samples(subset, source, settings, token_weights)
+    if settings.uses_data:
         warnings.extend(samples.warnings)
-    on_device = find_device(device)
-    batch_tokens = batch_positions(batch_tokens, on_device)
+    device = find_device(settings.device)
+    batch_tokens = batch_positions(settings.batch_tokens, device)
     with TensorFiles(source.folder) as files:
         skeleton = source.skeleton()
-        decoder = find_decoder(skeleton, allow_partial=allow_partial)
+        decoder = find_decoder(skeleton, allow_partial=settings.allow_partial)
         layout = Layout.of(files, skeleton)
         layout.check(torch.float32)
         blocks = [layout.matrices(block.weights.values()) for block in decoder.blocks]
         every = [matrix for matrices in blocks for matrix in matrices]
-        matrices = patterns.choose(every)
-        shares = _known_shares(allocation, decoder, matrices, selection)
+        matrices = choose_matrices(every, settings)
+        shares = _known_shares(settings, decoder, matrices, selection)
         check_shapes(matrices, selection, shares)
         dtypes = {name: files.stored[name].torch_dtype for name in {m.name for m in matrices}}
         dtype = exact_dtype(dtypes.values())  # the config's may round them
         needed = estimate(
-            skeleton, decoder, files, matrices, samples, chosen, allocation, propagate, dtype, on_device, batch_tokens,
-            hidden, Path(out),
+            skeleton, decoder, files, matrices, samples, method, settings.rule, settings.propagate, dtype, device,
+            batch_tokens, settings.hidden, settings.folder,
         )  # fmt: skip
-    if allocation == "uniform":
+    if settings.rule == "uniform":
         warnings.extend(_rounded(selection, matrices))
-    warnings.extend(_too_few_tokens(chosen, matrices, samples.n_counted_tokens))
-    warnings.extend(_without_effect(chosen, parsed, group, damping))
+    warnings.extend(_too_few_tokens(method, matrices, samples.n_counted_tokens))
+    warnings.extend(_without_effect(settings, method, selection.pattern))
     if unknown := decoder.unknown():
         warnings.append(f"{len(unknown)} decoder weights are not understood and stay dense, such as {unknown[0]}")
     warnings.extend(_not_loaded(layout))
     keys = frozenset(m.key for m in matrices)
-    settings = settings_of(
-        {
-            **asked,
-            "allocation": _told_apart(allocation, shares),
-            "token_weights": hash_of(samples.weights),
-            "batch_tokens": batch_tokens,
-        },
-        source,
-        calibration,
-        on_device,
-    )
-    workfolder.check_out(Path(out), needed.disk_bytes)
-    workfolder.check_settings(Path(out), settings)
+    identity = identity_of(settings, source, subset, samples, device)
+    identity["allocation"] = _told_apart(settings.rule, shares)
+    workfolder.check_out(settings.folder, needed.disk_bytes)
+    workfolder.check_settings(settings.folder, identity)
     return Plan(
+        settings=settings,
         source=source,
-        subset=calibration,
-        out=Path(out),
-        method=chosen,
+        subset=subset,
+        method=method,
         selection=selection,
         calibration=samples,
-        tokens=tokens,
-        propagate=propagate,
-        damping=damping,
-        max_length=max_length,
         batch_tokens=batch_tokens,
-        device=on_device,
+        device=device,
         dtype=dtype,
         dtypes=dtypes,
         chosen=keys,
         left_dense=[*(m.label for m in every if m.key not in keys), *unknown],
-        allow_partial=allow_partial,
-        allocation=allocation,
         shares=shares,
-        estimate=replace(needed, disk_there=workfolder.held_bytes(Path(out))),
-        settings=settings,
+        estimate=replace(needed, disk_there=workfolder.held_bytes(settings.folder)),
+        identity=identity,
         warnings=warnings,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Patterns:
-    """Which matrices are pruned, by their stored names and their modules'."""
+def read_samples(
+    subset: Subset, source: checkpoint.Source, settings: PruneSettings, token_weights: TokenWeights | None
+) -> Calibration:
+    """Read the calibration samples as the model takes them; see ``calibration.read``."""
+    return read(
+        subset,
+        settings.tokens,
+        max_positions=source.max_positions,
+        max_length=settings.max_length,
+        vocabulary_size=getattr(source.config.get_text_config(), "vocab_size", None),
+        token_weights=token_weights,
+    )
 
-    include: Sequence[re.Pattern[str]]
-    exclude: Sequence[re.Pattern[str]]
 
-    @classmethod
-    def of(cls, include: Sequence[str], exclude: Sequence[str]) -> _Patterns:
-        def parse(text: str) -> re.Pattern[str]:
-            try:
-                return re.compile(text)
-            except re.error as error:
-                raise InputError(f"{text!r} is no regular expression: {error}") from error
+def choose_matrices(matrices: Sequence[Matrix], settings: PruneSettings) -> list[Matrix]:
+    """Return the matrices to prune, by their stored names and their modules'.
 
-        return cls([parse(t) for t in include], [parse(t) for t in exclude])
-
-    def choose(self, matrices: Sequence[Matrix]) -> list[Matrix]:
-        """
-        Raises:
-            InputError: a pattern that matches nothing, or patterns that leave nothing.
-        """
-        for pattern in (*self.include, *self.exclude):
-            if not any(_matches(pattern, m) for m in matrices):
-                raise InputError(
-                    f"no matrix of the decoder has {pattern.pattern!r} in its name (they are called "
-                    f"{matrices[0].label} to {matrices[-1].label})"
-                )
-        chosen = [
-            m
-            for m in matrices
-            if (not self.include or any(_matches(p, m) for p in self.include))
-            and not any(_matches(p, m) for p in self.exclude)
-        ]
-        if not chosen:
-            raise InputError("--include and --exclude leave no matrix to prune")
-        return chosen
+    Raises:
+        InputError: a pattern that matches nothing, or patterns that leave nothing.
+    """
+    include, exclude = compiled(settings.include), compiled(settings.exclude)
+    for pattern in (*include, *exclude):
+        if not any(_matches(pattern, m) for m in matrices):
+            raise InputError(
+                f"no matrix of the decoder has {pattern.pattern!r} in its name (they are called "
+                f"{matrices[0].label} to {matrices[-1].label})"
+            )
+    chosen = [
+        m
+        for m in matrices
+        if (not include or any(_matches(p, m) for p in include)) and not any(_matches(p, m) for p in exclude)
+    ]
+    if not chosen:
+        raise InputError("--include and --exclude leave no matrix to prune")
+    return chosen
 
 
 def _matches(pattern: re.Pattern[str], matrix: Matrix) -> bool:
     return bool(pattern.search(matrix.label) or pattern.search(matrix.reads))
 
 
-def settings_of(
-    asked: Mapping[str, Any], source: checkpoint.Source, subset: Subset, device: torch.device
+def identity_of(
+    settings: PruneSettings,
+    source: checkpoint.Source,
+    subset: Subset,
+    samples: Calibration,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """All that decides the result: only a run with the same may go on where one was interrupted."""
+    """Return all that decides the result: only a run with the same may go on where one was interrupted.
+
+    The work folder of a run keeps these names and values as JSON.
+    """
     import torch
 
-    without_effect = ("model", "calibration", "out", "hidden", "force", "device")
     return {
-        **{key: value for key, value in asked.items() if key not in without_effect},
+        **settings.deciding(),
+        "token_weights": hash_of(samples.weights),
+        "batch_tokens": batch_positions(settings.batch_tokens, device),
         "model revision": source.revision,
         "calibration": subset.content_hash,
         # Another GPU, or another number of threads, rounds differently.
@@ -266,31 +211,23 @@ def settings_of(
     }
 
 
-def _uses_data(method: methods.Method, allocation: str) -> bool:
-    return bool(method.needs) or allocation == "owl"
-
-
 def as_allocated(decoder: Decoder, matrices: Sequence[Matrix]) -> list[allocate.Matrix]:
     blocks = {name: block.name for block in decoder.blocks for name in block.weights}
     return [allocate.Matrix(m.label, blocks[m.weight.name], *m.shape, m.reads) for m in matrices]
 
 
 def _known_shares(
-    allocation: str, decoder: Decoder, matrices: Sequence[Matrix], selection: Selection
+    settings: PruneSettings, decoder: Decoder, matrices: Sequence[Matrix], selection: Selection
 ) -> dict[str, float] | None:
     """The sparsities of a file; None for those that are uniform or measured later.
 
     Raises:
-        InputError: no such file or rule, or an allocation of a pattern.
+        InputError: no such file or rule.
     """
-    if allocation != "uniform" and selection.sparsity is None:
-        raise InputError(
-            f"a pattern is one share of zeros everywhere: --allocation {allocation} takes --sparsity instead"
-        )
-    if allocation in allocate.RULES:
+    if settings.rule in allocate.RULES:
         return None
     assert selection.sparsity is not None
-    return allocate.read_ratios(Path(allocation), as_allocated(decoder, matrices), selection.sparsity)
+    return allocate.read_ratios(Path(settings.rule), as_allocated(decoder, matrices), selection.sparsity)
 
 
 def _told_apart(allocation: str, shares: Mapping[str, float] | None) -> str:
@@ -298,11 +235,6 @@ def _told_apart(allocation: str, shares: Mapping[str, float] | None) -> str:
     if shares is None:
         return allocation
     return f"ratios {hashlib.sha256(json.dumps(shares).encode()).hexdigest()[:16]}"
-
-
-def hash_of(weights: Sequence[Sequence[float]] | None) -> str | None:
-    """What tells one set of token weights from another: they are no part of the subset's content hash."""
-    return None if weights is None else hashlib.sha256(json.dumps([list(w) for w in weights]).encode()).hexdigest()
 
 
 def own_selection(selection: Selection, matrix: Matrix, shares: Mapping[str, float] | None) -> Selection:
@@ -315,7 +247,7 @@ def check_shapes(matrices: Sequence[Matrix], selection: Selection, shares: Mappi
         own_selection(selection, matrix, shares).check_shape(*matrix.shape, matrix.label.removesuffix(".weight"))
 
 
-def check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, force: bool) -> list[str]:
+def check_subset(subset: Subset, source: checkpoint.Source, settings: PruneSettings) -> list[str]:
     """Warnings about where the subset comes from.
 
     Raises:
@@ -328,12 +260,12 @@ def check_subset(subset: Subset, source: checkpoint.Source, uses_data: bool, for
             if source.tokenizer_hash is None
             else f"the subset {subset.ref} was made with another tokenizer than that of {source.name}"
         )
-        if not force:
+        if not settings.force:
             raise InputError(
                 f"{problem}: its token ids would mean other text; select from this model's own traces, or --force"
             )
         warnings.append(f"{problem} (forced)")
-    if not uses_data:
+    if not settings.uses_data:
         return warnings
     # A Hub model given as its snapshot folder goes by the commit in the folder's name.
     if subset.model_revision and subset.model_revision not in (source.revision, source.folder.name):
@@ -355,7 +287,7 @@ def _not_loaded(layout: Layout) -> list[str]:
     ]
 
 
-def _too_few_tokens(method: methods.Method, matrices: Sequence[Matrix], n_tokens: int) -> list[str]:
+def _too_few_tokens(method: registry.Method, matrices: Sequence[Matrix], n_tokens: int) -> list[str]:
     wide = [m.shape[1] for m in matrices if m.shape[1] > n_tokens]
     if Needs.GRAM not in method.needs or not wide:
         return []
@@ -406,21 +338,6 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def batch_positions(asked: int | None, device: torch.device) -> int:
-    """Positions a micro-batch: those asked for, or what suits the device."""
-    return asked or (CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS)
-
-
-def device_name(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    import calset
-
-    return {"calset": calset.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+def batch_positions(given: int | None, device: torch.device) -> int:
+    """Positions a micro-batch: those given, or what suits the device."""
+    return given or (CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS)

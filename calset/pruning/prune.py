@@ -6,46 +6,52 @@ What comes before is in ``plan``, what is said of it in ``report``; ``walk`` run
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
+from calset.catalog.catalog import Catalog
 from calset.errors import PruningError
-from calset.pruning import allocate, distributed, methods, structured, workfolder
-from calset.pruning.calibration import Tokens
-from calset.pruning.decoder import find_decoder
+from calset.io.keywords import shows
+from calset.io.progress import OnProgress, Progress, silent
+from calset.pruning.blockwise import distributed, workfolder
+from calset.pruning.blockwise.hidden_states import HiddenStates, Where
+from calset.pruning.blockwise.phases import Phase
+from calset.pruning.blockwise.phases import timed as _timed
+from calset.pruning.blockwise.statistics import is_finite
+from calset.pruning.calibration import Tokens, TokenWeights, open_calibration
 from calset.pruning.estimate import Estimate
-from calset.pruning.hidden import HiddenStates, Where
-from calset.pruning.layout import Layout, Matrix, place
-from calset.pruning.masks import BLOCK_SIZE, Group
-from calset.pruning.memory import enough_memory
-from calset.pruning.phases import OnProgress, silent
-from calset.pruning.phases import timed as _timed
-from calset.pruning.plan import DAMPING, Plan, Propagate, as_allocated, check_shapes, make_plan, own_selection
+from calset.pruning.methods import allocation as allocate
+from calset.pruning.methods import registry
+from calset.pruning.methods.masks import BLOCK_SIZE, Group
+from calset.pruning.methods.sensitivity import measure_blocks
+from calset.pruning.model.decoder import find_decoder
+from calset.pruning.model.layout import Layout, Matrix, place
+from calset.pruning.model.memory import enough_memory
+from calset.pruning.model.tensorfiles import TensorFiles
+from calset.pruning.plan import Plan, as_allocated, check_shapes, make_plan, own_selection
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
-from calset.pruning.stats import is_finite
-from calset.pruning.structured_report import DropReport
-from calset.pruning.survey import survey
-from calset.pruning.tensorfiles import TensorFiles
+from calset.pruning.settings import DAMPING, Propagate, PruneOptions, PruneSettings
+from calset.pruning.structured import drop
+from calset.pruning.structured.report import DropReport
 
 if TYPE_CHECKING:
     import torch
 
     from calset.catalog.records import Subset
-    from calset.pruning.decoder import Block
-    from calset.pruning.distributed import Team
-    from calset.pruning.stats import InputStatistics
-    from calset.pruning.walk import Walk
-    from calset.pruning.workfolder import WorkFolder
+    from calset.pruning.blockwise.distributed import Team
+    from calset.pruning.blockwise.statistics import InputStatistics
+    from calset.pruning.blockwise.walk import Walk
+    from calset.pruning.blockwise.workfolder import WorkFolder
+    from calset.pruning.model.decoder import Block
 
 
 def prune(
     model: str | Path,
-    calibration: Subset,
+    calibration: Subset | str | Path,
     out: str | Path,
     *,
     method: str = "sparsegpt",
@@ -55,7 +61,7 @@ def prune(
     propagate: Propagate = "pruned",
     group: Group | None = None,
     allocation: str | Path = "uniform",
-    token_weights: Mapping[str, Sequence[float]] | None = None,
+    token_weights: TokenWeights | str | Path | None = None,
     damping: float = DAMPING,
     block_size: int = BLOCK_SIZE,
     device: str | None = None,
@@ -66,6 +72,7 @@ def prune(
     allow_partial: bool = False,
     hidden: Where | None = None,
     force: bool = False,
+    catalog: Catalog | str | Path | None = None,
     progress: OnProgress | None = None,
 ) -> PruneReport | DropReport:
     """Prune every linear layer of every decoder block, and save an ordinary checkpoint with ``pruning.json``.
@@ -77,15 +84,17 @@ def prune(
 
     Args:
         model: a checkpoint folder or a Hub id, ``org/name`` or ``org/name@REVISION``.
+        calibration: a subset, or a reference to one: ``name``, ``name@2``, ``hub:org/repo/name@2`` or a folder.
         out: a new (or empty) folder.
-        method: a name of ``methods.METHODS``, or of ``structured.METHODS``.
+        method: a name of ``methods.registry.METHODS`` or ``methods.registry.STRUCTURED``.
         sparsity: the share of zeros in every matrix, or of a mixture's experts or of the blocks that go, in (0, 1); or
         pattern: "N:M", N kept of every M.
         tokens: which tokens the statistics count.
         propagate: a block's inputs come from the blocks before it ``pruned`` or ``dense``.
         group: within what weights compete; default: the method's own.
-        allocation: ``uniform`` (every matrix alike), ``owl``, or a JSON file of ratios; see ``allocate``.
-        token_weights: how much each token counts, by sample id (a number a token); what is not named weighs 1.
+        allocation: ``uniform`` (every matrix alike), ``owl``, or a JSON file of ratios; see ``methods.allocation``.
+        token_weights: how much each token counts, by sample id (a number a token), or a Parquet file of that; what is
+            not named weighs 1. When None, the column ``token_weights`` of the folder that ``calibration`` names.
         damping: SparseGPT, ADMM, ALPS: the share of the mean diagonal added to the Hessian.
         block_size: columns of a block, for group ``block`` and SparseGPT's updates.
         device: default: CUDA when there is one, else the CPU.
@@ -97,7 +106,9 @@ def prune(
         hidden: where hidden states are between blocks; default: on the device if they fit, else in host memory, else
             on disk beside ``out``. It changes no result.
         force: accept a subset of another tokenizer, and an estimate that does not fit.
-        progress: called with {"done", "total", "phase"}: blocks, and loading, surveying, pruning, measuring or saving.
+        catalog: where the name of a subset is looked up, and where the pruning is recorded if the catalog exists.
+        progress: called with a ``Progress`` of blocks; the phase is "loading", "surveying", "pruning", "measuring" or
+            "saving".
 
     Raises:
         InputError: anything asked that cannot be done, before weights load.
@@ -105,62 +116,84 @@ def prune(
             ``out``.
         CalsetError: too little free disk or memory to begin.
         Stopped: by Ctrl-C; the same call continues.
+        CatalogError: the pruning could not be recorded; the checkpoint is whole.
     """
-    asked = dict(locals())
-    began = time.monotonic()
+    settings = PruneSettings(
+        model, out, method=method, sparsity=sparsity, pattern=pattern, tokens=tokens, propagate=propagate, group=group,
+        allocation=allocation, damping=damping, block_size=block_size, device=device, batch_tokens=batch_tokens,
+        max_length=max_length, include=include, exclude=exclude, allow_partial=allow_partial, hidden=hidden,
+        force=force,
+    )  # fmt: skip
+    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    subset, weights = open_calibration(calibration, token_weights, store)
     was = f" (it was {batch_tokens})" if batch_tokens else ""
     with enough_memory(
         f"lower --batch-tokens{was}, cut the samples with --max-length, keep hidden states elsewhere with --hidden "
         f"disk, or on a GPU use --device cpu"
     ):
-        if structured.is_structured(method):
-            return structured.drop_units(_planned(asked), progress or silent)
-        plan = make_plan(**_planned(asked))
-        plan.estimate.check(force)
-        tell = progress or silent
-        phases: dict[str, float] = {"checking": time.monotonic() - began}
-        tell({"done": 0, "total": None, "phase": "loading"})
-        with distributed.joined(plan.device) as team:
-            team.part([None] * plan.estimate.n_batches)
-            opening = time.monotonic()
-            opened = partial(workfolder.opened, plan.out, plan.source.folder, plan.settings)
-            with team.work(plan.out, opened) as work:
-                phases["copying"] = time.monotonic() - opening
-                matrices = _prune_blocks(plan, work, team, phases, tell)
-                report = make_report(plan, work, matrices, phases, time.monotonic() - began)
-                work.complete(plan.source.folder, report.as_dict(), card_section(report))
+        work = drop.drop_units if settings.is_structured else _prune_weights
+        report = work(settings, subset, weights, progress or silent)
+    if distributed.is_first() and store.exists():
+        store.add_pruning(report.as_dict())
     return report
 
 
-def plan_pruning(model: str | Path, calibration: Subset, out: str | Path, **options: Any) -> Estimate:
-    """What ``prune`` with the same arguments would do and need, without loading a weight.
+@shows(PruneOptions)
+def plan_pruning(
+    model: str | Path,
+    calibration: Subset | str | Path,
+    out: str | Path,
+    *,
+    token_weights: TokenWeights | str | Path | None = None,
+    catalog: Catalog | str | Path | None = None,
+    **options: Unpack[PruneOptions],
+) -> Estimate:
+    """Estimate what ``prune`` with the same arguments would do and need, without loading a weight.
 
     Its ``warnings`` are those that the report of such a pruning would begin with.
 
     Raises:
         InputError: what ``prune`` would refuse (but not for memory or disk: ``Estimate.problems`` says that).
     """
-    bound = inspect.signature(prune).bind(model, calibration, out, **options)
-    bound.apply_defaults()
-    asked = _planned(bound.arguments)
-    plan = structured.make_plan(asked) if structured.is_structured(asked["method"]) else make_plan(**asked)
+    settings = PruneSettings(model, out, **options)
+    store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    subset, weights = open_calibration(calibration, token_weights, store)
+    plan = (drop.make_plan if settings.is_structured else make_plan)(settings, subset, weights)
     return replace(plan.estimate, warnings=tuple(plan.warnings))
 
 
-def _planned(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """``prune``'s arguments as ``make_plan`` takes them."""
-    return {key: value for key, value in asked.items() if key != "progress"}
+def _prune_weights(
+    settings: PruneSettings, subset: Subset, token_weights: TokenWeights | None, progress: OnProgress
+) -> PruneReport:
+    """Put zeros into matrices, block by block."""
+    began = time.monotonic()
+    plan = make_plan(settings, subset, token_weights)
+    plan.estimate.check(settings.force)
+    phases: dict[str, float] = {"checking": time.monotonic() - began}
+    progress(Progress("loading"))
+    with distributed.joined(plan.device) as team:
+        team.part([None] * plan.estimate.n_batches)
+        opening = time.monotonic()
+        opened = partial(workfolder.opened, settings.folder, plan.source.folder, plan.identity)
+        with team.work(settings.folder, opened) as work:
+            phases["copying"] = time.monotonic() - opening
+            matrices = _prune_blocks(plan, work, team, phases, progress)
+            report = make_report(plan, work, matrices, phases, time.monotonic() - began)
+            work.complete(plan.source.folder, report.as_dict(), card_section(report))
+    progress(Progress("done", len(work.blocks), len(work.blocks), final=True))
+    return report
 
 
 def _prune_blocks(
-    plan: Plan, work: WorkFolder, team: Team, phases: dict[str, float], tell: OnProgress
+    plan: Plan, work: WorkFolder, team: Team, phases: dict[str, float], progress: OnProgress
 ) -> list[MatrixReport]:
-    from calset.pruning.walk import Walk
+    from calset.pruning.blockwise.walk import Walk
 
+    settings = plan.settings
     model = plan.source.skeleton(plan.dtype)
-    decoder = find_decoder(model, allow_partial=plan.allow_partial)
+    decoder = find_decoder(model, allow_partial=settings.allow_partial)
     total = len(decoder.blocks)
-    batches = team.part(plan.calibration.batches(plan.batch_tokens)) if plan.uses_data else []
+    batches = team.part(plan.calibration.batches(plan.batch_tokens)) if settings.uses_data else []
     matrices: list[MatrixReport] = []
     with TensorFiles(plan.source.folder) as dense, TensorFiles(work.model) as pruned:
         layout, finished = Layout.of(dense, model), Layout.of(pruned, model)
@@ -173,16 +206,16 @@ def _prune_blocks(
 
         def load_as_propagated(block: Block) -> None:
             # Blocks that an interrupted run finished are run as that run propagated them.
-            was_done = decoder.blocks.index(block) < len(work.blocks) and plan.propagate == "pruned"
+            was_done = decoder.blocks.index(block) < len(work.blocks) and settings.propagate == "pruned"
             load(block, finished if was_done else layout)
 
-        if plan.allocation == "owl" and work.shares is None:
+        if settings.is_measured and work.shares is None:
             hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
             with (
                 _timed(phases, "allocation"),
                 Walk(model, decoder, batches, plan.device, hidden=hidden, load=load) as w,
             ):
-                work.remember(_measured_shares(w, layout, plan, team, tell))
+                work.remember(_measured_shares(w, layout, plan, team, progress))
             place(model, plan.device)  # what surrounds the blocks; a walk leaves it on the CPU
         shares = plan.shares if work.shares is None else work.shares
         check_shapes([m for b in decoder.blocks for m in _chosen(layout, b, plan)], plan.selection, shares)
@@ -192,21 +225,21 @@ def _prune_blocks(
         run = _Run(plan, layout, finished, work, team, shares, phases)
         with Walk(model, decoder, batches, plan.device, hidden=hidden, load=load_as_propagated) as walk:
             for index in range(total):
-                tell({"done": index, "total": total, "phase": "pruning"})
+                progress(Progress("pruning", index, total))
                 is_last = index + 1 == total
                 if index < len(work.blocks):
-                    reports = _recorded(work.blocks[index])
+                    reports = _recorded(work.blocks[index], work.folder)
                     if not is_last:
                         with _timed(phases, "replaying"):
                             walk.advance(index)
                 else:
                     reports = _work_on(index, walk, run)
-                    if plan.propagate == "pruned" and not is_last:
+                    if settings.propagate == "pruned" and not is_last:
                         with _timed(phases, "propagation"):
                             walk.advance(index)
                 walk.finish(index)
                 matrices.extend(reports)
-    tell({"done": total, "total": total, "phase": "saving"})
+    progress(Progress("saving", total, total))
     return matrices
 
 
@@ -230,13 +263,12 @@ def _chosen(layout: Layout, block: Block, plan: Plan) -> list[Matrix]:
     return [m for m in layout.matrices(block.weights.values()) if m.key in plan.chosen]
 
 
-def _measured_shares(walk: Walk, layout: Layout, plan: Plan, team: Team, tell: OnProgress) -> dict[str, float]:
+def _measured_shares(walk: Walk, layout: Layout, plan: Plan, team: Team, progress: OnProgress) -> dict[str, float]:
     """How much of each matrix goes, after a survey of the dense model."""
     assert plan.selection.sparsity is not None
     matrices = [_chosen(layout, block, plan) for block in walk.decoder.blocks]
     listed = [m for chosen in matrices for m in chosen]
-    total = len(matrices)
-    measured = survey(walk, matrices, team, lambda i: tell({"done": i, "total": total, "phase": "surveying"}))
+    measured = measure_blocks(walk, matrices, team, Phase("surveying", progress))
     allocated = as_allocated(walk.decoder, listed)
     return allocate.shares(measured, allocated, plan.selection.sparsity, plan.selection.group)
 
@@ -247,10 +279,10 @@ def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
     block = walk.ready(index)
     chosen = _chosen(run.layout, block, plan)
     found: dict[str, InputStatistics] = {}
-    if walk.batches and (chosen or plan.propagate == "dense"):
+    if walk.batches and (chosen or plan.settings.propagate == "dense"):
         with _timed(phases, "statistics"):
             needs, only = plan.method.needs, {m.reads for m in chosen}
-            found = walk.statistics(index, needs, keep=plan.propagate == "dense", only=only)
+            found = walk.statistics(index, needs, keep=plan.settings.propagate == "dense", only=only)
             found = team.add_up(found, {m.reads: m.shape[1] for m in chosen}, needs, plan.device)
     with _timed(phases, "pruning"):
         reports = _prune_block(chosen, found, run)
@@ -268,13 +300,22 @@ def _changed(run: _Run, block: Block, chosen: Sequence[Matrix]) -> Iterator[tupl
             yield name, tensor
 
 
-def _recorded(record: Mapping[str, Any]) -> list[MatrixReport]:
-    """The reports of a block that an interrupted run finished."""
+def _recorded(record: Mapping[str, Any], folder: Path) -> list[MatrixReport]:
+    """Return the reports of a block that an interrupted run finished.
+
+    Raises:
+        PruningError: another version of calset wrote them.
+    """
 
     def pair(values: Sequence[int] | None) -> tuple[int, int] | None:
         return None if values is None else (values[0], values[1])
 
-    return [MatrixReport(**{**m, "shape": pair(m["shape"]), "rows": pair(m["rows"])}) for m in record["matrices"]]
+    try:
+        return [MatrixReport(**{**m, "shape": pair(m["shape"]), "rows": pair(m["rows"])}) for m in record["matrices"]]
+    except (TypeError, KeyError) as error:
+        raise PruningError(
+            f"another version of calset began the interrupted pruning: remove {folder} to begin anew"
+        ) from error
 
 
 def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatistics], run: _Run) -> list[MatrixReport]:
@@ -300,7 +341,7 @@ def _prune_block(matrices: Sequence[Matrix], statistics: dict[str, InputStatisti
             statistics.pop(reads, None)
     for members, owner in zip(groups, owners, strict=True):
         for matrix in members:
-            team.tell(matrix.values(), owner)
+            team.broadcast(matrix.values(), owner)
     reports = team.gather(reports)
     return [reports[m.key] for m in matrices]
 
@@ -315,10 +356,10 @@ def _prune_group(
     plan, method = run.plan, run.plan.method
     if method.needs and (inputs is None or not inputs.weight):
         # An expert that no calibration token reached: nothing is known of its inputs, so weights are all there is.
-        method, inputs = methods.find("magnitude"), None
+        method, inputs = registry.find("magnitude"), None
     selections = [own_selection(plan.selection, m, run.shares) for m in members]
     try:
-        results = methods.prune_shared(method, weights, inputs, selections, plan.damping)
+        results = registry.prune_shared(method, weights, inputs, selections, plan.settings.damping)
     except PruningError as error:
         raise PruningError(f"{members[0].label}: {error}") from error
     if method is not plan.method:
@@ -328,7 +369,7 @@ def _prune_group(
 
 def _write(
     matrix: Matrix,
-    result: methods.Pruned,
+    result: registry.Pruned,
     statistics: InputStatistics | None,
     run: _Run,
 ) -> MatrixReport:

@@ -10,17 +10,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calset.markdown import code, line
-from calset.pruning import allocate, checkpoint
-from calset.pruning.layout import label
-from calset.pruning.plan import Plan, device_name, hash_of, versions
-from calset.pruning.stats import Needs
+from calset.pruning import record
+from calset.pruning.blockwise.statistics import Needs
+from calset.pruning.methods import allocation as allocate
+from calset.pruning.model.layout import label
+from calset.pruning.plan import Plan
+from calset.pruning.report_parts import (
+    about_base,
+    about_calibration,
+    card_table,
+    device_name,
+    named_calibration,
+    versions,
+)
 
 if TYPE_CHECKING:
-    from calset.catalog.records import Subset
-    from calset.pruning.calibration import Calibration
-    from calset.pruning.structured_report import DropReport
-    from calset.pruning.workfolder import WorkFolder
+    from calset.pruning.blockwise.workfolder import WorkFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class PruneReport:
     versions: Mapping[str, str]
     warnings: Sequence[str] = ()
     allocation: str = "uniform"  # or owl, file:NAME
-    schema_version: int = checkpoint.SCHEMA_VERSION
+    schema_version: int = record.SCHEMA_VERSION
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,9 +95,9 @@ def make_report(
     phases: Mapping[str, float],
     seconds: float,
 ) -> PruneReport:
-    selection, subset, source = plan.selection, plan.subset, plan.source
-    uses_data = plan.uses_data
-    raised = [m for m in matrices if m.damping is not None and m.damping > plan.damping]
+    settings, selection, subset, source = plan.settings, plan.selection, plan.subset, plan.source
+    uses_data, rule = settings.uses_data, settings.rule
+    raised = [m for m in matrices if m.damping is not None and m.damping > settings.damping]
     warnings = list(plan.warnings)
     if raised:
         warnings.append(
@@ -106,17 +111,17 @@ def make_report(
     warnings.extend(_about_experts(plan, matrices))
     size = sum(m.shape[0] * m.shape[1] for m in matrices)
     return PruneReport(
-        out=str(plan.out),
+        out=str(settings.folder),
         method=plan.method.name,
         sparsity=selection.sparsity,
         pattern=str(selection.pattern) if selection.pattern else None,
         realised_sparsity=sum(m.n_zeros for m in matrices) / size,
         group=None if selection.pattern else selection.group,
-        tokens=plan.tokens if uses_data else None,
-        propagate=plan.propagate if uses_data else None,
-        damping=plan.damping if Needs.GRAM in plan.method.needs else None,
+        tokens=settings.tokens if uses_data else None,
+        propagate=settings.propagate if uses_data else None,
+        damping=settings.damping if Needs.GRAM in plan.method.needs else None,
         block_size=selection.block_size,
-        max_length=plan.max_length if uses_data else None,
+        max_length=settings.max_length if uses_data else None,
         n_counted_tokens=plan.calibration.n_counted_tokens if uses_data else 0,
         base=about_base(source),
         calibration=about_calibration(subset, plan.calibration, used=uses_data),
@@ -129,33 +134,8 @@ def make_report(
         versions=versions(),
         warnings=tuple(warnings),
         # Where the file lay is nobody else's business.
-        allocation=plan.allocation if plan.allocation in allocate.RULES else f"file:{Path(plan.allocation).name}",
+        allocation=rule if rule in allocate.RULES else f"file:{Path(rule).name}",
     )
-
-
-def about_base(source: checkpoint.Source) -> dict[str, Any]:
-    """The dense model, for the record."""
-    return {
-        "model": source.name,
-        "revision": source.revision,
-        "path": str(source.folder.resolve()),
-        "tokenizer_hash": source.tokenizer_hash,
-    }
-
-
-def about_calibration(subset: Subset, calibration: Calibration, *, used: bool) -> dict[str, Any]:
-    """The subset, for the record."""
-    return {
-        "used": used,
-        "subset": subset.ref,
-        **subset.facts(),
-        # What it saw, so that a held-out subset can be told from it wherever the checkpoint goes.
-        "sample_ids": [s.sample_id for s in subset.samples] if used else [],
-        "problem_ids": sorted({s.problem_id for s in subset.samples if s.problem_id}) if used else [],
-        "token_weights": hash_of(calibration.weights) if used else None,
-        # The runs and sources behind it; of a subset from the Hub also repo, commit and tag.
-        "origin": dict(subset.origin) if subset.origin else None,
-    }
 
 
 def _about_experts(plan: Plan, matrices: Sequence[MatrixReport]) -> list[str]:
@@ -198,27 +178,8 @@ def card_section(report: PruneReport) -> str:
         f"{card_table(report, rows)}Embeddings, norms and lm_head are the dense model's, bit for bit. Zeros are stored "
         f"as ordinary weights: the checkpoint is as large and as fast as the dense one where the runtime does not use "
         f"sparsity. "
-        f"`{checkpoint.RECORD}` lists every matrix; `calset verify` proves it.\n"
+        f"`{record.RECORD}` lists every matrix; `calset verify` proves it.\n"
     )
-
-
-def card_table(report: PruneReport | DropReport, rows: Mapping[str, str]) -> str:
-    """How a card begins: a title, and a table of what was done to what."""
-    rows = {
-        "dense model": f"{line(report.base['model'])} (revision `{code(report.base['revision'])}`)",
-        **rows,
-        "took": f"{report.seconds:.0f} s on {report.device}",
-        "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"# {line(report.base['model'])}, pruned with calset\n\n| | |\n|---|---|\n{table}\n\n"
-
-
-def named_calibration(calibration: Mapping[str, Any]) -> str:
-    """A record's subset, in Markdown."""
-    hub = (calibration["origin"] or {}).get("hub")
-    place = f" of the dataset {line(hub['repo'])} (commit `{code(hub['commit'])}`)" if hub else ""
-    return f"{calibration['subset']}{place}, content hash `{calibration['content_hash']}`"
 
 
 def _label(matrix: MatrixReport) -> str:

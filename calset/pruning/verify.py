@@ -5,35 +5,36 @@ Reads the files, not the pruner's memory of them. It must not know how pruning w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calset.errors import InputError, PruningError, VerificationError
-from calset.pruning import heldout
-from calset.pruning.calibration import Calibration
-from calset.pruning.checkpoint import RECORD, open_folder, read_record
-from calset.pruning.heldout import HeldOut
-from calset.pruning.layout import Layout, cut, label
-from calset.pruning.masks import BLOCK_SIZE, Pattern, Selection, nearest
-from calset.pruning.memory import enough_memory
-from calset.pruning.phases import OnProgress, OnStep, silent, steps
+from calset.catalog.records import Subset
+from calset.catalog.references import resolve
+from calset.errors import InputError, VerificationError
+from calset.io.progress import OnProgress, Progress, silent
+from calset.pruning import held_out_loss
+from calset.pruning.blockwise.forward import check_logits
+from calset.pruning.blockwise.phases import Phase
+from calset.pruning.blockwise.statistics import is_finite
+from calset.pruning.held_out_loss import HeldOut
+from calset.pruning.methods.masks import Pattern, Selection, nearest
+from calset.pruning.model.checkpoint import RECORD, open_folder
+from calset.pruning.model.layout import Layout, cut, label
+from calset.pruning.model.memory import enough_memory
+from calset.pruning.model.tensorfiles import TensorFiles
 from calset.pruning.plan import batch_positions, find_device
-from calset.pruning.stats import is_finite
-from calset.pruning.streamed import walked
-from calset.pruning.tensorfiles import TensorFiles
+from calset.pruning.record import DropRecord, MatrixRecord, ZerosRecord, read_record
 
 if TYPE_CHECKING:
     import torch
 
     from calset.catalog.catalog import Catalog
-    from calset.catalog.records import Subset
-    from calset.pruning.checkpoint import Source
-    from calset.pruning.structured_verify import DropVerifyReport
+    from calset.pruning.model.checkpoint import Source
+    from calset.pruning.structured.verify import DropVerifyReport
 
-LOGIT_TOKENS = 16
 NOT_COMPARED = "untouched tensors were not compared: "
 
 
@@ -77,7 +78,7 @@ def verify(
     directory: str | Path,
     *,
     base: str | Path | None = None,
-    held_out: Subset | None = None,
+    held_out: Subset | str | Path | None = None,
     max_length: int | None = None,
     batch_tokens: int | None = None,
     device: str | None = None,
@@ -96,15 +97,15 @@ def verify(
 
     Args:
         base: the dense model's folder; default: where ``pruning.json`` says it was, if it is still there unchanged.
-        held_out: samples on whose completions the pruned model's loss is compared with the dense model's; none of
-            those that calibrated the pruning, nor of their problems.
+        held_out: a subset, or a reference to one, on whose completions the pruned model's loss is compared with the
+            dense model's; it has none of the samples that calibrated the pruning, nor of their problems.
         max_length: cut longer held-out samples.
         batch_tokens: positions of a micro-batch of held-out samples; default: 8192, on a CPU 2048.
         device: where models run; default: with held-out samples CUDA when there is one, else the CPU.
-        catalog: where the samples of a calibration subset are looked up that an older ``pruning.json`` does not list.
-        progress: called with {"done", "total", "phase"}: matrices, then blocks of the pruned model for its logits, then
-            tensors compared with the dense model's; with held-out samples blocks and batches of each model; at last
-            the phase is done.
+        catalog: where subsets are looked up: ``held_out`` by its name, and the one that calibrated the pruning, whose
+            samples an older ``pruning.json`` does not list.
+        progress: called with a ``Progress`` of matrices, then of blocks of the pruned model for its logits, then of
+            tensors compared with the dense model's; with held-out samples of blocks and batches of each model.
 
     Raises:
         InputError: no such folder, no or a corrupt ``pruning.json``, a ``base`` that is not the recorded one; held-out
@@ -112,7 +113,12 @@ def verify(
         VerificationError: naming the matrix and the numbers that differ.
         PruningError: activations on the held-out samples that are not finite, or too little memory.
     """
-    folder, tell = Path(directory), progress or silent
+    folder, progress = Path(directory), progress or silent
+    for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
+        if held_out is None and value is not None:
+            raise InputError(f"{name}= is for held_out=: pass both or neither")
+    if held_out is not None and not isinstance(held_out, Subset):
+        held_out = resolve(held_out, catalog)
     if not folder.is_dir():
         raise InputError(f"there is no folder {directory}")
     record = read_record(folder)
@@ -123,53 +129,53 @@ def verify(
     if held_out is not None:  # what can be refused is refused before the long part
         is_apart = _is_apart(held_out, record, catalog)
         models = _original(dense, notes), _opened(folder)
-        samples = heldout.read_held_out(held_out, *models, max_length)
+        samples = held_out_loss.read_held_out(held_out, *models, max_length)
         compare = partial(
-            heldout.compare, held_out, samples, *models, place, max_length=max_length, is_apart=is_apart,
-            batch_tokens=batch_positions(batch_tokens, place), tell=tell,
+            held_out_loss.compare, held_out, samples, *models, place, max_length=max_length, is_apart=is_apart,
+            batch_tokens=batch_positions(batch_tokens, place), progress=progress,
         )  # fmt: skip
     with enough_memory("lower --batch-tokens, cut the samples with --max-length, or on a GPU use --device cpu"):
         report: VerifyReport | DropVerifyReport
-        if "structure" in record:
-            from calset.pruning.structured_verify import verify_structured
+        if isinstance(record, DropRecord):
+            from calset.pruning.structured.verify import verify_structured
 
-            report = verify_structured(folder, record, dense, notes, place, tell)
+            report = verify_structured(folder, record, dense, notes, place, progress)
         else:
-            report = _verify_zeros(folder, record, dense, notes, place, tell)
+            report = _verify_zeros(folder, record, dense, notes, place, progress)
         report = report if compare is None else replace(report, held_out=compare())
-    tell({"done": 1, "total": 1, "phase": "done"})
+    progress(Progress("done", 1, 1, final=True))
     return report
 
 
 def _verify_zeros(
     folder: Path,
-    record: Mapping[str, Any],
+    record: ZerosRecord,
     dense: Path | None,
     notes: Sequence[str],
     device: torch.device,
-    tell: OnProgress,
+    progress: OnProgress,
 ) -> VerifyReport:
     selection = _selection(record, folder)
     with _files(folder) as tensors:
         n_zeros, size = 0, 0
-        step = steps(tell, "matrices")
-        for i, entry in enumerate(record["matrices"]):
-            step(i, len(record["matrices"]))
-            n_zeros += _check_matrix(entry, tensors, _own(selection, entry, record, folder))
-            size += entry["shape"][0] * entry["shape"][1]
-        step(len(record["matrices"]), len(record["matrices"]))
+        phase = Phase("matrices", progress)
+        for i, matrix in enumerate(record.matrices):
+            phase.step(i, len(record.matrices))
+            n_zeros += _check_matrix(matrix, tensors, _own(selection, matrix, record, folder))
+            size += matrix.size
+        phase.step(len(record.matrices), len(record.matrices))
         _check_total(record, selection)
-        pruned = {entry["name"] for entry in record["matrices"]}
-        _check_model(folder, tensors, record, device, steps(tell, "logits"))
+        pruned = {matrix.name for matrix in record.matrices}
+        _check_model(folder, tensors, record, device, Phase("logits", progress))
         n_untouched = None
         if dense:
             with _files(dense) as others:
-                n_untouched = _check_untouched(tensors, others, pruned, steps(tell, "untouched tensors"))
+                n_untouched = _check_untouched(tensors, others, pruned, Phase("untouched tensors", progress))
     return VerifyReport(
         directory=str(folder),
-        n_matrices=len(record["matrices"]),
-        pattern=record.get("pattern"),
-        sparsity=record.get("sparsity"),
+        n_matrices=len(record.matrices),
+        pattern=record.pattern,
+        sparsity=record.sparsity,
         realised_sparsity=n_zeros / size,
         n_other_tensors=len(tensors.stored.keys() - pruned),
         base=str(dense) if dense else None,
@@ -185,74 +191,73 @@ def _files(folder: Path) -> TensorFiles:
         raise VerificationError(str(error)) from error
 
 
-def _selection(record: Mapping[str, Any], folder: Path) -> Selection:
+def _selection(record: ZerosRecord, folder: Path) -> Selection:
     """What was asked, from the record.
 
     Raises:
         InputError: it does not say, or not in the words and types of a pruning.
     """
-    pattern = record.get("pattern")
     try:
         return Selection(
-            record.get("sparsity"),
-            Pattern.parse(pattern) if pattern is not None else None,
-            record.get("group") or "row",
-            record.get("block_size", BLOCK_SIZE),
+            record.sparsity,
+            Pattern.parse(record.pattern) if record.pattern is not None else None,
+            record.group or "row",
+            record.block_size,
         )
     except (InputError, TypeError) as error:
         raise InputError(f"{folder / RECORD} is corrupt: {error}") from error
 
 
-def _own(selection: Selection, entry: Mapping[str, Any], record: Mapping[str, Any], folder: Path) -> Selection:
+def _own(selection: Selection, matrix: MatrixRecord, record: ZerosRecord, folder: Path) -> Selection:
     """What was asked of one matrix: the same of all, unless an allocation shared it out."""
-    if record.get("allocation", "uniform") == "uniform":
+    if record.allocation == "uniform":
         return selection
     try:
-        return replace(selection, sparsity=entry.get("asked"))
+        return replace(selection, sparsity=matrix.asked)
     except (InputError, TypeError) as error:
         raise InputError(f"{folder / RECORD} is corrupt: {error}") from error
 
 
-def _check_total(record: Mapping[str, Any], selection: Selection) -> None:
+def _check_total(record: ZerosRecord, selection: Selection) -> None:
     """Check that OWL shared out the asked total, to a weight, or a weight of every row of a matrix."""
-    if record.get("allocation", "uniform") != "owl" or selection.sparsity is None:
+    if record.allocation != "owl" or selection.sparsity is None:
         return
-    size = sum(entry["shape"][0] * entry["shape"][1] for entry in record["matrices"])
-    want, got = nearest(selection.sparsity * size), sum(entry["n_pruned"] for entry in record["matrices"])
-    step = max(entry["shape"][0] for entry in record["matrices"]) if selection.group == "row" else 0
+    size = sum(matrix.size for matrix in record.matrices)
+    want, got = nearest(selection.sparsity * size), sum(matrix.n_pruned for matrix in record.matrices)
+    step = max(matrix.shape[0] for matrix in record.matrices) if selection.group == "row" else 0
     if abs(want - got) > step:
         raise VerificationError(
             f"{got} weights were pruned in all, but sparsity {selection.sparsity:g} of {size} is {want}"
         )
 
 
-def _label(entry: Mapping[str, Any]) -> str:
-    return label(entry["name"], entry.get("expert"), entry.get("rows"))
+def _label(matrix: MatrixRecord) -> str:
+    return label(matrix.name, matrix.expert, matrix.rows)
 
 
-def _check_matrix(entry: Mapping[str, Any], tensors: TensorFiles, selection: Selection) -> int:
+def _check_matrix(matrix: MatrixRecord, tensors: TensorFiles, selection: Selection) -> int:
     """Check one matrix against its entry and against what was asked of all; returns its zeros.
 
     Why both: an entry that was changed with its matrix would agree with it.
     """
     pattern = selection.pattern
-    name, shape = entry["name"], tuple(entry["shape"])
+    name, shape = matrix.name, matrix.shape
     if name not in tensors.stored:
         raise VerificationError(f"{name} is listed as pruned but not in the checkpoint")
     try:
         # Of stacked experts only its own slice, or each would read them all.
-        whole = tensors.read(name, entry.get("expert"))
-        weight = cut(whole, None, entry.get("rows"), entry.get("transposed", False))
+        whole = tensors.read(name, matrix.expert)
+        weight = cut(whole, None, matrix.rows, matrix.transposed)
     except IndexError as error:
-        raise VerificationError(f"{name} has no matrix {entry.get('expert')}, recorded as pruned") from error
-    name = _label(entry)
+        raise VerificationError(f"{name} has no matrix {matrix.expert}, recorded as pruned") from error
+    name = _label(matrix)
     if tuple(weight.shape) != shape:
         raise VerificationError(f"{name} is {tuple(weight.shape)}, recorded as {shape}")
     if not is_finite(weight):
         raise VerificationError(f"{name} holds values that are not finite")
     n_zeros = int((weight == 0).sum())
-    if n_zeros != entry["n_zeros"]:
-        raise VerificationError(f"{name} has {n_zeros} zeros of {weight.numel()}, recorded as {entry['n_zeros']}")
+    if n_zeros != matrix.n_zeros:
+        raise VerificationError(f"{name} has {n_zeros} zeros of {weight.numel()}, recorded as {matrix.n_zeros}")
     if pattern is not None:
         kept = (weight != 0).reshape(shape[0], -1, pattern.m).sum(-1) if shape[1] % pattern.m == 0 else None
         if kept is None or int(kept.max()) > pattern.n:
@@ -260,10 +265,10 @@ def _check_matrix(entry: Mapping[str, Any], tensors: TensorFiles, selection: Sel
             raise VerificationError(f"{name} does not keep to {pattern}: {broken}")
     selection.check_width(shape[1], name)
     asked = str(pattern) if pattern else f"sparsity {selection.sparsity:g}"
-    if entry["n_pruned"] != (want := selection.n_pruned(*shape)):
-        raise VerificationError(f"{name} had {entry['n_pruned']} weights pruned, but {asked} of {shape} is {want}")
-    if n_zeros < entry["n_pruned"]:
-        raise VerificationError(f"{name} has {n_zeros} zeros, fewer than the {entry['n_pruned']} that were pruned")
+    if matrix.n_pruned != (want := selection.n_pruned(*shape)):
+        raise VerificationError(f"{name} had {matrix.n_pruned} weights pruned, but {asked} of {shape} is {want}")
+    if n_zeros < matrix.n_pruned:
+        raise VerificationError(f"{name} has {n_zeros} zeros, fewer than the {matrix.n_pruned} that were pruned")
     return n_zeros
 
 
@@ -274,9 +279,7 @@ def _opened(folder: Path) -> Source:
         raise VerificationError(str(error)) from error
 
 
-def _check_model(
-    folder: Path, tensors: TensorFiles, record: Mapping[str, Any], device: torch.device, step: OnStep
-) -> None:
+def _check_model(folder: Path, tensors: TensorFiles, record: ZerosRecord, device: torch.device, phase: Phase) -> None:
     """Every tensor is there and the logits are finite.
 
     The listed matrices and those left dense must be all of its decoder's: one that is in neither list would be neither
@@ -287,38 +290,18 @@ def _check_model(
         _check_list(source, tensors, record)
     except InputError as error:
         raise VerificationError(str(error)) from error
-    check_logits(source, device, step)
+    check_logits(source, device, phase)
 
 
-def check_logits(source: Source, device: torch.device, step: OnStep) -> None:
-    """Run a few tokens through a model, block by block; ``step`` is told how many are finished.
-
-    Raises:
-        VerificationError: its tensors do not make it, or its logits are not finite.
-    """
-    import torch
-
-    vocabulary = source.config.get_text_config().vocab_size
-    token_ids = [i % vocabulary for i in range(1, LOGIT_TOKENS + 1)]
-    batches = Calibration([token_ids], [(0, LOGIT_TOKENS)]).batches()
-    try:
-        with walked(source, batches, device, "a few tokens", step) as walk:
-            for logits in walk.logits(0, [torch.arange(LOGIT_TOKENS)]):
-                if not is_finite(logits):
-                    raise VerificationError(f"{source.folder} gives logits that are not finite")
-    except (InputError, PruningError) as error:
-        raise VerificationError(str(error)) from error
-
-
-def _check_list(source: Source, tensors: TensorFiles, record: Mapping[str, Any]) -> None:
-    from calset.pruning.decoder import find_decoder
+def _check_list(source: Source, tensors: TensorFiles, record: ZerosRecord) -> None:
+    from calset.pruning.model.decoder import find_decoder
 
     model = source.skeleton()
     decoder = find_decoder(model, allow_partial=True)
     found = {m.label for m in Layout.of(tensors, model).matrices(decoder.weights().values())}
     found |= set(decoder.unknown())
-    listed = [_label(entry) for entry in record["matrices"]]
-    left = set(record.get("left_dense", []))
+    listed = [_label(matrix) for matrix in record.matrices]
+    left = set(record.left_dense)
     if missed := sorted(found - set(listed) - left):
         raise VerificationError(
             f"{missed[0]} is a matrix of the decoder, but not listed as pruned ({len(missed)} such)"
@@ -327,19 +310,19 @@ def _check_list(source: Source, tensors: TensorFiles, record: Mapping[str, Any])
         raise VerificationError(f"{odd[0]} is listed as pruned, but is no matrix of the decoder or is listed twice")
 
 
-def _find_base(record: Mapping[str, Any], base: str | Path | None) -> tuple[Path | None, list[str]]:
+def _find_base(record: ZerosRecord | DropRecord, base: str | Path | None) -> tuple[Path | None, list[str]]:
     """The dense model's folder, when it can be compared with, and otherwise why not."""
-    from calset.builder.model_info import folder_revision
+    from calset.io.models import folder_revision
 
-    recorded = record.get("base", {})
-    folder = Path(base) if base is not None else Path(recorded.get("path") or "")
-    if base is None and not recorded.get("path"):
+    recorded = record.base
+    folder = Path(base) if base is not None else Path(recorded.path or "")
+    if base is None and not recorded.path:
         return None, [f"{NOT_COMPARED}the dense model's place is not recorded (--base)"]
     if not folder.is_dir() or not any(folder.glob("*.safetensors")):
         if base is not None:
             raise InputError(f"{base} is no folder of a dense model")
         return None, [f"{NOT_COMPARED}the dense model is not at {folder} (--base)"]
-    if recorded.get("revision") not in (folder_revision(folder), folder.name):
+    if recorded.revision not in (folder_revision(folder), folder.name):
         if base is not None:
             raise InputError(f"{base} is not the model that was pruned: its revision differs from the recorded one")
         return None, [f"{NOT_COMPARED}the model at {folder} has changed since (--base)"]
@@ -353,22 +336,22 @@ def _original(dense: Path | None, notes: Sequence[str]) -> Source:
     return open_folder(dense)
 
 
-def _is_apart(held_out: Subset, record: Mapping[str, Any], catalog: Catalog | str | Path | None) -> bool | None:
+def _is_apart(held_out: Subset, record: ZerosRecord | DropRecord, catalog: Catalog | str | Path | None) -> bool | None:
     """Whether the pruning saw none of these samples and problems; None where what it saw is not known.
 
     Raises:
         InputError: it saw some.
     """
-    calibration = record.get("calibration", {})
-    if not calibration.get("used", True):
+    calibration = record.calibration
+    if not calibration.used:
         return True
-    if held_out.content_hash == calibration.get("content_hash"):
+    if held_out.content_hash == calibration.content_hash:
         raise InputError(f"{held_out.ref} is what calibrated this pruning: it is not held out")
-    if "sample_ids" in calibration and "problem_ids" in calibration:
-        seen = (calibration["sample_ids"], calibration["problem_ids"])
-    elif (seen := _look_up(calibration.get("content_hash"), catalog)) is None:
+    if calibration.sample_ids is not None and calibration.problem_ids is not None:
+        seen = (calibration.sample_ids, calibration.problem_ids)
+    elif (seen := _look_up(calibration.content_hash, catalog)) is None:
         return None
-    heldout.check_apart(held_out, str(calibration.get("subset")), *seen)
+    held_out_loss.check_apart(held_out, str(calibration.subset), *seen)
     return True
 
 
@@ -387,13 +370,13 @@ def _look_up(content_hash: str | None, catalog: Catalog | str | Path | None) -> 
     return ([r["sample_id"] for r in rows], [r["problem_id"] for r in rows if r["problem_id"]]) if rows else None
 
 
-def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], step: OnStep) -> int:
+def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str], phase: Phase) -> int:
     """Count the tensors that are the dense model's, bit for bit."""
     import torch
 
     n_equal = 0
     for i, name in enumerate(tensors.stored):
-        step(i, len(tensors.stored))
+        phase.step(i, len(tensors.stored))
         if name not in dense.stored:
             raise VerificationError(f"{name} is not in the dense model at {dense.folder}")
         tensor, other = tensors.read(name), dense.read(name)
@@ -408,5 +391,5 @@ def _check_untouched(tensors: TensorFiles, dense: TensorFiles, pruned: set[str],
             n_changed = int((tensor != other).sum())
             raise VerificationError(f"{name} differs from the dense model's in {n_changed} of {tensor.numel()} values")
         n_equal += 1
-    step(len(tensors.stored), len(tensors.stored))
+    phase.step(len(tensors.stored), len(tensors.stored))
     return n_equal

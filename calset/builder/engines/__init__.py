@@ -6,12 +6,13 @@ import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from calset.builder.engines import wire
-from calset.builder.engines.base import Completion, Engine, EngineUnavailable, Request, Sampling
+from calset.builder.engines import openai_api
+from calset.builder.engines.base import Completion, Engine, EngineUnavailable, Request
+from calset.builder.model.sampling import Sampling
 from calset.errors import InputError
 
 if TYPE_CHECKING:
-    from calset.builder.model_info import ModelInfo
+    from calset.builder.model.info import ModelInfo
 
 ENGINES = ("vllm", "transformers")
 COMMON_OPTIONS = {"concurrency", "verbose"}
@@ -39,8 +40,8 @@ def resolve_engine(name: str) -> str:
     Raises:
         InputError: an unknown name, an address that is none, or vLLM asked for where it is not installed.
     """
-    if wire.is_url(name):
-        return ",".join(wire.parse_urls(name))
+    if openai_api.is_url(name):
+        return ",".join(openai_api.parse_urls(name))
     has_vllm = importlib.util.find_spec("vllm") is not None
     if name == "auto":
         return "vllm" if has_vllm else "transformers"
@@ -69,7 +70,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         raise InputError(f"concurrency must be a whole number of at least 1, not {wanted!r}")
     if name == "transformers" and (unknown := sorted(set(options) - COMMON_OPTIONS)):
         raise InputError(f"the transformers engine has no option {unknown[0]!r}; that is for --engine vllm")
-    if wire.is_url(name):
+    if openai_api.is_url(name):
         from calset.builder.engines.server import OPTIONS
 
         if unknown := sorted(set(options) - OPTIONS):
@@ -121,7 +122,7 @@ def open_engine(
     length = max_model_len or model.max_model_len
     if length > model.max_model_len:
         raise InputError(f"{model.model} takes at most {model.max_model_len} tokens, not {length}")
-    if wire.is_url(name):
+    if openai_api.is_url(name):
         return _open_server(name, model, length, device, dtype, options)
     if resolve_engine(name) == "vllm":
         from calset.builder.engines.vllm import VllmEngine
@@ -145,4 +146,4 @@ def _open_server(
     check_options(name, options)
     from calset.builder.engines.server import ServerEngine
 
-    return ServerEngine(model, urls=wire.parse_urls(name), max_model_len=length, **options)
+    return ServerEngine(model, urls=openai_api.parse_urls(name), max_model_len=length, **options)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from calset.errors import EngineError, InputError, first_line
+from calset.builder.model.sampling import Sampling
+from calset.errors import EngineError, InputError
 
 T = TypeVar("T")
 
@@ -45,50 +45,6 @@ def wait_on(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, threa
     if given.cancelled():
         raise EngineError(CLOSED)
     return given.result()
-
-
-def import_problem(error: BaseException, remedy: str) -> str:
-    """Why an import failed and what to do, in one line.
-
-    transformers hides the reason in its error's cause. Three companions of torch that calset does not use, when they
-    were built for another torch, take transformers and vLLM down with them.
-    """
-    chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
-        chain.append(inner)
-    if any(name in str(link) for link in chain for name in ("torchvision", "torchaudio", "torchcodec")):
-        remedy = "pip uninstall -y torchvision torchaudio torchcodec"
-    return f"{first_line(chain[-1])}; {remedy}"
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """What a trace is drawn from; the part of the sampling that enters the generation key.
-
-    Raises:
-        InputError: a value outside its range.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 = off
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 2:  # vLLM's own bounds
-            raise InputError(f"temperature must lie between 0 and 2, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must lie in (0, 1], not {self.top_p}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 (off) or positive, not {self.top_k}")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p must lie between 0 and 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise InputError(f"repetition_penalty must be positive and finite, not {self.repetition_penalty}")
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

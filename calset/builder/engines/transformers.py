@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calset.builder.engines.base import RESUME_HINT, Completion, Request, RequestFeed, Sampling, check_same_shapes
+from calset.builder.engines.base import RESUME_HINT, Completion, Request, RequestFeed, check_same_shapes
+from calset.builder.model.sampling import Sampling
 from calset.errors import EngineError, InputError, first_line
-from calset.weights import check_weights
+from calset.io.weights import check_weights
 
 if TYPE_CHECKING:
     import torch
 
-    from calset.builder.model_info import ModelInfo
+    from calset.builder.model.info import ModelInfo
 
 
 IDLE_SECONDS = 0.2  # how long an empty batch waits for a request before it looks whether it was cancelled

@@ -28,15 +28,15 @@ from calset.builder.engines.base import (
     EngineUnavailable,
     Request,
     RequestFeed,
-    Sampling,
     check_same_shapes,
-    import_problem,
+    tensor_shapes,
     wait_on,
 )
-from calset.errors import EngineError, InputError, first_line
+from calset.builder.model.sampling import Sampling
+from calset.errors import EngineError, InputError, first_line, import_problem
 
 if TYPE_CHECKING:
-    from calset.builder.model_info import ModelInfo
+    from calset.builder.model.info import ModelInfo
 
 T = TypeVar("T")
 # Reads process ids, one a line, until "done" or the end of the pipe; then ends those processes (by pidfd: a number may
@@ -87,7 +87,6 @@ class VllmEngine:
         _prepare_environment(verbose)
         self.version = _import_vllm()
         self.shares_cores = _is_on_cpu()
-        self._sharing = cpu_sharing.beside(self)
         self.max_model_len = max_model_len
         self.loaded = model.revision
         self._folder = model.folder
@@ -101,7 +100,7 @@ class VllmEngine:
         # adaptive build decides late, and better, what comes next.
         self._slots = (arguments.max_num_seqs or 256) * max(1, arguments.data_parallel_size)
         self._in_flight = self._slots + max(16, self._slots // 4)
-        self._loop = self._sharing.event_loop()
+        self._loop = cpu_sharing.beside(self).event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="calset-vllm", daemon=True)
         self._thread.start()
         self._start(arguments)
@@ -190,7 +189,7 @@ class VllmEngine:
         self._feeder = self._wait(begin())
         try:
             while True:
-                for item in self._sharing.drain(results):
+                for item in cpu_sharing.beside(self).drain(results):
                     if item is _DONE:
                         return
                     if isinstance(item, BaseException):
@@ -228,7 +227,7 @@ class VllmEngine:
                     if not feed.exhausted:
                         await changed.wait()
                         if running >= self._slots:  # it has enough to do
-                            await asyncio.sleep(self._sharing.linger_seconds)
+                            await asyncio.sleep(cpu_sharing.beside(self).linger_seconds)
         except BaseExceptionGroup as errors:
             results.put(errors.exceptions[0])
         except asyncio.CancelledError:
@@ -273,9 +272,16 @@ class VllmEngine:
         """Swap the weights in place, in a fraction of a second for a small model; a start takes most of a minute.
 
         Raises:
-            EngineError: the tensors' names or shapes differ, or requests are running.
+            EngineError: the tensors' names or shapes differ, requests are running, or it is a mixture of experts on a
+                CPU.
         """
         check_same_shapes(self._folder, model)
+        # vLLM 0.32 packs experts for its CPU kernels when it loads them first, and not when it loads them again: the
+        # engine would answer with garbage.
+        if self.shares_cores and any(".experts." in name for name in tensor_shapes(model)):
+            raise EngineError(
+                f"vLLM on a CPU cannot swap the weights of a mixture of experts; start a new engine on {model}"
+            )
 
         async def swap() -> None:
             # The prefix cache holds keys and values of the old weights.

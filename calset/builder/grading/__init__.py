@@ -1,4 +1,4 @@
-"""Graders by name, and what is decided before any of them sees a trace.
+"""Graders by name, and the call of one.
 
 A grader is a module with ``version() -> str`` and ``grade(answer, response, metadata) -> Outcome``. It runs in a
 killable worker process (pool.py), so it may be slow, hang or crash. A package brings its own by an entry point in the
@@ -12,10 +12,11 @@ import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
-from calset.builder.grading.answers import last_boxed
-from calset.catalog.records import BROKEN, UNFINISHED, VERDICTS, Verdict
+from calset.builder.grading.extract import last_boxed
+from calset.builder.grading.verdict import Outcome, verdict_without_grading
+from calset.catalog.records import VERDICTS
 from calset.errors import InputError, first_line
 
 __all__ = [
@@ -39,14 +40,6 @@ GRADERS: dict[str, str] = {
 ENTRY_POINTS = "calset.graders"
 # Longer responses are cut to their end, where the answer is: parsers are not linear.
 MAX_RESPONSE_CHARS = 50_000
-
-
-class Outcome(NamedTuple):
-    """What a grader says: the verdict, the answer as it read it, and why in a line."""
-
-    verdict: Verdict
-    extracted: str | None = None
-    detail: str | None = None
 
 
 def graders() -> dict[str, str]:
@@ -121,22 +114,6 @@ def _load(name: str) -> Any:
         if not callable(getattr(module, part, None)):
             raise InputError(f"the grader {name!r} is no grader: {path} has no function {part}()")
     return module
-
-
-def verdict_without_grading(response: str, finish_reason: str, thinking_ended: bool) -> Outcome | None:
-    """What a trace's end already says, or None for the grader to judge.
-
-    A truncated trace is never graded, whatever it holds: math-verify finds ``\\boxed{7}`` in the middle of a thought.
-    """
-    if finish_reason in UNFINISHED:
-        return Outcome("truncated", detail=f"finish reason {finish_reason}")
-    if finish_reason in BROKEN:
-        return Outcome("error", detail=f"finish reason {finish_reason}")
-    if not thinking_ended:
-        return Outcome("no_answer", detail="thinking never ended")
-    if not response.strip():
-        return Outcome("no_answer", detail="nothing after the thinking")
-    return None
 
 
 def grade_response(

@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.answers import boxes, plain_digits, plain_fractions, stated, visible
+from calset.builder.grading.extract import boxes, plain_digits, plain_fractions, stated, visible
 
 RULES = "1"  # raise when a change here can change a verdict
 MAX_NUMBER_CHARS = 1_000  # int() itself refuses more than 4,300 digits

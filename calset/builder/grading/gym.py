@@ -15,7 +15,7 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from calset.builder.grading import Outcome, last_boxed
-from calset.builder.grading.answers import last_tagged
+from calset.builder.grading.extract import last_tagged
 from calset.builder.grading.formulas import Unreadable
 from calset.builder.grading.gym_checks import UnreadableEntry
 from calset.builder.grading.scorers import SCORERS, Scorer, why_refused
@@ -107,6 +107,6 @@ def _tuples(value: Any) -> Any:
 @lru_cache(maxsize=64)
 def _scorer(task: str, options: str) -> Any:
     """The task's ``score_answer``; some tasks score by their options, so they come along (as JSON)."""
-    from calset.builder.problems import open_gym
+    from calset.io.reasoning_gym import open_gym
 
     return open_gym(task, json.loads(options) | {"size": 1}).score_answer

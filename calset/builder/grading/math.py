@@ -26,8 +26,8 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from calset.builder.grading import Outcome, last_boxed
-from calset.builder.grading.answers import plain_digits, plain_fractions, stated, visible
 from calset.builder.grading.exact import read_number
+from calset.builder.grading.extract import plain_digits, plain_fractions, stated, visible
 
 RULES = "3"  # raise when a change here can change a verdict
 MAX_ANSWER_CHARS = 2_000
@@ -82,7 +82,7 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
 
 
 def extract(response: str) -> str | None:
-    """The answer that the response states (``answers.stated``), or a response that is one number."""
+    """The answer that the response states (``extract.stated``), or a response that is one number."""
     found = stated(response)
     if found is not None:
         return found.text

@@ -29,10 +29,10 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from calset.builder import child
 from calset.builder.grading import MAX_RESPONSE_CHARS, Outcome, check_grader, sandbox
 from calset.catalog.records import VERDICTS
 from calset.errors import CalsetError
+from calset.io import child
 
 START_SECONDS = 120.0  # importing sympy; not counted against a grade's deadline
 MAX_REPLY_BYTES = 2**22  # of a verdict, its extracted answer and its detail

@@ -21,7 +21,7 @@ import sys
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from calset.builder.child import limit, limit_memory
+from calset.io.child import limit, limit_memory
 
 # Of address space beside what the import has mapped (math 66 MB, gym 197 MB, torch for a CPU 0.6 GB, for CUDA more).
 # Address space is more than what is used: each thread takes 72 MB of it.

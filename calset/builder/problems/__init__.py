@@ -12,15 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from calset import ids
-from calset.builder.problems.gym import gym_tasks, gym_version, open_demo, open_gym, open_task
+from calset.builder.problems.columns import Columns, Place, read_problems
+from calset.builder.problems.gym import gym_tasks, gym_version, open_demo, open_task
 from calset.builder.problems.presets import PRESETS, Preset
-from calset.builder.problems.rows import Columns, Place, read_problems
 from calset.builder.problems.source import ProblemSource
 from calset.catalog.records import Problem, Source
-from calset.datafiles import ROW_TYPES, count_rows, file_type, list_files
 from calset.errors import InputError
-from calset.hubfiles import DEFAULT, PREFIX, HubDataset, open_dataset
-from calset.specs import parse, parse_options
+from calset.io.hub import DEFAULT, PREFIX, HubDataset, open_dataset
+from calset.io.reasoning_gym import open_gym
+from calset.io.rows import ROW_TYPES, count_rows, file_type, list_files
+from calset.io.specs import parse, parse_options
 
 __all__ = [
     "PRESETS",

@@ -5,20 +5,17 @@ Must not know: models, engines or the catalog.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from typing import Any
 from urllib.parse import parse_qsl
 
-from calset import demo, ids
+from calset import bundled, ids
 from calset.builder.problems.source import ProblemSource
 from calset.catalog.records import Problem, Source
-from calset.errors import InputError, first_line
-
-GYM_DEFAULTS = {"seed": 0, "size": 500}
+from calset.errors import InputError
+from calset.io.reasoning_gym import GYM_DEFAULTS, open_gym
 
 
 def open_task(spec: str) -> ProblemSource:
@@ -46,38 +43,6 @@ def open_task(spec: str) -> ProblemSource:
     return ProblemSource(source, len(dataset), lambda: _task_problems(source, task, options, dataset))
 
 
-def open_gym(task: str, options: dict[str, Any]) -> Any:
-    """A reasoning-gym dataset, seeded with 0 unless the options say otherwise.
-
-    Raises:
-        InputError: an unknown task or option, or a value that the task refuses.
-    """
-    from reasoning_gym.factory import DATASETS, create_dataset
-
-    tasks = sorted(t for t in DATASETS if t != "composite")
-    if task not in tasks:
-        close = difflib.get_close_matches(task, tasks, n=5, cutoff=0.4)
-        hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(tasks)}"
-        raise InputError(f"reasoning-gym has no task {task!r}; {hint}")
-    known = sorted(f.name for f in fields(DATASETS[task][1]))
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise InputError(f"reasoning-gym's {task} has no option {unknown[0]!r}; it has {', '.join(known)}")
-    size = options.get("size", GYM_DEFAULTS["size"])
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
-        raise InputError(f"size must be a positive whole number, below 2^31, not {size!r}")
-    seed = options.get("seed", GYM_DEFAULTS["seed"])
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise InputError(f"seed must be a whole number, not {seed!r}")
-    try:
-        return create_dataset(task, **({k: v for k, v in GYM_DEFAULTS.items() if k in known} | options))
-    except Exception as error:
-        given = "&".join(f"{k}={v}" for k, v in options.items())
-        raise InputError(
-            f"reasoning-gym's {task} refuses {given!r} ({first_line(error)}); its options: {', '.join(known)}"
-        ) from error
-
-
 def gym_tasks(sources: Iterable[Source]) -> set[str]:
     """The reasoning-gym tasks of the sources that the gym grader grades."""
     tasks: set[str] = set()
@@ -86,7 +51,7 @@ def gym_tasks(sources: Iterable[Source]) -> set[str]:
             tasks.add(source.name.removeprefix("gym:"))
         elif source.grader == "gym" and source.kind == "demo":
             part = "evaluate" if source.spec == "demo:evaluate" else "build"
-            tasks |= {spec["task"] for spec in json.loads(demo.PROBLEMS.read_text(encoding="utf-8"))[part]}
+            tasks |= {spec["task"] for spec in json.loads(bundled.PROBLEMS.read_text(encoding="utf-8"))[part]}
     return tasks
 
 
@@ -158,13 +123,13 @@ def open_demo(part: str) -> ProblemSource:
 
     Those of the calibration set whose question is held out too are left out of it.
     """
-    sets = json.loads(demo.PROBLEMS.read_text(encoding="utf-8"))
+    sets = json.loads(bundled.PROBLEMS.read_text(encoding="utf-8"))
     source = Source(
         source_id=ids.digest("source", "demo", part, sets[part], gym_version()),
         name="demo",
         spec="demo" if part == "build" else "demo:evaluate",
         kind="demo",
-        revision=ids.files_hash([demo.PROBLEMS]),
+        revision=ids.files_hash([bundled.PROBLEMS]),
         grader="gym",
         licence="Apache-2.0",
     )

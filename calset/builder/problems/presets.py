@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calset.builder.problems.rows import Columns, Draft
-from calset.datafiles import Row
+from calset.builder.problems.columns import Columns, Draft
+from calset.io.rows import Row
 
 LETTERS = "ABCDEFGHIJ"
 # What NuminaMath and its descendants write where a problem has no answer to compare with.

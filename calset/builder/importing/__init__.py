@@ -1,0 +1,1 @@
+"""Brings traces of other programs into the catalog. Must not know engines."""

@@ -1,0 +1,1 @@
+"""Whole catalogs: merge, compact, check. Must not know selections or engines."""

@@ -1,0 +1,1 @@
+"""Evaluates a model on held-out problems: builds traces, then reads them. Must not know how pruning works."""

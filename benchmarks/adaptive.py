@@ -240,7 +240,7 @@ class Problem:
                 k,
                 n_tokens,
                 len(self.prompt_ids) + n_tokens,
-            )  # fmt: skip
+            )
             for i, n_tokens in enumerate(self.tokens[:k])
         ]
 

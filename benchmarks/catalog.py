@@ -121,7 +121,8 @@ def fill(path: Path, n: int, *, texts: bool) -> None:
         con.execute(f"""
             INSERT INTO problems
             SELECT left(sha256('p' || p), {ids.ID_DIGITS}), 'src', ['gsm8k', 'math500', 'demo'][1 + p % 3],
-                p::VARCHAR, 'What is ' || p || ' plus ' || (p * 7 % 1000) || ', and why?', p::VARCHAR, 'math', '{{"domain": "d' || p % 4 || '"}}'
+                p::VARCHAR, 'What is ' || p || ' plus ' || (p * 7 % 1000) || ', and why?', p::VARCHAR, 'math',
+                '{{"domain": "d' || p % 4 || '"}}'
             FROM range({-(-n // (SAMPLES * len(MODELS)))}) t(p)
         """)
         for start in range(0, n, ROWS_A_STEP):

@@ -3,7 +3,7 @@
 Builds real traces of the bundled model once (about five minutes with vLLM on two CPU cores), then replays them: the
 problems in several shuffled orders, each sample costing the tokens that it had. What is sampled next is decided by the
 schedule of a real build, ``AdaptiveSchedule``. Both builds end as soon as the recipe, applied by
-``calset.catalog.subsets.recipes.rank`` with its moving length quantiles, has its N samples. The figure to read is the
+``calset.catalog.subsets.take.take`` with its moving length quantiles, has its N samples. The figure to read is the
 ratio of completion tokens, adaptive to fixed.
 
     python benchmarks/adaptive.py --catalog adaptive.duckdb
@@ -47,7 +47,8 @@ from calset.bundled import MODEL
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import JUDGED, Trace
 from calset.catalog.records import Problem as Record
-from calset.catalog.subsets.recipes import RECIPES, Candidate, Recipe, rank
+from calset.catalog.subsets.recipes import RECIPES, Recipe
+from calset.catalog.subsets.take import Candidate, Candidates, take
 
 # The demo's mix of tasks with other seeds, hence other problems.
 TASKS = (
@@ -230,9 +231,17 @@ class Problem:
         difficulty = (k - sum(self.correct[:k])) / k
         return [
             Candidate(
-                self.trace_ids[i], self.problem_id, i, self.correct[i], self.finished[i], difficulty, k, self.tokens[i]
+                self.trace_ids[i],
+                self.problem_id,
+                i,
+                self.correct[i],
+                self.finished[i],
+                difficulty,
+                k,
+                n_tokens,
+                len(self.prompt_ids) + n_tokens,
             )
-            for i in range(k)
+            for i, n_tokens in enumerate(self.tokens[:k])
         ]
 
 
@@ -286,7 +295,7 @@ class Selected:
         self._candidates += problem.candidates(self.k)
         if self.inside < self.need:
             return False
-        order = rank(self._candidates, self.recipe, 0).order
+        order = [self._candidates[i] for i in take(Candidates.of(self._candidates), self.recipe, 0).at]
         self.difficulty = statistics.mean(c.difficulty or 0.0 for c in order)
         self.length = statistics.mean(c.n_tokens for c in order)
         return len(order) >= self.need

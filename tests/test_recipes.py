@@ -11,25 +11,15 @@ from typing import Any
 
 import pytest
 from factories import make_grade, make_problem, make_run, make_source, make_trace
-from hypothesis import given
-from hypothesis import strategies as st
 
 from calset.catalog.catalog import Catalog
 from calset.catalog.contamination.overlap import Decontaminator
 from calset.catalog.records import Sample, Subset
 from calset.catalog.references import export
-from calset.catalog.select import UNNAMED, select, tables
-from calset.catalog.subsets.recipes import (
-    RECIPES,
-    Candidate,
-    Recipe,
-    apportion,
-    get_recipe,
-    rank,
-    spend_by_stratum,
-    standard_error,
-    window_start,
-)
+from calset.catalog.select import select, tables
+from calset.catalog.subsets.candidates import UNNAMED
+from calset.catalog.subsets.recipes import RECIPES, get_recipe
+from calset.catalog.subsets.take import Candidate, Candidates, take
 from calset.errors import InputError
 
 BANDS = {"easy": (0, 1 / 3), "medium": (1 / 3, 2 / 3), "hard": (2 / 3, 1)}
@@ -100,8 +90,8 @@ def _within(value: float, band: tuple[float, float] | None) -> bool:
 
 
 def test_the_lengths_of_the_grid_are_thirds_of_what_the_other_filters_leave() -> None:
-    pool = [Candidate(f"s{n}", f"p{n}", 0, True, True, 0.5, 8, n + 1) for n in range(100)]
-    taken = {name: {c.n_tokens for c in rank(pool, RECIPES[f"medium-{name}"], 0).order} for name in THIRDS}
+    pool = Candidates.of([Candidate(f"s{n}", f"p{n}", 0, True, True, 0.5, 8, n + 1, n + 1) for n in range(100)])
+    taken = {name: set(take(pool, RECIPES[f"medium-{name}"], 0).size.tolist()) for name in THIRDS}
     assert taken == {"short": set(range(1, 34)), "moderate": set(range(34, 67)), "long": set(range(67, 101))}
 
 
@@ -117,19 +107,6 @@ def test_a_cell_of_the_grid_takes_what_it_says(catalog: Catalog) -> None:
 
 
 # -- windows --------------------------------------------------------------------
-
-
-@given(st.integers(0, 2**40), st.text(max_size=20), st.integers(1, 200), st.integers(1, 100))
-def test_a_window_lies_inside_its_trace(seed: int, sample_id: str, size: int, window: int) -> None:
-    start = window_start(seed, sample_id, size, window)
-    assert 0 <= start <= max(0, size - window)
-    assert start == window_start(seed, sample_id, size, window)
-
-
-def test_windows_begin_anywhere() -> None:
-    starts = Counter(window_start(seed, "trace", 30, 21) for seed in range(2000))
-    assert set(starts) == set(range(10))  # both ends too
-    assert max(starts.values()) < 2 * min(starts.values())
 
 
 @pytest.mark.parametrize("window", [1, 5, 40, 1000])
@@ -181,69 +158,6 @@ def test_windows_are_of_traces_and_texts_only(kind: str) -> None:
 
 
 # -- strata --------------------------------------------------------------------
-
-
-def _shares(n: int) -> st.SearchStrategy[tuple[int, list[int], list[int]]]:
-    counts = st.lists(st.integers(0, 30), min_size=n, max_size=n)
-    return st.tuples(st.integers(0, 60), counts, counts)
-
-
-@given(st.integers(1, 5).flatmap(_shares))
-def test_shares_use_up_the_total_and_never_pass_a_cap(case: tuple[int, list[int], list[int]]) -> None:
-    total, weights, caps = case
-    given_ = apportion(total, weights, caps)
-    assert all(0 <= share <= cap for share, cap in zip(given_, caps, strict=True))
-    assert sum(given_) == min(total, sum(cap for cap, weight in zip(caps, weights, strict=True) if weight))
-    assert given_ == apportion(total, weights, caps)
-
-
-@given(st.integers(0, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3))
-def test_no_whole_shares_are_nearer_to_the_exact_ones(total: int, weights: list[int]) -> None:
-    exact = [Fraction(total * weight, sum(weights)) for weight in weights]
-
-    def distance(shares: tuple[int, ...]) -> Fraction:
-        return sum((abs(share - e) for share, e in zip(shares, exact, strict=True)), Fraction(0))
-
-    found = tuple(apportion(total, weights, [total] * len(weights)))
-    every = (s for s in itertools.product(range(total + 1), repeat=len(weights)) if sum(s) == total)
-    assert distance(found) == min(map(distance, every))
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 20)), min_size=1, max_size=30),
-    st.sampled_from(["equal", "proportional"]),
-    st.none() | st.integers(1, 120),
-    st.booleans(),
-)
-def test_a_stratified_budget_is_exact(
-    items: list[tuple[str, int]], shares: str, budget: int | None, in_tokens: bool
-) -> None:
-    strata, sizes = [s for s, _ in items], [n for _, n in items]
-    options: dict[str, Any] = {"tokens" if in_tokens else "samples": budget}
-    recipe = Recipe("r", stratify="source", shares=shares, **options)  # type: ignore[arg-type]
-    taken = spend_by_stratum(sizes, strata, recipe)
-    assert taken == sorted(set(taken))
-    counts, there = Counter(strata[i] for i in taken), Counter(strata)
-    if budget is None:
-        least = min(there.values())
-        expected = dict.fromkeys(there, least) if shares == "equal" else dict(there)
-        assert dict(counts) == expected
-    elif in_tokens:
-        assert sum(sizes[i] for i in taken) <= budget
-    else:
-        assert len(taken) == min(budget, len(items))
-        if shares == "proportional" and budget <= len(items):
-            for name, n in there.items():
-                assert abs(counts[name] - Fraction(budget * n, len(items))) < 1
-        if shares == "equal":
-            # Nobody has more than another that still had some to give, but for the one of the remainder.
-            for one, other in itertools.permutations(there, 2):
-                assert counts[other] == there[other] or counts[one] <= counts[other] + 1
-    # Within a stratum the first in order that fit, whatever the others do.
-    for name in there:
-        mine = [i for i in taken if strata[i] == name]
-        if not in_tokens:
-            assert mine == [i for i, s in enumerate(strata) if s == name][: len(mine)]
 
 
 def test_equal_and_proportional_shares_of_sources(catalog: Catalog) -> None:
@@ -357,16 +271,6 @@ def test_a_selection_shows_what_it_took_of_how_many_by_difficulty_and_length(cat
         sum(n for _, n in cells["taken_of"]["0"])
         == catalog.query("SELECT count(*) FROM trace WHERE difficulty = 0").rows[0][0]
     )
-
-
-@given(st.integers(1, 64).flatmap(lambda k: st.tuples(st.integers(0, k), st.just(k))))
-def test_the_standard_error_is_that_of_a_pass_rate_and_never_zero(counts: tuple[int, int]) -> None:
-    wrong, k = counts
-    error = standard_error(wrong / k, k)
-    assert 0 < error <= 0.5 / k**0.5 * (1 + 1e-12)
-    assert error == pytest.approx(standard_error((k - wrong) / k, k))
-    if k >= 8 and wrong * 2 == k:
-        assert error == pytest.approx((0.25 / k) ** 0.5)
 
 
 @pytest.mark.parametrize(("recipe", "warned"), [("ssgr", False), ("medium", True), ("hard", True)])

@@ -1,11 +1,9 @@
-"""Selection: the laws of a recipe, and what each recipe takes from a real catalog."""
+"""Selection: what each recipe takes from a real catalog."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,132 +19,10 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.records import Subset
 from calset.catalog.select import select
 from calset.catalog.subsets import recipes
-from calset.catalog.subsets.recipes import RECIPES, Candidate, Recipe, get_recipe, nearest_rank, rank, spend
+from calset.catalog.subsets.recipes import RECIPES, Recipe, get_recipe
 from calset.errors import InputError
 
 SSGR = RECIPES["ssgr"]
-
-
-@st.composite
-def candidates(draw: st.DrawFn) -> list[Candidate]:
-    """Traces of a few problems, each problem with one k and one number of wrong traces."""
-    found = []
-    for problem in range(draw(st.integers(0, 8))):
-        k = draw(st.integers(0, 6))
-        wrong = draw(st.integers(0, k))
-        for index in range(draw(st.integers(1, 6))):
-            found.append(
-                Candidate(
-                    sample_id=ids.digest(problem, index),
-                    problem_id=f"p{problem}",
-                    sample_index=index,
-                    correct=draw(st.booleans()),
-                    finished=draw(st.booleans()),
-                    difficulty=wrong / k if k else None,
-                    k=k,
-                    n_tokens=draw(st.integers(0, 20)),
-                )
-            )
-    return found
-
-
-@st.composite
-def some_recipe(draw: st.DrawFn) -> Recipe:
-    def band(values: st.SearchStrategy[Any]) -> Any:
-        return draw(st.none() | st.tuples(values, values).map(lambda ends: tuple(sorted(ends))))
-
-    tenths = st.integers(0, 10).map(lambda n: n / 10)
-    quantiles = band(tenths)
-    return Recipe(
-        "drawn",
-        correct=draw(st.booleans()),
-        finished=draw(st.booleans()),
-        difficulty=band(tenths),
-        min_k=draw(st.none() | st.integers(1, 6)),
-        length_quantiles=quantiles,
-        length_tokens=None if quantiles else band(st.integers(0, 20)),
-        order=draw(st.sampled_from(["harder", "random", "catalog"])),
-        per_problem=draw(st.none() | st.integers(1, 3)),
-    )
-
-
-# -- laws -----------------------------------------------------------------------------------------------------------
-
-
-@given(candidates(), some_recipe(), st.integers(0, 5), st.randoms())
-def test_rank_does_not_depend_on_the_order_of_rows(
-    pool: list[Candidate], recipe: Recipe, seed: int, shuffler: random.Random
-) -> None:
-    shuffled = list(pool)
-    shuffler.shuffle(shuffled)
-    assert rank(shuffled, recipe, seed) == rank(pool, recipe, seed)
-
-
-@given(candidates(), some_recipe(), st.integers(0, 5))
-def test_rank_takes_exactly_what_the_filters_and_bands_say(pool: list[Candidate], recipe: Recipe, seed: int) -> None:
-    ranking = rank(pool, recipe, seed)
-    passed = [
-        c
-        for c in pool
-        if c.k >= (recipe.min_k or 0)
-        and (c.correct or not recipe.correct)
-        and (c.finished or not recipe.finished)
-        and (recipe.difficulty is None or _inside(c, recipe.difficulty))
-    ]
-    band = ranking.length_band
-    if recipe.length_quantiles and passed:
-        lengths = sorted(c.n_tokens for c in passed)
-        low, high = recipe.length_quantiles
-        # The nearest-rank definition, said the other way round: the least length that at least q of all do not exceed.
-        for q, end in ((low, band and band[0]), (high, band and band[1])):
-            reached = [x for x in lengths if sum(y <= x for y in lengths) >= Fraction(str(q)) * len(lengths)]
-            assert end == min(reached)
-    inside = [c for c in passed if band is None or band[0] <= c.n_tokens <= band[1]]
-    cap = recipe.per_problem or len(pool)
-    taken = Counter(c.problem_id for c in ranking.order)
-    there = Counter(c.problem_id for c in inside)
-    assert taken == Counter({p: min(n, cap) for p, n in there.items()})
-    assert set(ranking.order) <= set(inside)
-    if recipe.order == "harder":
-        hardness = [-1.0 if c.difficulty is None else c.difficulty for c in ranking.order]
-        assert hardness == sorted(hardness, reverse=True)
-
-
-def _inside(candidate: Candidate, band: tuple[float, float]) -> bool:
-    """The band in exact arithmetic."""
-    if candidate.difficulty is None:
-        return False
-    exact = Fraction(round(candidate.difficulty * candidate.k), candidate.k)
-    return Fraction(str(band[0])) <= exact <= Fraction(str(band[1]))
-
-
-@given(candidates(), st.integers(0, 5))
-def test_another_seed_changes_the_order_of_equals_only(pool: list[Candidate], seed: int) -> None:
-    every = Recipe("all", order="harder", per_problem=None)
-    one, two = rank(pool, every, seed).order, rank(pool, every, seed + 1).order
-    assert [c.difficulty for c in one] == [c.difficulty for c in two]
-    assert set(one) == set(two)
-
-
-@given(st.lists(st.integers(0, 50)), st.integers(1, 200))
-def test_a_token_budget_is_never_passed_and_takes_all_that_fit(sizes: list[int], tokens: int) -> None:
-    taken = spend(sizes, samples=None, tokens=tokens)
-    total = sum(sizes[i] for i in taken)
-    assert total <= tokens
-    assert taken == sorted(set(taken))
-    left_out = [size for i, size in enumerate(sizes) if i not in taken]
-    assert all(size > tokens - total for size in left_out)
-
-
-@given(st.lists(st.integers(0, 50)), st.integers(1, 20))
-def test_a_budget_in_samples_is_exact(sizes: list[int], samples: int) -> None:
-    assert spend(sizes, samples=samples, tokens=None) == list(range(min(samples, len(sizes))))
-    assert spend(sizes, samples=None, tokens=None) == list(range(len(sizes)))
-
-
-@given(st.integers(0, 1000), st.integers(1, 500))
-def test_nearest_rank_is_exact_where_floats_are_not(thousandths: int, n: int) -> None:
-    assert nearest_rank(thousandths / 1000, n) == max(1, -(-thousandths * n // 1000))
 
 
 @pytest.mark.nightly  # test_select_laws.py has the same law on one catalog and every sort of recipe

@@ -13,7 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import catalog as benchmark
+import duckdb
 import pytest
+import textbook_selection as textbook
 from conftest import fewer
 from factories import make_grade, make_problem, make_run, make_source, make_trace
 from hypothesis import given
@@ -23,7 +26,6 @@ from calset import ids
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Grade, Problem, Subset, Trace
 from calset.catalog.select import select
-from calset.catalog.store import connection
 from calset.catalog.subsets.recipes import RECIPES, Recipe
 from calset.errors import InputError
 
@@ -73,12 +75,21 @@ def keep(path: Path, problems: list[Problem], traces: list[Trace], grades: list[
     return catalog
 
 
-def answers(catalog: Catalog, seed: int = 5) -> list[Any]:
+def answers(catalog: Catalog, seed: int = 5, **model: str) -> list[Any]:
     """What each question comes to: the content hash, what was counted on the way, the warnings."""
     found = []
     for i, (recipe, options) in enumerate(QUESTIONS):
-        subset = select(catalog, f"q{i}", recipe, seed=seed, **options)
+        subset = select(catalog, f"q{i}", recipe, seed=seed, **model, **options)
         found.append(json.loads(json.dumps([subset.content_hash, subset.pool, subset.warnings])))
+    return found
+
+
+def by_the_textbook(catalog: Catalog, seed: int = 5, **model: str) -> list[Any]:
+    found = []
+    for name, options in QUESTIONS:
+        recipe = RECIPES[name].with_options(**{key: value for key, value in options.items() if key != "where"})
+        taken = textbook.select(catalog, recipe, seed, where=options.get("where"), **model)
+        found.append(json.loads(json.dumps([taken.content_hash, taken.pool, taken.warnings])))
     return found
 
 
@@ -89,7 +100,11 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
 
 @pytest.fixture(scope="module")
 def expected(catalog: Catalog) -> list[Any]:
-    return answers(catalog)
+    return by_the_textbook(catalog)
+
+
+def test_a_selection_is_the_textbook_s(catalog: Catalog, expected: list[Any]) -> None:
+    assert answers(catalog) == expected
 
 
 def test_the_order_of_rows_and_of_their_coming_makes_no_difference(tmp_path: Path, expected: list[Any]) -> None:
@@ -100,33 +115,62 @@ def test_the_order_of_rows_and_of_their_coming_makes_no_difference(tmp_path: Pat
     assert answers(keep(tmp_path / "shuffled.duckdb", problems, traces, grades, batch=90)) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("threads", ["1", "7"])
-def test_the_number_of_threads_makes_no_difference(
-    catalog: Catalog, expected: list[Any], threads: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    configs = {mode: {**config, "threads": threads} for mode, config in connection._CONFIG.items()}
-    monkeypatch.setattr(connection, "_CONFIG", configs)
-    assert catalog.rows("SELECT current_setting('threads') AS n") == [{"n": int(threads)}]
-    assert answers(catalog) == expected
+# -- large catalogs: hashed by DuckDB, read in parts ------------------------------------------------------------------
+
+MODEL = benchmark.MODELS[0]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    """24,000 traces of two models, some of them retried, some graded again."""
+    path = tmp_path_factory.mktemp("large") / "c.duckdb"
+    benchmark.fill(path, 24_000, texts=False)
+    return Catalog(path)
+
+
+@pytest.fixture(scope="module")
+def expected_of_large(large: Catalog) -> list[Any]:
+    return by_the_textbook(large, model=MODEL)
+
+
+def test_a_selection_from_many_is_the_textbook_s(large: Catalog, expected_of_large: list[Any]) -> None:
+    assert answers(large, model=MODEL) == expected_of_large
 
 
 @pytest.mark.skipif(not OLDER.is_dir(), reason="DuckDB 1.5 is not installed beside DuckDB 2")
 def test_duckdb_1_5_in_a_process_of_its_own_makes_no_difference(
-    catalog: Catalog, expected: list[Any], tmp_path: Path
+    catalog: Catalog, large: Catalog, expected: list[Any], expected_of_large: list[Any], tmp_path: Path
 ) -> None:
-    copy = tmp_path / "copy.duckdb"
-    shutil.copy(catalog.path, copy)
+    copies = [tmp_path / "small.duckdb", tmp_path / "large.duckdb"]
+    for one, copy in zip((catalog, large), copies, strict=True):
+        shutil.copy(one.path, copy)
     code = (
-        "import sys, json, duckdb; from test_select_laws import answers; from calset.catalog.catalog import Catalog\n"
-        "print(json.dumps([duckdb.__version__, answers(Catalog(sys.argv[1]))]))"
+        "import sys, json, duckdb; from test_select_laws import MODEL, answers; from calset import Catalog\n"
+        "small, large = map(Catalog, sys.argv[1:])\n"
+        "print(json.dumps([duckdb.__version__, answers(small), answers(large, model=MODEL)]))"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (OLDER, ROOT, ROOT / "tests")))}
-    done = subprocess.run([sys.executable, "-c", code, copy], env=env, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (OLDER, ROOT, ROOT / "tests", ROOT / "benchmarks")))}
+    done = subprocess.run([sys.executable, "-c", code, *copies], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    version, found = json.loads(done.stdout)
+    version, *found = json.loads(done.stdout)
     assert version.startswith("1.5.")
-    assert found == expected
+    assert found == [expected, expected_of_large]
+
+
+@pytest.mark.nightly
+def test_the_number_of_threads_makes_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many rows as DuckDB gives to several threads."""
+    catalog, connect = Catalog(tmp_path / "c.duckdb"), duckdb.connect
+    benchmark.fill(catalog.path, 400_000, texts=False)
+    expected = by_the_textbook(catalog, model=MODEL)
+    for threads in (1, 4):
+
+        def with_threads(*args: Any, config: Any = None, n: int = threads, **options: Any) -> Any:
+            return connect(*args, config={**(config or {}), "threads": n}, **options)
+
+        monkeypatch.setattr(duckdb, "connect", with_threads)
+        assert catalog.rows("SELECT current_setting('threads') AS n") == [{"n": threads}]
+        assert answers(catalog, model=MODEL) == expected
 
 
 def test_another_seed_is_another_subset_of_the_same_pool(catalog: Catalog, expected: list[Any]) -> None:

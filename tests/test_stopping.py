@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calset.builder.schedule.stopping import Prior, StoppingRule, fit_prior, fit_strata, stratum
-from calset.catalog.subsets.recipes import RECIPES, Candidate, Recipe, rank
+from calset.catalog.subsets.recipes import RECIPES, Recipe
+from calset.catalog.subsets.take import Candidate, Candidates, take
 from calset.errors import InputError
 
 BAND = RECIPES["ssgr"].difficulty
@@ -43,8 +44,8 @@ def test_the_band_is_the_recipe_s_to_the_last_bit(samples: int, data: st.DataObj
     low, high = sorted(data.draw(st.integers(0, 100)) / 100 for _ in range(2))
     rule, recipe = StoppingRule((low, high), samples), Recipe("band", difficulty=(low, high))
     for n_correct in range(samples + 1):
-        one = Candidate("s", "p", 0, True, True, (samples - n_correct) / samples, samples, 1)
-        assert rule.in_band(n_correct) == bool(rank([one], recipe, 0).order)
+        one = Candidate("s", "p", 0, True, True, (samples - n_correct) / samples, samples, 1, 1)
+        assert rule.in_band(n_correct) == bool(len(take(Candidates.of([one]), recipe, 0).at))
         assert rule.probability(samples, n_correct, UNIFORM) == rule.in_band(n_correct)
 
 

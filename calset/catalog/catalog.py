@@ -38,6 +38,7 @@ from calset.catalog.store.connection import Mode, opened
 from calset.catalog.store.inserts import append, insert, insert_grades, insert_traces, row
 from calset.catalog.store.schema import TABLES
 from calset.catalog.store.sql import Result, check_select, in_memory, transaction
+from calset.catalog.store.tokens import read_tokens
 from calset.catalog.store.values import clean, clean_params, dump_json
 from calset.errors import InputError, did_you_mean, first_line
 from calset.io.keywords import shows
@@ -390,18 +391,7 @@ class Catalog:
         Raises:
             InputError: an attempt without token ids: a damaged catalog, or one that calset did not write.
         """
-        sql = """
-            SELECT k.trace_id, k.attempt, k.prompt_ids, k.completion_ids FROM trace_tokens k
-            JOIN (SELECT unnest(?::VARCHAR[]) AS trace_id, unnest(?::INTEGER[]) AS attempt) w
-                ON w.trace_id = k.trace_id AND w.attempt = k.attempt
-        """
-        with self._open("own") as con:
-            rows = con.execute(sql, [[t for t, _ in attempts], [a for _, a in attempts]]).fetchall()
-        found = {(trace, attempt): (prompt, completion) for trace, attempt, prompt, completion in rows}
-        for trace, attempt in attempts:
-            if None in found.get((trace, attempt), (None,)):
-                raise InputError(f"{self.path} has no token ids of the trace {trace}: use another copy of the file")
-        return found
+        return read_tokens(self.path, self.reading, attempts)
 
     def trace(self, trace_id: str) -> dict[str, Any]:
         """Everything about one trace, found by its id or a prefix that only it has.

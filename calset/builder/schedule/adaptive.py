@@ -22,7 +22,8 @@ from calset.builder.schedule.fixed import NO_RETRY, Opened, Retry, Unit
 from calset.builder.schedule.prior import Priors, State
 from calset.builder.schedule.stopping import CONFIDENCE, StoppingRule, stratum
 from calset.catalog.records import JUDGED, Decision, Problem, Trace
-from calset.catalog.subsets.recipes import Candidate, Recipe, get_recipe, rank
+from calset.catalog.subsets.recipes import Recipe, get_recipe
+from calset.catalog.subsets.take import Candidate, Candidates, take
 from calset.errors import InputError
 
 
@@ -167,7 +168,6 @@ class AdaptiveSchedule:
         self._again: deque[tuple[_Open, int]] = deque()  # to be run again, before all others
         self._n_owed = 0  # of these, and under way
         self._candidates: list[Candidate] = []
-        self._sizes: dict[str, int] = {}
         self._n_flying = self._n_stopped = self._n_complete = self._n_inside = self._met = 0
         self._dirty = self._exhausted = False
         self._read = self._caught_up = False  # what an earlier build left; see _catch_up
@@ -351,9 +351,9 @@ class AdaptiveSchedule:
                     difficulty,
                     one.k,
                     sample.n_tokens,
+                    sample.size,
                 )
             )
-            self._sizes[sample.trace_id] = sample.size
         self._dirty = True
         del self._open[one.problem_id]
 
@@ -388,8 +388,8 @@ class AdaptiveSchedule:
         possible = not by_sample or self._recipe.per_problem != 1 or self._n_inside >= self._target.wanted
         if self._dirty and (possible or not self._n_flying or time.monotonic() > self._ranked_at + 1):
             self._dirty, self._ranked_at = False, time.monotonic()
-            ranked = rank(self._candidates, self._recipe, self._seed).order
-            self._met = len(ranked) if by_sample else sum(self._sizes[candidate.sample_id] for candidate in ranked)
+            taken = take(Candidates.of(self._candidates), self._recipe, self._seed)
+            self._met = len(taken.at) if by_sample else int(taken.size.sum())
         return self._met >= self._target.wanted
 
     def _is_done(self) -> bool:

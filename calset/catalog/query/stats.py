@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import JUDGED
 from calset.catalog.store.connection import opened
@@ -264,8 +266,15 @@ def difficulty_band(difficulty: float | None) -> int:
     return found if found is not None else n if difficulty < 1 else n + 1
 
 
-def length_bands(lengths: Sequence[int]) -> list[tuple[int, str]]:
+def difficulty_bands(difficulties: np.ndarray) -> np.ndarray:
+    """Return the indices in ``DIFFICULTY_BANDS`` of many difficulties; NaN where one is unknown."""
+    n = len(_BANDS)
+    found = np.searchsorted([highest for highest, _ in _BANDS], difficulties)
+    return np.where(np.isnan(difficulties), n + 2, found + (difficulties >= 1))
+
+
+def length_bands(lengths: Sequence[int] | np.ndarray) -> list[tuple[int, str]]:
     """(longest length, label) of the quartile bands of some lengths, as ``stats`` cuts them (nearest rank)."""
-    ordered = sorted(lengths)
+    ordered = np.sort(np.asarray(lengths))
     n = len(ordered)
-    return _length_bands([ordered[max(1, -(-q * n // 4)) - 1] for q in range(5)] if n else [])
+    return _length_bands([int(ordered[max(1, -(-q * n // 4)) - 1]) for q in range(5)] if n else [])

@@ -6,6 +6,7 @@ Must not know: tables or connections.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -69,57 +70,82 @@ def arrow_batch(columns: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> pa
     return pa.Table.from_arrays(arrays, names=list(columns))
 
 
+# pyarrow's own ways from Python to Arrow import pandas where it is installed, which takes half a second and 50 MB. So
+# arrays are made of buffers.
+
+_NUMPY = {"INTEGER": np.int32, "BIGINT": np.int64, "DOUBLE": np.float64, "BOOLEAN": np.bool_}
+
+
 def _arrow_array(kind: str, values: list[Any]) -> pa.Array:
     import pyarrow as pa
 
     if kind in ("VARCHAR", "JSON"):
         return text_array(values)
     if kind == "INTEGER[]":
-        parts = [np.asarray(v, dtype=np.int32) for v in values]
-        offsets = np.zeros(len(parts) + 1, dtype=np.int64)
-        np.cumsum([len(part) for part in parts], out=offsets[1:])
-        flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32()))
-    types = {
-        "INTEGER": pa.int32(),
-        "BIGINT": pa.int64(),
-        "DOUBLE": pa.float64(),
-        "BOOLEAN": pa.bool_(),
-        "TIMESTAMP": pa.timestamp("us"),
-    }
-    return pa.array(values, types[kind])
+        flat = array("i")
+        for value in values:
+            flat.extend(value)
+        offsets = to_arrow(_offsets([len(value) for value in values]))
+        return pa.LargeListArray.from_arrays(offsets, to_arrow(np.frombuffer(flat, np.int32)))
+    there = _there(values)
+    if kind == "TIMESTAMP":
+        return to_arrow(np.array(values, "datetime64[us]"), there)
+    return to_arrow(np.array([0 if value is None else value for value in values], _NUMPY[kind]), there)
 
 
 def text_array(values: Sequence[str | None]) -> pa.Array:
-    """Texts as an Arrow array, cleaned.
-
-    Why from buffers: ``pa.array`` imports pandas where it is installed, which takes half a second. Large strings: a
-    batch of long texts may pass the 2 GiB that plain string offsets can address.
-    """
+    """Return texts as an Arrow array, cleaned; None as NULL."""
     import pyarrow as pa
 
     encoded = [b"" if value is None else _utf8(value) for value in values]
-    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-    np.cumsum([len(text) for text in encoded], out=offsets[1:])
-    buffers = [_validity(values), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    offsets = _offsets([len(text) for text in encoded])
+    buffers = [_validity(_there(values)), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    # Large strings: a batch of long texts may pass the 2 GiB that plain string offsets can address.
     return pa.Array.from_buffers(pa.large_string(), len(encoded), buffers)
 
 
 def number_array(values: Sequence[float | None], kind: pa.DataType) -> pa.Array:
-    """Numbers as an Arrow array of the type int32 or float64, without pandas."""
+    """Return numbers as an Arrow array of the type int32 or float64; None as NULL."""
     import pyarrow as pa
 
     numpy_kinds = {pa.int32(): np.int32, pa.float64(): np.float64}
     numbers = np.asarray([0 if value is None else value for value in values], dtype=numpy_kinds[kind])
-    return pa.Array.from_buffers(kind, len(numbers), [_validity(values), pa.py_buffer(numbers)])
+    return to_arrow(numbers, _there(values))
 
 
-def _validity(values: Sequence[Any]) -> pa.Buffer | None:
-    """Arrow's bitmap of the values that are not null; None where all are there."""
+def to_arrow(values: np.ndarray, there: np.ndarray | None = None) -> pa.Array:
+    """Return a numpy array as an Arrow array, over the same memory where the bytes are the same.
+
+    Args:
+        there: bool; False where the value is NULL.
+    """
     import pyarrow as pa
 
-    there = [value is not None for value in values]
-    return None if all(there) else pa.py_buffer(np.packbits(there, bitorder="little").tobytes())
+    data = np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [_validity(there), pa.py_buffer(data)])
+
+
+def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """Return an Arrow column of numbers without NULLs as a numpy array."""
+    return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks or [column.combine_chunks()]])
+
+
+def _there(values: Sequence[Any]) -> np.ndarray:
+    return np.array([value is not None for value in values], bool)
+
+
+def _validity(there: np.ndarray | None) -> pa.Buffer | None:
+    """Arrow's bitmap of the values that are not NULL; None where all are there."""
+    import pyarrow as pa
+
+    return None if there is None or there.all() else pa.py_buffer(np.packbits(there, bitorder="little"))
+
+
+def _offsets(lengths: Sequence[int]) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def _utf8(text: str) -> bytes:

@@ -15,7 +15,7 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.query.stats import DIFFICULTY_BANDS, difficulty_band, length_bands
 from calset.catalog.records import Subset
 from calset.catalog.subsets.facts import Fact, facts_of
-from calset.catalog.subsets.recipes import nearest_rank
+from calset.catalog.subsets.take import nearest_rank
 
 _SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 

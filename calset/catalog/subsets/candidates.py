@@ -217,7 +217,7 @@ class _Traces:
         sample_ids = self.trace_ids
         if kind != "trace":
             problems: list[str] = self.problem_ids.take(to_arrow(self["pool"])).to_pylist()
-            keys = [self.generation_keys[number] for number in self["generation"].tolist()]
+            keys = [self.generation_keys[int(number)] for number in self["generation"]]
             samples = zip(problems, keys, strict=True)
             sample_ids = text_array([prompt_sample_id(kind, problem, key) for problem, key in samples])
         return Candidates(

@@ -208,7 +208,9 @@ def _order(order: Order, seed: int, c: Candidates, pool: np.ndarray) -> np.ndarr
             "index": to_arrow(c.sample_index[pool]),
             "id": c.sample_id.take(to_arrow(pool)),
         }
-        return np.from_dlpack(pc.sort_indices(pa.table(keys), sort_keys=[(key, "ascending") for key in keys]))
+        return np.from_dlpack(
+            pc.call_function("sort_indices", [pa.table(keys)], pc.SortOptions([(key, "ascending") for key in keys]))
+        )
     places = seeded_order(seed, c.sample_id, pool)
     if order == "harder":
         difficulty = c.difficulty[pool][places]

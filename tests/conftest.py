@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from local_hub import TOKEN, Client, LocalHub, hurry
+from local_hub import Client, LocalHub
 from xdist.scheduler import LoadFileScheduling
 
 # Before torch, tokenizers or vLLM are imported by any test.
@@ -195,8 +195,7 @@ def _no_faults_are_left(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def client(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A process of somebody who may write."""
-    with hub.client(tmp_path_factory.mktemp("owner"), token=TOKEN) as process:
-        process(hurry)
+    with hub.writer(tmp_path_factory.mktemp("owner")) as process:
         yield process
 
 

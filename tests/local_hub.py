@@ -187,6 +187,13 @@ class LocalHub:
             yield Client(ours)
         assert running.wait(60) == 0
 
+    @contextmanager
+    def writer(self, home: Path) -> Iterator[Client]:
+        """A process of somebody who may write, and who does not wait long before the next try."""
+        with self.client(home, token=TOKEN) as process:
+            process(hurry)
+            yield process
+
     # -- what a request does --
 
     def answer(self, request: Request) -> Answer:

@@ -176,16 +176,24 @@ class Handler(BaseHTTPRequestHandler):
 # --- faults -----------------------------------------------------------------------------------------------------
 
 
-def status(code: int, times: int, headers: dict[str, str] | None = None, message: str = "no") -> Fault:
-    """The first ``times`` requests are answered with an error."""
-    left = [times]
-    lock = threading.Lock()
+def _first(times: int) -> Callable[[], bool]:
+    """True for the first ``times`` calls, from any thread."""
+    left, lock = [times], threading.Lock()
 
-    def fault(handler: Handler, body: dict[str, Any]) -> bool:
+    def mine() -> bool:
         with lock:
             left[0] -= 1
-            mine = left[0] >= 0
-        if mine:
+            return left[0] >= 0
+
+    return mine
+
+
+def status(code: int, times: int, headers: dict[str, str] | None = None, message: str = "no") -> Fault:
+    """The first ``times`` requests are answered with an error."""
+    first = _first(times)
+
+    def fault(handler: Handler, body: dict[str, Any]) -> bool:
+        if mine := first():
             handler.reply(code, {"error": {"message": message, "code": code}}, headers)
         return mine
 
@@ -205,14 +213,10 @@ def for_seed(seed: int, code: int) -> Fault:
 
 def drop_connection(times: int) -> Fault:
     """Half an answer, then the connection breaks."""
-    left = [times]
-    lock = threading.Lock()
+    first = _first(times)
 
     def fault(handler: Handler, body: dict[str, Any]) -> bool:
-        with lock:
-            left[0] -= 1
-            mine = left[0] >= 0
-        if mine:
+        if mine := first():
             handler.send_response(200)
             handler.send_header("Content-Length", "5000")
             handler.end_headers()

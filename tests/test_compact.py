@@ -106,6 +106,21 @@ def test_tables_views_sequences_and_schemas_that_somebody_added_stay(tmp_path: P
     assert compact(catalog).rows["my own.notes"] == 3
 
 
+def refusal(tmp_path: Path, added: str, error: type[Exception], match: str) -> tuple[Catalog, str]:
+    """A catalog with something added, and the one line that refuses it: the file stays, and nothing lies beside it."""
+    catalog = fill(tmp_path / "c.duckdb", [[("correct", 4)]])
+    with duckdb.connect(str(catalog.path)) as con:
+        con.execute(added)
+        con.execute("CHECKPOINT")
+    before = catalog.path.read_bytes()
+    with pytest.raises(error, match=match) as refused:
+        compact(catalog)
+    assert "\n" not in str(refused.value)
+    assert os.listdir(tmp_path) == ["c.duckdb"]
+    assert catalog.path.read_bytes() == before
+    return catalog, str(refused.value)
+
+
 @pytest.mark.parametrize(
     "added",
     [
@@ -117,18 +132,10 @@ def test_tables_views_sequences_and_schemas_that_somebody_added_stay(tmp_path: P
     ],
 )
 def test_a_macro_a_type_or_an_index_is_refused_with_the_statement_that_drops_it(tmp_path: Path, added: str) -> None:
-    catalog = fill(tmp_path / "c.duckdb", [[("correct", 4)]])
+    lost = r"compact would lose: in DuckDB, DROP .* takes it out$"
+    catalog, line = refusal(tmp_path, added, InputError, lost)
     with duckdb.connect(str(catalog.path)) as con:
-        con.execute(added)
-        con.execute("CHECKPOINT")
-    before = catalog.path.read_bytes()
-    with pytest.raises(InputError, match=r"compact would lose: in DuckDB, DROP .* takes it out$") as refused:
-        compact(catalog)
-    assert "\n" not in str(refused.value)
-    assert os.listdir(tmp_path) == ["c.duckdb"]
-    assert catalog.path.read_bytes() == before
-    with duckdb.connect(str(catalog.path)) as con:
-        con.execute(str(refused.value).partition("in DuckDB, ")[2].partition(" takes it out")[0])
+        con.execute(line.partition("in DuckDB, ")[2].partition(" takes it out")[0])
     assert compact(catalog).rows["traces"] == 1
 
 
@@ -144,16 +151,7 @@ def test_a_macro_a_type_or_an_index_is_refused_with_the_statement_that_drops_it(
     ],
 )
 def test_what_cannot_be_kept_is_named_and_the_file_stays(tmp_path: Path, added: str, named: str) -> None:
-    catalog = fill(tmp_path / "c.duckdb", [[("correct", 4)]])
-    with duckdb.connect(str(catalog.path)) as con:
-        con.execute(added)
-        con.execute("CHECKPOINT")
-    before = catalog.path.read_bytes()
-    with pytest.raises(CatalogError, match=rf"{named}.* drop it, or leave the catalog as it is") as caught:
-        compact(catalog)
-    assert "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == ["c.duckdb"]
-    assert catalog.path.read_bytes() == before
+    refusal(tmp_path, added, CatalogError, rf"{named}.* drop it, or leave the catalog as it is")
 
 
 def test_a_link_to_a_catalog_stays_a_link(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import yaml
 from factories import fill
 from hypothesis import given
 from hypothesis import strategies as st
-from local_hub import TOKEN, Client, LocalHub, hurry
+from local_hub import TOKEN, Client, LocalHub
 from warm import calset as run_calset
 from warm import warm
 
@@ -85,8 +85,7 @@ WHOLE = 400_000_000
 @pytest.fixture(scope="module")
 def colleague(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Another process of somebody who may write too."""
-    with hub.client(tmp_path_factory.mktemp("colleague"), token=TOKEN) as process:
-        process(hurry)
+    with hub.writer(tmp_path_factory.mktemp("colleague")) as process:
         yield process
 
 

@@ -830,6 +830,16 @@ def test_the_time_for_an_answer_fits_its_tokens(max_tokens, slowest):
 # --- a build ----------------------------------------------------------------------------------------------------
 
 
+FORTY = {
+    "problems": "gym:chain_sum?size=40",
+    "samples": 6,
+    "max_tokens": 64,
+    "concurrency": 2,
+    "commit_every_seconds": 0.2,
+    "engine_options": QUICK | {"failures": 2},
+}
+
+
 @pytest.mark.slow
 def test_a_build_through_servers_of_which_one_dies_keeps_what_was_served(doubles, tiny_model, tmp_path):
     a, b = doubles(seconds=0.03), doubles(seconds=0.03)
@@ -840,18 +850,8 @@ def test_a_build_through_servers_of_which_one_dies_keeps_what_was_served(doubles
             died.append(event.saved)
             a.die()
 
-    report = build(
-        tiny_model,
-        "gym:chain_sum?size=40",
-        samples=6,
-        catalog=tmp_path / "c.duckdb",
-        engine=f"{a.url},{b.url}/v1",
-        max_tokens=64,
-        concurrency=2,
-        commit_every_seconds=0.2,
-        engine_options=QUICK | {"failures": 2},
-        progress=die,
-    )
+    path = tmp_path / "c.duckdb"
+    report = build(tiny_model, **FORTY, catalog=path, engine=f"{a.url},{b.url}/v1", progress=die)
     assert died[0] < 240
     assert (report.engine, report.n_new) == ("server", 240)
     rows = Catalog(tmp_path / "c.duckdb").query(
@@ -902,19 +902,8 @@ def test_what_went_wrong_with_servers_is_said_before_the_error_that_ends_a_build
             b.die()
 
     def run_build() -> Any:
-        return build(
-            tiny_model,
-            "gym:chain_sum?size=40",
-            samples=6,
-            catalog=tmp_path / "c.duckdb",
-            engine=f"{a.url},{b.url}",
-            max_tokens=64,
-            graders=1,
-            concurrency=2,
-            commit_every_seconds=0.2,
-            engine_options=QUICK | {"failures": 2},
-            progress=die,
-        )
+        path = tmp_path / "c.duckdb"
+        return build(tiny_model, **FORTY, graders=1, catalog=path, engine=f"{a.url},{b.url}", progress=die)
 
     with pytest.warns(EngineWarning) as warned, pytest.raises(EngineError, match="no server is left"):
         run_build()

@@ -36,6 +36,8 @@ from calset.pruning.plan import Plan, as_allocated, check_shapes, make_plan, own
 from calset.pruning.report import MatrixReport, PruneReport, card_section, make_report
 from calset.pruning.settings import DAMPING, Propagate, PruneOptions, PruneSettings
 from calset.pruning.structured import drop
+from calset.pruning.structured.plan import DropPlan
+from calset.pruning.structured.plan import make_plan as make_drop_plan
 from calset.pruning.structured.report import DropReport
 
 if TYPE_CHECKING:
@@ -131,8 +133,7 @@ def prune(
         f"lower --batch-tokens{was}, cut the samples with --max-length, keep hidden states elsewhere with --hidden "
         f"disk, or on a GPU use --device cpu"
     ):
-        work = drop.drop_units if settings.is_structured else _prune_weights
-        report = work(settings, subset, weights, progress or silent)
+        report = _work(settings, subset, weights, progress or silent)
     if distributed.is_first() and store.exists():
         store.add_pruning(report.as_dict())
     return report
@@ -158,28 +159,34 @@ def plan_pruning(
     settings = PruneSettings(model, out, **options)
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     subset, weights = open_calibration(calibration, token_weights, store)
-    plan = (drop.make_plan if settings.is_structured else make_plan)(settings, subset, weights)
+    plan = (make_drop_plan if settings.is_structured else make_plan)(settings, subset, weights)
     return replace(plan.estimate, warnings=tuple(plan.warnings))
 
 
-def _prune_weights(
+def _work(
     settings: PruneSettings, subset: Subset, token_weights: TokenWeights | None, progress: OnProgress
-) -> PruneReport:
-    """Put zeros into matrices, block by block."""
+) -> PruneReport | drop.DropReport:
+    """Plan, then put zeros into matrices or drop whole parts."""
     began = time.monotonic()
-    plan = make_plan(settings, subset, token_weights)
+    plan = (make_drop_plan if settings.is_structured else make_plan)(settings, subset, token_weights)
     plan.estimate.check(settings.force)
     phases: dict[str, float] = {"checking": time.monotonic() - began}
     progress(Progress("loading"))
     with distributed.joined(plan.device) as team:
         team.part([None] * plan.estimate.n_batches)
-        opening = time.monotonic()
-        opened = partial(workfolder.opened, settings.folder, plan.source.folder, plan.identity)
-        with team.work(settings.folder, opened) as work:
-            phases["copying"] = time.monotonic() - opening
-            matrices = _prune_blocks(plan, work, team, phases, progress)
-            report = make_report(plan, work, matrices, phases, time.monotonic() - began)
-            work.complete(plan.source.folder, report.as_dict(), card_section(report))
+        if isinstance(plan, DropPlan):
+            return drop.drop_units(plan, team, phases, progress, began)
+        return _prune_weights(plan, team, phases, progress, began)
+
+
+def _prune_weights(plan: Plan, team: Team, phases: dict[str, float], progress: OnProgress, began: float) -> PruneReport:
+    """Put zeros into matrices, block by block; ``began`` is the moment on the monotonic clock."""
+    folder, opening = plan.settings.folder, time.monotonic()
+    with team.work(folder, partial(workfolder.opened, folder, plan.source.folder, plan.identity)) as work:
+        phases["copying"] = time.monotonic() - opening
+        matrices = _prune_blocks(plan, work, team, phases, progress)
+        report = make_report(plan, work, matrices, phases, time.monotonic() - began)
+        work.complete(plan.source.folder, report.as_dict(), card_section(report))
     progress(Progress("done", len(work.blocks), len(work.blocks), final=True))
     return report
 

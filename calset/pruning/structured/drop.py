@@ -13,49 +13,38 @@ from typing import TYPE_CHECKING, Any
 
 from calset.errors import PruningError
 from calset.io.progress import OnProgress, Progress
-from calset.pruning.blockwise import distributed, workfolder
+from calset.pruning.blockwise import workfolder
 from calset.pruning.blockwise.hidden_states import HiddenStates
 from calset.pruning.blockwise.phases import timed
 from calset.pruning.blockwise.statistics import is_finite
-from calset.pruning.calibration import TokenWeights
 from calset.pruning.model.decoder import find_decoder
 from calset.pruning.model.layout import Layout, place, unload
 from calset.pruning.model.tensorfiles import TensorFiles
-from calset.pruning.settings import PruneSettings
 from calset.pruning.structured import copy, depth, reap
-from calset.pruning.structured.plan import DropPlan, make_plan
+from calset.pruning.structured.plan import DropPlan
 from calset.pruning.structured.reduced import make_reduced
 from calset.pruning.structured.report import DropReport, Stack, card_section, make_report
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from calset.catalog.records import Subset
     from calset.pruning.blockwise.distributed import Team
     from calset.pruning.blockwise.walk import Walk
     from calset.pruning.blockwise.workfolder import WorkFolder
     from calset.pruning.model.decoder import Block, Decoder
 
 
-def drop_units(
-    settings: PruneSettings, subset: Subset, token_weights: TokenWeights | None, progress: OnProgress
-) -> DropReport:
-    """Drop experts or blocks and save the smaller checkpoint; see ``prune``."""
-    began = time.monotonic()
-    plan = make_plan(settings, subset, token_weights)
-    plan.estimate.check(settings.force)
-    phases: dict[str, float] = {"checking": time.monotonic() - began}
-    progress(Progress("loading"))
-    with distributed.joined(plan.device) as team:
-        team.part([None] * plan.estimate.n_batches)
-        with team.work(settings.folder, partial(workfolder.opened, settings.folder, None, plan.identity)) as work:
-            sums = _measure(plan, work, team, phases, progress)
-            stacks = _stacks(plan, sums)
-            with TensorFiles(plan.source.folder) as files, timed(phases, "saving"):
-                left = make_reduced(plan.source, files, plan.structure, {s.name: s.kept for s in stacks})
-                work.fill(lambda folder: copy.write(left.parts, folder))
-            report = make_report(plan, work, stacks, left, phases, time.monotonic() - began)
-            work.complete(plan.source.folder, report.as_dict(), card_section(report), left.switches)
+def drop_units(plan: DropPlan, team: Team, phases: dict[str, float], progress: OnProgress, began: float) -> DropReport:
+    """Drop experts or blocks and save the smaller checkpoint; ``began`` is the moment on the monotonic clock."""
+    folder = plan.settings.folder
+    with team.work(folder, partial(workfolder.opened, folder, None, plan.identity)) as work:
+        sums = _measure(plan, work, team, phases, progress)
+        stacks = _stacks(plan, sums)
+        with TensorFiles(plan.source.folder) as files, timed(phases, "saving"):
+            left = make_reduced(plan.source, files, plan.structure, {s.name: s.kept for s in stacks})
+            work.fill(lambda folder: copy.write(left.parts, folder))
+        report = make_report(plan, work, stacks, left, phases, time.monotonic() - began)
+        work.complete(plan.source.folder, report.as_dict(), card_section(report), left.switches)
     progress(Progress("done", plan.estimate.n_blocks, plan.estimate.n_blocks, final=True))
     return report
 

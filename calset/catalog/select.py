@@ -114,7 +114,7 @@ def _samples(catalog: Catalog, kind: Kind, pool: Pool, taken: Taken) -> list[Sam
     samples = []
     columns = (at.tolist(), c.ids(at), problems, keys, taken.start.tolist(), taken.size.tolist())
     for i, name, problem, key, start, size in zip(*columns, strict=True):
-        prompt, completion = found[key]
+        prompt, completion = found.pop(key)
         whole = prompt + (completion if kind == "trace" else pool.tails.get(i, []))
         if size < len(whole):
             name = f"{name}:{start}-{start + size}"

@@ -20,7 +20,7 @@ Key = tuple[str, int]
 Open = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
 
 _VECTOR = 2048  # rows that DuckDB reads together
-_PART = 128 << 20  # bytes of the file, texts and all, that one part may touch
+_PART = 64 << 20  # bytes of the file, texts and all, that one part may touch
 
 # First the row numbers: DuckDB skips vectors in which it wants no row, but not those in which it wants no id.
 _ROWS = "SELECT k.rowid AS row FROM trace_tokens k JOIN wanted w USING (trace_id) WHERE w.attempt = k.attempt"

@@ -216,10 +216,9 @@ class _Traces:
         """
         sample_ids = self.trace_ids
         if kind != "trace":
-            problems: list[str] = self.problem_ids.take(to_arrow(self["pool"])).to_pylist()
-            keys = [self.generation_keys[int(number)] for number in self["generation"]]
-            samples = zip(problems, keys, strict=True)
-            sample_ids = text_array([prompt_sample_id(kind, problem, key) for problem, key in samples])
+            problems = self.problem_ids.take(to_arrow(self["pool"])).to_pylist()
+            keys: list[Any] = [self.generation_keys[number] for number in self["generation"].tolist()]
+            sample_ids = text_array([prompt_sample_id(kind, *of) for of in zip(problems, keys, strict=True)])
         return Candidates(
             sample_ids,
             problem=self["pool"],

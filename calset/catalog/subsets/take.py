@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import duckdb
 import numpy as np
 
-from calset.catalog.store.values import text_array, to_arrow
+from calset.catalog.store.values import text_array, to_arrow, to_numpy
 from calset.catalog.subsets.recipes import Order, Recipe
 from calset.errors import InputError
 
@@ -201,16 +201,10 @@ def _order(order: Order, seed: int, c: Candidates, pool: np.ndarray) -> np.ndarr
     """Return the places in ``pool`` in the recipe's order."""
     if order == "catalog":
         import pyarrow as pa
-        import pyarrow.compute as pc
 
-        keys = {
-            "problem": to_arrow(c.problem[pool]),
-            "index": to_arrow(c.sample_index[pool]),
-            "id": c.sample_id.take(to_arrow(pool)),
-        }
-        return np.from_dlpack(
-            pc.call_function("sort_indices", [pa.table(keys)], pc.SortOptions([(key, "ascending") for key in keys]))
-        )
+        keys = {"problem": to_arrow(c.problem[pool]), "index": to_arrow(c.sample_index[pool])}
+        table = pa.table({**keys, "id": c.sample_id.take(to_arrow(pool)), "place": to_arrow(np.arange(len(pool)))})
+        return to_numpy(table.sort_by([(key, "ascending") for key in (*keys, "id")])["place"])
     places = seeded_order(seed, c.sample_id, pool)
     if order == "harder":
         difficulty = c.difficulty[pool][places]

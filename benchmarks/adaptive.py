@@ -112,7 +112,7 @@ def table(problems: list[Problem], recipe: Recipe, k: int, args: argparse.Namesp
     for name, policy in (
         ("no batches", Policy(batches=False)),
         ("no strata", Policy(strata=False)),
-        ("no prices", Policy(by_price=False)),
+        ("no indices", Policy(by_index=False)),
         ("none", Policy(False, False, False)),
     ):
         line(orders, fixed, recipe, rule, max(args.in_flight), name, policy, args)
@@ -341,7 +341,7 @@ def replay_fixed(order: list[Problem], recipe: Recipe, k: int, need: int) -> Spe
 class Policy:
     """What an adaptive build does beside its rule; each part can be left out to see what it is worth."""
 
-    by_price: bool = True  # the least price next, a fresh problem's among them; else open problems first
+    by_index: bool = True  # the lowest index next, a fresh problem's among them; else open problems first
     strata: bool = True  # a prior for each stratum; else one for all
     batches: bool = True  # several samples of a problem at once where none can turn out wasted; else one
 
@@ -349,7 +349,7 @@ class Policy:
 class OneByOne(StoppingRule):
     """Decides after every sample."""
 
-    def patience(self, k: int, n_correct: int, prices: Floats, limit: float) -> int:
+    def patience(self, k: int, n_correct: int, indices: Floats, limit: float) -> int:
         return max(1, min(self.first, self.samples) - k)
 
 
@@ -363,14 +363,14 @@ class Ablated(Priors):
     def _fit(self) -> None:
         super()._fit()
         self._improbable: dict[State, float] = {}
-        if not self.policy.by_price:
+        if not self.policy.by_index:
             self.limit = math.inf
 
     def prior(self, stratum: str) -> Prior:
         return super().prior(stratum) if self.policy.strata else self.pooled
 
-    def index(self, state: State) -> float:
-        if self.policy.by_price:
+    def index_of(self, state: State) -> float:
+        if self.policy.by_index:
             return super().index_of(state)
         if state not in self._improbable:
             name, k, n_correct = state

@@ -1,8 +1,9 @@
 """How long does grading take? The start of a worker, plain answers, and answers of which some never end.
 
-Each line is a run of its own pool of ``math`` workers that give way to nobody: the start until a worker has imported
-its grader (the median of five), then 1,000 plain answers, then 2,000 answers of which ten hang until the deadline of 15
-seconds ends them. Wall seconds, and CPU seconds of the workers, which is what to look at on a machine with other work.
+Each line is a run of its own pool of workers that give way to nobody: the start until a worker has imported ``math``
+(the median of five), then 1,000 plain answers, then 2,000 answers of which ten, of a grader that sleeps, hang until the
+deadline of 15 seconds ends them. Wall seconds, and CPU seconds of the workers, which is what to look at on a machine
+with other work.
 
 ``--against FOLDER`` measures another checkout of calset in turn with this one (A B A B ...) and gives the ratios of the
 medians; where other programs run, quote those.
@@ -21,8 +22,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -30,10 +34,10 @@ PROCESSES = 2
 STARTS = 5
 
 
-def answers(n: int, seed: int) -> list[tuple[str, str]]:
+def answers(n: int, seed: int) -> list[tuple[str, str] | None]:
     """Pairs of a reference and a response: numbers, fractions, roots and polynomials, half of them right."""
     draw = random.Random(seed)
-    found = []
+    found: list[tuple[str, str] | None] = []
     for _ in range(n):
         a, b = draw.randint(2, 99), draw.randint(2, 99)
         gold, same, other = draw.choice(
@@ -48,17 +52,33 @@ def answers(n: int, seed: int) -> list[tuple[str, str]]:
     return found
 
 
-def grade(found: list[tuple[str, str]]) -> dict[str, float]:
-    """Grade in a pool of its own, from the first worker's readiness on: wall seconds, and counts of verdicts."""
+def grade(found: Sequence[tuple[str, str] | None]) -> dict[str, float]:
+    """Grade in a pool of its own, from the first worker's readiness on: wall seconds, and counts of verdicts.
+
+    None stands for an answer that never ends: the grader ``sleeper`` gets it.
+    """
     from calset.builder.grading.pool import GradingPool
 
     with GradingPool(PROCESSES, background=False) as pool:
         pool.submit("math", "1", r"\boxed{2}", {}).result()
         began = time.perf_counter()
-        futures = [pool.submit("math", gold, response, {}) for gold, response in found]
+        futures = [pool.submit("math", *pair, {}) if pair else pool.submit("sleeper", "", "3600", {}) for pair in found]
         verdicts = Counter(future.result().verdict for future in futures)
         took = time.perf_counter() - began
     return {"seconds": took, **{name: verdicts[name] for name in ("correct", "incorrect", "timeout")}}
+
+
+@contextmanager
+def sleeper() -> Iterator[None]:
+    """A package with the grader ``sleeper`` on ``sys.path``."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from brought import SLEEPER, bring
+
+    with tempfile.TemporaryDirectory() as folder:
+        bring(Path(folder), "sleeper", SLEEPER)
+        sys.path.insert(0, folder)
+        yield
+        sys.path.remove(folder)
 
 
 def start() -> float:
@@ -73,8 +93,6 @@ def start() -> float:
 
 def measure(plain: int, mixed: int, hangs: int) -> dict[str, float]:
     """One round of all three, in this process; CPU seconds are those of the workers."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from adversarial import HANGS
 
     def cpu() -> float:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -89,9 +107,10 @@ def measure(plain: int, mixed: int, hangs: int) -> dict[str, float]:
     if mixed:
         found = answers(mixed - hangs, 1)
         for n in range(hangs):
-            found.insert(n * len(found) // max(hangs, 1), ("5", rf"\boxed{{{HANGS[n % len(HANGS)]}}}"))
+            found.insert(n * len(found) // max(hangs, 1), None)
         before = cpu()
-        done = grade(found)
+        with sleeper():
+            done = grade(found)
         row |= {"hanging_s": done["seconds"], "hanging_cpu_s": cpu() - before, "hanging_timeouts": done["timeout"]}
     return row
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-GOLD = {"math": "7", "exact": "7", "choice": "B", "gym": "7"}
+GOLD = {"math": "7", "exact": "7", "choice": "B", "gym": "7", "sleeper": "7"}
 # What each grader would accept if it read it, and what is wrong by construction.
 RIGHT = {"math": r"\boxed{7}", "exact": r"\boxed{7}", "choice": r"\boxed{B}", "gym": r"\boxed{7}"}
 JUNK = "\x00\ud800\udfff\u202e\u200b\u2066\ufeff\x1b[2J\x07\u0301\U0001f600\\{}$^_&%#~"
@@ -32,7 +32,7 @@ class Case:
 
 
 def cases(n: int, seed: int, *, hangs: int) -> Iterator[Case]:
-    """``n`` cases; ``hangs`` of them are power towers and the like that run until somebody ends them."""
+    """``n`` cases; ``hangs`` of them run until somebody ends them, by a grader that sleeps."""
     draw = random.Random(seed)
     slow = set(draw.sample(range(n), hangs))
     for i in range(n):
@@ -41,7 +41,7 @@ def cases(n: int, seed: int, *, hangs: int) -> Iterator[Case]:
         if grader == "choice" and draw.random() < 0.5:
             metadata = {"choices": {"A": "5", "B": "7", "C": "9", "D": junk(draw, 20)}}
         if i in slow:
-            yield Case("hang", "math", box(draw.choice(HANGS)), right=False)
+            yield Case("hang", "sleeper", "3600", right=False)
             continue
         yield draw.choice(KINDS)(draw, grader, metadata)
 
@@ -90,7 +90,7 @@ def open_boxes(draw: random.Random, grader: str, metadata: dict[str, Any]) -> Ca
 
 
 def braces(draw: random.Random, grader: str, metadata: dict[str, Any]) -> Case:
-    deep = draw.randint(1, 20_000)
+    deep = draw.randint(1, 200 if grader == "math" else 20_000)  # math-verify takes long over many
     return Case("deep braces", grader, box("{" * deep + "8" + "}" * deep), right=False, metadata=metadata)
 
 
@@ -117,7 +117,7 @@ def tower(draw: random.Random, grader: str, metadata: dict[str, Any]) -> Case:
     text = "2"
     for _ in range(draw.randint(1, 3)):
         text = f"{draw.choice([2, 3, 'x', '-1'])}^{{{text}}}"
-    return Case("power tower", grader, box(text), right=False, metadata=metadata)
+    return Case("nested powers", grader, box(text), right=False, metadata=metadata)
 
 
 def sets(draw: random.Random, grader: str, metadata: dict[str, Any]) -> Case:
@@ -129,9 +129,7 @@ def sets(draw: random.Random, grader: str, metadata: dict[str, Any]) -> Case:
 def expression(draw: random.Random, grader: str, metadata: dict[str, Any]) -> Case:
     text = "x"
     for _ in range(draw.randint(1, 5)):
-        text = draw.choice([r"\sqrt{{{}}}", r"\frac{{{}}}{{y}}", r"\sin({})", "({})^2", r"\int {} dx", r"{}!"]).format(
-            text
-        )
+        text = draw.choice([r"\sqrt{{{}}}", r"\frac{{{}}}{{y}}", r"\sin({})", "({})^2", r"{}!"]).format(text)
     return Case("deep expression", grader, box(text), right=False, metadata=metadata)
 
 
@@ -159,8 +157,4 @@ Kind = Callable[[random.Random, str, dict[str, Any]], Case]
 KINDS: list[Kind] = [
     unclosed, cut, right_only_in_thought, boxes, open_boxes, braces, dollars, garbage, number, tower, sets, expression,
     bomb, text_commands, good,
-]  # fmt: skip
-HANGS = [
-    "9^{9^{9^9}}", "9^{9^{9^{9^9}}}", "999999999!", "(10^{100})!", "2^{2^{2^{2^{2^2}}}}",
-    r"\binom{10^{9}}{5 \cdot 10^8}", "(x+y+z)^{3000} - 1",
 ]  # fmt: skip

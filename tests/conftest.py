@@ -76,6 +76,14 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tiny_model: Path) -> Any:
+    """The bundled model's."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="session")
 def altered_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with noise on its matrices: same shapes and tokenizer, other answers."""
     import torch
@@ -174,7 +182,7 @@ def scripted_engine() -> type[ScriptedEngine]:
     return ScriptedEngine
 
 
-# --- a Hub of one's own; a client's process takes two seconds to start, so all tests share these ------------------
+# --- a Hub of one's own; all tests share these clients ------------------
 
 
 @pytest.fixture(scope="session")

@@ -147,3 +147,9 @@ def keep_as_pulled(catalog: Catalog, subset: Subset, path: Path) -> Catalog:
     pulled = replace(folder, origin={**(folder.origin or {}), "hub": hub}, data_files=())
     keep(Catalog(path), pulled, published_rows(folder))
     return Catalog(path)
+
+
+def rows_of(catalog: Catalog, subset: Subset) -> list[dict[str, Any]]:
+    """The view's rows of a subset's samples, in their order."""
+    by_id = {row["trace_id"]: row for row in catalog.query("FROM trace").as_dicts()}
+    return [by_id[sample.trace_id] for sample in subset.samples]

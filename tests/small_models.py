@@ -189,3 +189,13 @@ def save_model(folder: Path, kind: str = "Llama", **options: Any) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(bundled.MODEL / name, folder / name)
     return folder
+
+
+def load(folder: Path) -> Any:
+    """A model of a folder in float32, as transformers loads it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def blocks_of(model: Any) -> torch.nn.ModuleList:
+    """The decoder blocks of a small model."""
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers

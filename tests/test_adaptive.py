@@ -387,9 +387,7 @@ def test_a_decision_is_kept_again_when_the_recipe_or_the_confidence_is_another(t
     assert decide(target=other, confidence=0.8) == (before + 21, 21)
 
 
-def test_other_traces_that_a_selection_counts_are_said_before_the_engine_starts(
-    tiny_model: Path, info, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_other_traces_that_a_selection_counts_are_said_before_the_engine_starts(tiny_model: Path, info, tmp_path: Path):
     path, engine = tmp_path / "c.duckdb", Population(info, tmp_path / "p.jsonl", 7)
     asked = {"catalog": path, "target": "ssgr", "need": 3, "tokens_per_second": 1e3}
     build(tiny_model, engine.problems, engine=engine, catalog=path, samples=1, kind="evaluate", graders=1)

@@ -16,7 +16,7 @@ import pytest
 import warm
 
 from calset import bundled
-from calset.cli import main
+from calset.cli import WARNINGS, main
 from calset.errors import InputError
 from calset.version import __version__
 
@@ -82,11 +82,11 @@ def test_help_and_what_asks_the_catalog_import_nothing_heavy(built: Path) -> Non
     assert not {"torch", "vllm", "transformers", "pyarrow"} & set(asked.split())
 
 
-@pytest.mark.parametrize("kind", ["BuildWarning", "CatalogUpgraded", "EngineWarning"])
+@pytest.mark.parametrize("kind", [kind.__name__ for kind in WARNINGS])
 def test_a_warning_of_calsets_own_is_one_line_without_code(kind: str, tmp_path: Path) -> None:
     code = f"""
         import contextlib, warnings
-        from calset.cli import main
+        from calset.cli import WARNINGS, main
         from calset.errors import {kind}
         with contextlib.suppress(SystemExit):
             main(["--version"])
@@ -346,7 +346,7 @@ def test_a_full_disk_leaves_no_half_model(built: Path, tmp_path: Path) -> None:
     """A file-size limit stands in for the full disk: the weights do not fit, the catalog and report do."""
     code = """
         import resource, sys
-        from calset.cli import main
+        from calset.cli import WARNINGS, main
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_048_000, 2_048_000))
         main(sys.argv[1:])
     """

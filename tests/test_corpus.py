@@ -23,13 +23,6 @@ from calset.errors import InputError
 TEXTS = [f"Chapter {n}. " + "It was a bright cold day in April. " * (3 + n) for n in range(40)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(bundled.MODEL)
-
-
 def catalog_at(path: Path) -> Catalog:
     """A catalog with one trace of the bundled model, whose tokenizer a text needs."""
     from transformers import AutoTokenizer

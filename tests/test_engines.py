@@ -360,7 +360,7 @@ def test_a_vllm_stream_cancelled_before_its_first_step_ends(info: ModelInfo):
     engine._loop.close()
 
 
-# --- model_info --------------------------------------------------------------------------------------------------
+# --- model/info --------------------------------------------------------------------------------------------------
 
 
 def test_a_model_is_known_by_its_content_not_by_its_path(tiny_model: Path, tmp_path: Path, info: ModelInfo):

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from brought import install
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -267,21 +268,12 @@ def grade(answer, response, metadata):
 """
 
 
-def bring(folder: Path, distribution: str, entry_points: dict[str, str]) -> None:
-    """An installed distribution, as pip leaves one: a dist-info folder beside its module."""
-    info = folder / f"{distribution}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-    lines = "".join(f"{name} = {module}\n" for name, module in entry_points.items())
-    (info / "entry_points.txt").write_text(f"[calset.graders]\n{lines}")
-
-
 @pytest.fixture
 def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A named pipe, and on sys.path a package whose grader ``strange`` waits there, sleeps or crashes if it is told."""
     site = tmp_path / "site"
-    bring(site, "strange-grader", {"strange": "strange_grader", "absent": "no_such_module", "empty": "this"})
-    (site / "strange_grader.py").write_text(STRANGE)
+    known = {"strange": "strange_grader", "absent": "no_such_module", "empty": "this"}
+    install(site, "strange-grader", known, strange_grader=STRANGE)
     monkeypatch.syspath_prepend(str(site))
     gate = tmp_path / "gate"
     os.mkfifo(gate)
@@ -308,10 +300,10 @@ def _workers(parent: int) -> set[int]:
     return {int(line.split()[0]) for line in listed.stdout.splitlines() if "calset.builder.grading" in line}
 
 
-def test_a_hanging_answer_times_out_and_the_others_are_graded(children):
+def test_a_hanging_answer_times_out_and_the_others_are_graded(children, brought: Path):
     with GradingPool(2, deadline_seconds=2) as pool:
         pool.submit("math", "1", r"\boxed{1}", {}).result(timeout=120)
-        hanging = pool.submit("math", "5", r"\boxed{9^{9^{9^9}}}", {})
+        hanging = pool.submit("strange", "5", "sleep 3600", {})
         others = [pool.submit("math", str(n), rf"\boxed{{{n}}}", {}) for n in range(20)]
         assert [future.result(timeout=120).verdict for future in others] == ["correct"] * 20
         assert hanging.result(timeout=120).verdict == "timeout"
@@ -413,9 +405,9 @@ def test_workers_give_way_to_a_generation(background: bool, nice: int, children,
         assert os.getpriority(os.PRIO_PROCESS, worker) == os.getpriority(os.PRIO_PROCESS, 0) + nice
 
 
-def test_closing_drops_what_waits():
+def test_closing_drops_what_waits(brought: Path):
     with GradingPool(1) as pool:
-        futures = [pool.submit("math", "5", r"\boxed{9^{9^{9^9}}}", {}) for _ in range(3)]
+        futures = [pool.submit("strange", "5", "sleep 3600", {}) for _ in range(3)]
     assert futures[-1].cancelled()
     with pytest.raises(CalsetError, match="closed"):
         pool.submit("math", "1", "1", {})
@@ -450,7 +442,7 @@ def test_an_interrupt_from_the_terminal_spares_a_worker_that_is_still_starting()
     assert done.stdout == "correct\n", done.stderr
 
 
-def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
+def test_workers_end_when_their_parent_is_killed():
     script = (
         "import sys, time\n"
         "from calset.builder.grading.pool import GradingPool\n"
@@ -493,9 +485,9 @@ def test_a_packages_grader_grades_a_build(brought: Path, tiny_model: Path, tmp_p
 
 
 def test_a_name_that_two_claim_is_refused_and_the_rest_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    bring(tmp_path, "hijack", {"math": "strange_grader"})
-    bring(tmp_path, "first", {"twice": "one"})
-    bring(tmp_path, "second", {"twice": "two"})
+    install(tmp_path, "hijack", {"math": "strange_grader"})
+    install(tmp_path, "first", {"twice": "one"})
+    install(tmp_path, "second", {"twice": "two"})
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match="'math' is claimed by calset and hijack"):
         grade_response("math", "1", "1", {})
@@ -517,7 +509,7 @@ def test_a_packages_grader_that_does_not_work_is_named(brought: Path):
 
 def test_closing_a_pool_does_not_wait_for_a_worker_that_is_still_importing(children, brought: Path):
     (brought.with_name("site") / "this_one_waits.py").write_text(f"open({str(brought)!r}, 'rb').read()")
-    bring(brought.with_name("site"), "waiting-grader", {"waiting": "this_one_waits"})
+    install(brought.with_name("site"), "waiting-grader", {"waiting": "this_one_waits"})
     pool = GradingPool(1)
     pool.warm("waiting")
     with open(brought, "wb"):  # opens when the import waits there

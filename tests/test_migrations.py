@@ -173,7 +173,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize(("number", "moment"), [(2, "inside"), (2, "between"), (4, "inside")])
+@pytest.mark.parametrize(("number", "moment"), [(2, "inside"), (2, "between"), (4, "inside"), (5, "inside")])
 def test_an_upgrade_killed_at_any_step_is_carried_on_by_the_next_open(older: Path, number: int, moment: str) -> None:
     before = asked(older)
     done = subprocess.run(
@@ -184,8 +184,7 @@ def test_an_upgrade_killed_at_any_step_is_carried_on_by_the_next_open(older: Pat
     assert done.returncode == -9
     with duckdb.connect(str(older)) as con:
         reached = con.execute("SELECT max(number) FROM migrations").fetchall()[0][0]
-    assert reached == {(2, "inside"): 1, (2, "between"): 2}.get((number, moment), reached)
-    assert reached < migrations.SCHEMA_VERSION
+    assert reached == (number if moment == "between" else number - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CatalogUpgraded)
         assert Catalog(older).query("SELECT max(number) FROM migrations").rows == [(migrations.SCHEMA_VERSION,)]

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import textbook
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from small_models import make_model, make_samples, make_subset, save_model
+from small_models import blocks_of, load, make_model, make_samples, make_subset, save_model
 
 from calset.errors import InputError, VerificationError
 from calset.pruning.model.decoder import find_decoder
@@ -28,14 +27,6 @@ SAMPLES = make_samples()
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
-
-
-def load(folder: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def blocks_of(model) -> torch.nn.ModuleList:
-    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
 
 
 @pytest.fixture(scope="module")

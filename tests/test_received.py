@@ -444,7 +444,8 @@ def test_published_rows_that_calset_did_not_write_are_one_line_or_harmless(
     assert not code or said.splitlines()[-1].startswith("calset: ")
     if "position" in statement:
         assert (code, "calset doctor" in said) == (1, True)
-        assert any("published rows than samples" in c.message for c in examine(catalog)) or "SET" in statement
+        if statement.startswith("DELETE"):
+            assert any("published rows than samples" in c.message for c in examine(catalog))
 
 
 def test_the_statement_that_takes_a_schema_out_is_said_whole(folder: Path) -> None:

@@ -7,14 +7,13 @@ from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
-from factories import make_grade, make_problem, make_run, make_source, make_trace
+from factories import make_grade, make_problem, make_run, make_source, make_trace, rows_of
 
 from calset.catalog.catalog import Catalog
 from calset.catalog.contamination.overlap import Decontaminator
-from calset.catalog.records import Sample, Subset
+from calset.catalog.records import Sample
 from calset.catalog.references import export
 from calset.catalog.select import select, tables
 from calset.catalog.subsets.candidates import UNNAMED
@@ -51,12 +50,6 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     catalog.add_run(run)
     catalog.record(traces, grades)
     return catalog
-
-
-def rows(catalog: Catalog, subset: Subset) -> list[dict[str, Any]]:
-    """The view's rows of a subset's samples, in their order."""
-    by_id = {row["trace_id"]: row for row in catalog.query("FROM trace").as_dicts()}
-    return [by_id[sample.trace_id] for sample in subset.samples]
 
 
 # -- the grid --------------------------------------------------------------------
@@ -96,7 +89,7 @@ def test_the_lengths_of_the_grid_are_thirds_of_what_the_other_filters_leave() ->
 
 
 def test_a_cell_of_the_grid_takes_what_it_says(catalog: Catalog) -> None:
-    found = rows(catalog, select(catalog, "cell", "hard-short"))
+    found = rows_of(catalog, select(catalog, "cell", "hard-short"))
     assert found
     assert all(r["correct"] and r["finished"] and r["difficulty"] == 0.75 for r in found)
     everything = select(catalog, "column", "hard")
@@ -162,19 +155,19 @@ def test_windows_are_of_traces_and_texts_only(kind: str) -> None:
 
 def test_equal_and_proportional_shares_of_sources(catalog: Catalog) -> None:
     equal = select(catalog, "equal", "random", stratify="source", samples=30)
-    assert Counter(r["source"] for r in rows(catalog, equal)) == {"algebra": 10, "sums": 10, "words": 10}
+    assert Counter(r["source"] for r in rows_of(catalog, equal)) == {"algebra": 10, "sums": 10, "words": 10}
     assert {name: s["taken"] for name, s in equal.pool["strata"].items()} == {"algebra": 10, "sums": 10, "words": 10}
     assert not [w for w in equal.warnings if "shares" in w]
     proportional = select(catalog, "proportional", "random", stratify="source", shares="proportional", samples=30)
-    assert Counter(r["source"] for r in rows(catalog, proportional)) == {"algebra": 15, "sums": 10, "words": 5}
+    assert Counter(r["source"] for r in rows_of(catalog, proportional)) == {"algebra": 15, "sums": 10, "words": 5}
     smallest = select(catalog, "smallest", "random", stratify="source")
-    assert Counter(r["source"] for r in rows(catalog, smallest)) == {"algebra": 12, "sums": 12, "words": 12}
+    assert Counter(r["source"] for r in rows_of(catalog, smallest)) == {"algebra": 12, "sums": 12, "words": 12}
     short = select(catalog, "short", "random", stratify="source", samples=60)
-    assert Counter(r["source"] for r in rows(catalog, short)) == {"algebra": 24, "sums": 24, "words": 12}
+    assert Counter(r["source"] for r in rows_of(catalog, short)) == {"algebra": 24, "sums": 24, "words": 12}
     assert [w for w in short.warnings if "shares are not equal: words (12)" in w]
     tokens = select(catalog, "tokens", "random", stratify="source", tokens=900)
     spent = Counter[str]()
-    for sample, row in zip(tokens.samples, rows(catalog, tokens), strict=True):
+    for sample, row in zip(tokens.samples, rows_of(catalog, tokens), strict=True):
         spent[row["source"]] += len(sample.input_ids)
     assert all(300 - 103 < n <= 300 for n in spent.values())
     assert [title for title, *_ in tables(tokens)] == ["", "by source", "difficulty x length: taken / candidates"]
@@ -205,7 +198,7 @@ def test_problems_of_an_evaluation_are_left_out_whatever_their_spelling(catalog:
     exclude = Decontaminator([(make_source("held out"), held_out)])
     subset = select(catalog, "clean", "random", exclude=exclude)
     left_out = {"What is 0 + 0?", "What is 3 + 3?", "What is 6 + 6?"}
-    assert left_out.isdisjoint(r["question"] for r in rows(catalog, subset))
+    assert left_out.isdisjoint(r["question"] for r in rows_of(catalog, subset))
     assert subset.n_samples == 72 - 3
     assert (subset.pool["traces"], subset.pool["exclude_problems_of"]) == (288, 288 - 12)
     recorded = subset.recipe["exclude_problems_of"]

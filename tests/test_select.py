@@ -10,13 +10,12 @@ from typing import Any
 import duckdb
 import pytest
 from conftest import fewer
-from factories import fill, make_grade, make_problem, make_run, make_source, make_trace
+from factories import fill, make_grade, make_problem, make_run, make_source, make_trace, rows_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calset import bundled, ids
 from calset.catalog.catalog import Catalog
-from calset.catalog.records import Subset
 from calset.catalog.select import select
 from calset.catalog.subsets import recipes
 from calset.catalog.subsets.recipes import RECIPES, Recipe, get_recipe
@@ -87,15 +86,9 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     return fill(tmp_path_factory.mktemp("catalog") / "c.duckdb", plan)
 
 
-def facts(catalog: Catalog, subset: Subset) -> list[dict[str, Any]]:
-    """The view's rows of a subset's traces, in the subset's order."""
-    by_id = {row["trace_id"]: row for row in catalog.query("FROM trace").as_dicts()}
-    return [by_id[sample.trace_id] for sample in subset.samples]
-
-
 def test_ssgr_takes_correct_finished_moderately_long_traces_harder_first(catalog: Catalog) -> None:
     subset = select(catalog, "ssgr")
-    rows = facts(catalog, subset)
+    rows = rows_of(catalog, subset)
     assert all(r["correct"] and r["finished"] and 0.2 <= r["difficulty"] <= 0.8 for r in rows)
     passed = "correct AND finished AND difficulty BETWEEN 0.2 AND 0.8"
     pool = catalog.query(f"SELECT n_tokens, problem_id FROM trace WHERE {passed} ORDER BY 1").rows
@@ -129,13 +122,13 @@ def test_rac_takes_every_trace_as_it_came(catalog: Catalog) -> None:
 
 
 def test_correct_and_random_take_finished_traces_one_a_problem(catalog: Catalog) -> None:
-    right = facts(catalog, select(catalog, "correct", "correct"))
+    right = rows_of(catalog, select(catalog, "correct", "correct"))
     assert all(r["correct"] and r["finished"] for r in right)
     assert len(right) == len({r["problem_id"] for r in right}) == 53  # n % 9 == 0 has none
-    anyone = facts(catalog, select(catalog, "random", "random"))
+    anyone = rows_of(catalog, select(catalog, "random", "random"))
     assert all(r["finished"] for r in anyone)
     assert len(anyone) == 60
-    assert len(facts(catalog, select(catalog, "more", "random", per_problem=3))) == 180
+    assert len(rows_of(catalog, select(catalog, "more", "random", per_problem=3))) == 180
 
 
 def test_prompts_take_each_prompt_once(catalog: Catalog) -> None:
@@ -169,7 +162,7 @@ def test_the_same_question_gives_the_same_version_another_a_new_one(catalog: Cat
 
 def test_where_narrows_the_candidates_not_the_difficulties(catalog: Catalog) -> None:
     subset = select(catalog, "where", "random", where="n_tokens > 50 AND source = 'demo' -- long ones")
-    rows = facts(catalog, subset)
+    rows = rows_of(catalog, subset)
     assert rows
     assert all(r["n_tokens"] > 50 and r["k"] == 8 for r in rows)
     assert subset.recipe["where"].startswith("n_tokens > 50")
@@ -328,7 +321,7 @@ def test_min_k_leaves_out_problems_with_fewer_judged_traces(tmp_path: Path) -> N
     every = Recipe("every", per_problem=None)
     assert select(catalog, "all", every).n_samples == 10
     subset = select(catalog, "whole", every, min_k=4)
-    assert {row["k"] for row in facts(catalog, subset)} == {4}
+    assert {row["k"] for row in rows_of(catalog, subset)} == {4}
     assert (subset.n_samples, subset.pool["min_k"], subset.pool["median_k"]) == (4, 4, 4.0)
     assert subset.recipe["min_k"] == 4
     with pytest.raises(InputError, match=r"filter 'min_k' \(traces 10, candidates 10, min_k 0"):
@@ -438,13 +431,6 @@ def test_a_text_that_can_be_no_path_is_no_recipe_and_no_model(catalog: Catalog, 
 
 
 # -- recipes that tokenise ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(bundled.MODEL)
 
 
 def tokenised(path: Path, tokenizer: Any, model: str | None = None) -> Catalog:

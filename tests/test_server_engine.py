@@ -893,7 +893,7 @@ def test_what_a_server_cannot_do_is_kept_as_an_error_that_can_be_run_again(doubl
     assert (again.n_new, again.verdicts.get("error", 0)) == (bad, 0)
 
 
-def test_what_went_wrong_with_servers_is_said_before_the_error_that_ends_a_build(doubles, tiny_model, tmp_path, capsys):
+def test_what_went_wrong_with_servers_is_said_before_the_error_that_ends_a_build(doubles, tiny_model, tmp_path):
     a, b = doubles(seconds=0.03), doubles(seconds=0.03)
 
     def die(event: Any) -> None:

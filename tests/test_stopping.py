@@ -117,12 +117,12 @@ def test_counts_that_cannot_be_are_refused(k: int, n_correct: int) -> None:
         fit_prior({(k, n_correct): 1})
 
 
-# -- prices and patience --------------------------------------------------------------------------------------------
+# -- indices and patience --------------------------------------------------------------------------------------------
 
 
 @fewer(2)
 @given(some_prior(), st.integers(0, 3), st.integers(0, 3))
-def test_a_price_is_the_least_of_all_ways_to_go_on_and_give_up(prior: Prior, a: int, b: int) -> None:
+def test_an_index_is_the_least_of_all_ways_to_go_on_and_give_up(prior: Prior, a: int, b: int) -> None:
     samples = 3
     rule = StoppingRule((min(a, b) / 3, max(a, b) / 3), samples, first=samples)
     states = [(k, c) for k in range(1, samples) for c in range(k + 1)]
@@ -131,7 +131,7 @@ def test_a_price_is_the_least_of_all_ways_to_go_on_and_give_up(prior: Prior, a: 
         policy = dict(zip(states, goes_on, strict=True))
         drawn, inside = _walk(rule, prior, policy, 0, 0)
         least = min(least, drawn / inside if inside > 0 else math.inf)
-    least = least if least < 9e4 else math.inf  # prices end somewhere
+    least = least if least < 9e4 else math.inf  # indices end somewhere
     assert rule.indices(prior)[0, 0] == pytest.approx(least, rel=0.012)
 
 
@@ -147,30 +147,30 @@ def _walk(rule: StoppingRule, prior: Prior, policy: dict, k: int, n_correct: int
 
 
 @given(some_rule(), some_prior())
-def test_what_the_rule_stops_has_no_price(rule: StoppingRule, prior: Prior) -> None:
-    prices = rule.indices(prior)
+def test_what_the_rule_stops_has_no_index(rule: StoppingRule, prior: Prior) -> None:
+    indices = rule.indices(prior)
     for k in range(rule.samples):
         for n_correct in range(k + 1):
             probability = rule.probability(k, n_correct, prior)
             if probability == pytest.approx(1 - rule.confidence, abs=1e-9):
                 continue  # a tie may fall either way
             if rule.decide(k, n_correct, prior) == "stop" or probability == 0:
-                assert math.isinf(prices[k, n_correct])
+                assert math.isinf(indices[k, n_correct])
             elif probability > 0.001:
-                assert 1 <= prices[k, n_correct] < math.inf
+                assert 1 <= indices[k, n_correct] < math.inf
 
 
 @given(some_rule(), some_prior(), st.data())
 def test_no_sample_of_a_batch_could_have_been_saved(rule: StoppingRule, prior: Prior, data: st.DataObject) -> None:
-    prices = rule.indices(prior)
+    indices = rule.indices(prior)
     k = data.draw(st.integers(0, rule.samples - 1))
     n_correct = data.draw(st.integers(0, k))
-    limit = data.draw(st.sampled_from([math.inf, prices[0, 0], 10.0]))
-    batch = rule.patience(k, n_correct, prices, limit)
+    limit = data.draw(st.sampled_from([math.inf, indices[0, 0], 10.0]))
+    batch = rule.patience(k, n_correct, indices, limit)
     assert 1 <= batch <= rule.samples - k
 
     def put_off(more: int) -> bool:
-        return bool((prices[k + more, n_correct : n_correct + more + 1] >= limit).any())
+        return bool((indices[k + more, n_correct : n_correct + more + 1] >= limit).any())
 
     assert not any(put_off(more) for more in range(1, batch) if k + more >= rule.first)
     assert batch == rule.samples - k or put_off(batch) or k + batch == rule.first
@@ -284,13 +284,13 @@ class World:
     def _sample(self, samples: np.ndarray, prior: Prior, put_off: bool) -> tuple[np.ndarray, np.ndarray]:
         k, n_correct = np.zeros(len(samples), dtype=int), np.zeros(len(samples), dtype=int)
         going = np.ones(len(samples), dtype=bool)
-        prices = self.rule.indices(prior)
+        indices = self.rule.indices(prior)
         for drawn in range(self.rule.samples):
             k += going
             n_correct += going & samples[:, drawn]
             stops = np.array([self.rule.decide(drawn + 1, c, prior) == "stop" for c in range(drawn + 2)])
             if put_off:
-                stops |= prices[drawn + 1, : drawn + 2] > prices[0, 0]
+                stops |= indices[drawn + 1, : drawn + 2] > indices[0, 0]
             going &= ~stops[n_correct]
         return k, n_correct
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import die, killed, ranks
 from safetensors.torch import load_file, save_file
-from small_models import VOCABULARY, make_model, make_subset, save_model
+from small_models import VOCABULARY, blocks_of, load, make_model, make_subset, save_model
 
 from calset.errors import CalsetError, InputError, PruningError, VerificationError
 from calset.pruning.blockwise import workfolder
@@ -127,17 +127,9 @@ def dropped(models, tmp_path_factory):
     return get
 
 
-def load(folder: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
-
-
-def blocks_of(model) -> torch.nn.ModuleList:
-    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
 
 
 def experts_of(model) -> dict[str, torch.nn.Module]:

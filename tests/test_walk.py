@@ -162,9 +162,10 @@ def overwritten(x: torch.Tensor) -> torch.Tensor:
         (lambda x: x.view(1, *x.shape), True),
         (lambda x: x.clone(), False),
         (lambda x: x.transpose(0, 1), False),
+        (lambda x: x.flip(0), False),
         (overwritten, False),
     ],
-    ids=["itself", "view", "copy", "transposed", "overwritten"],
+    ids=["itself", "view", "copy", "transposed", "turned round", "overwritten"],
 )
 def test_two_linears_share_statistics_only_where_they_read_the_same_values_in_the_same_place(other, same):
     model = make_model()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from brought import bring
 from processes import python
 
 from calset.builder.grading import Outcome
@@ -110,15 +111,6 @@ REFUSED = {
     "read the environment of calset's process": {"parent"},
 }
 PASSED_ON = {"PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT"}
-
-
-def bring(folder: Path, name: str, code: str) -> None:
-    """An installed package that brings a grader of its name, as pip leaves one."""
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[calset.graders]\n{name} = {name}\n")
-    (folder / f"{name}.py").write_text(code)
 
 
 @pytest.fixture

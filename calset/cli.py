@@ -840,7 +840,7 @@ def select(
     """Take a subset from the catalog by a recipe, as a new immutable version of NAME."""
     from calset.catalog.catalog import Catalog
     from calset.catalog.select import select as run
-    from calset.catalog.select import tables
+    from calset.catalog.subsets.compare import tables
 
     store, exclude = Catalog(catalog), None
     if evaluations:
@@ -1312,10 +1312,11 @@ def _warn(message: Warning | str, category: type[Warning], filename: str, lineno
 
 def _with_options(message: str) -> str:
     """Name options where the library names its parameters: ``max_length=`` becomes ``--max-length``."""
-    parameters = [each for command in cli.commands.values() for each in command.params]
-    options = {each.name: each.opts[0] for each in parameters if each.opts[0].startswith("--")}
-    # A parameter stands alone; what follows "limit=" in ?limit=5 is a value.
-    return re.sub(r"\b([a-z][a-z_]*)=(?=[\s,.:;)]|$)", lambda found: options.get(found[1], found[0]), message)
+    parameters = [(each.name, opt) for command in cli.commands.values() for each in command.params for opt in each.opts]
+    options = {name: opt for name, opt in parameters if opt.startswith("--")}
+    # A parameter stands alone: what is quoted is the user's, and what follows "limit=" in ?limit=5 is a value.
+    pattern = r"'[^']*'|\"[^\"]*\"|(?<=[\s(])([a-z][a-z_]*)=(?=[\s,.:;)]|$)|^([a-z][a-z_]*)=(?=[\s,.:;)]|$)"
+    return re.sub(pattern, lambda found: options.get(found[1] or found[2], found[0]), message)
 
 
 def _fail(message: str) -> None:

@@ -22,8 +22,9 @@ from calset.catalog.hub.names import manifest_path
 from calset.catalog.records import Subset
 from calset.catalog.references import diff, export
 from calset.catalog.report.page import report
-from calset.catalog.select import select, tables
+from calset.catalog.select import select
 from calset.catalog.subsets import versions
+from calset.catalog.subsets.compare import tables
 from calset.catalog.subsets.folder import MANIFEST, read_directory
 from calset.errors import InputError
 from calset.io.terminal import cell

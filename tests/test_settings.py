@@ -15,7 +15,7 @@ from small_models import make_subset
 
 import calset
 from calset.builder.engines import Sampling
-from calset.builder.settings import MAX_SAMPLES, BuildOptions, BuildSettings
+from calset.builder.settings import MAX_SAMPLES, BuildOptions, BuildSettings, GenerationOptions
 from calset.catalog.filters import Filter
 from calset.catalog.subsets.recipes import Recipe, RecipeOptions
 from calset.errors import InputError, Stopped
@@ -37,6 +37,8 @@ def test_a_builds_settings_are_its_keyword_parameters_with_their_defaults() -> N
     assert {name: keywords.pop(name) for name in ("catalog", "progress")} == {"catalog": None, "progress": None}
     assert keywords == defaults_of(BuildSettings)
     assert BuildOptions.__annotations__.keys() == keywords.keys() - {"model", "problems"}
+    shared = keywords_of(calset.evaluate).keys() - {"model", "problems", "samples", "catalog", "progress"}
+    assert GenerationOptions.__annotations__.keys() == shared
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Calibration references: find the subset that a reference names, export it, and compare it with another.
 
 A reference is ``name`` or ``name@2`` of a catalog, the folder of an exported subset, or ``hub:org/repo/name@2``.
-Must not know: how selections are made, how a subset is kept, written or downloaded.
+Must not know: how selections are made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from calset.catalog.hub.pull import open_reference
 from calset.catalog.records import Subset
 from calset.catalog.subsets import versions
 from calset.catalog.subsets.compare import Difference, compare
-from calset.catalog.subsets.folder import MANIFEST, provenance_of, read_directory, write_folder
+from calset.catalog.subsets.folder import MANIFEST, read_directory, write_folder
+from calset.catalog.subsets.provenance import provenance_of
 from calset.errors import InputError
 
 
@@ -28,7 +29,7 @@ def resolve(ref: str | Path, catalog: Catalog | str | Path | None = None) -> Sub
         catalog: where names are looked up; by default ``CALSET_CATALOG``, else ``calset.duckdb`` here.
 
     Raises:
-        InputError: neither, or a folder whose content is not what its manifest says.
+        InputError: no such subset, or a folder whose content is not what its manifest says.
         CatalogError: stored samples without their hash.
     """
     return locate(ref, catalog)[0]

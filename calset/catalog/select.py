@@ -285,20 +285,6 @@ def _difficulty_length(c: Candidates, taken: np.ndarray) -> dict[str, Any]:
     return {"lengths": [label for _, label in bands], "taken_of": rows}
 
 
-def tables(subset: Subset) -> list[tuple[str, list[str], list[tuple[Any, ...]]]]:
-    """What was taken and from how many, as (title, column names, rows): the stages, the strata, difficulty x length."""
-    stages = [(stage, n) for stage, n in subset.pool.items() if not isinstance(n, dict)]
-    found: list[tuple[str, list[str], list[tuple[Any, ...]]]] = [("", ["stage", "candidates"], stages)]
-    if strata := subset.pool.get("strata"):
-        keys = ("taken", "offered", "tokens_taken", "tokens_offered")
-        rows = [(name, *(n[key] for key in keys)) for name, n in strata.items()]
-        found.append((f"by {subset.recipe['stratify']}", ["stratum", *keys], rows))
-    if cells := subset.pool.get("difficulty_length"):
-        rows = [(band, *(f"{t}/{n}" if n else "" for t, n in row)) for band, row in cells["taken_of"].items()]
-        found.append(("difficulty x length: taken / candidates", ["difficulty", *cells["lengths"]], rows))
-    return found
-
-
 def _keep(
     catalog: Catalog,
     name: str,

@@ -1,1 +1,1 @@
-"""The demo: the whole chain on the bundled tiny reasoning model, through the public API alone."""
+"""The demo: the whole chain on the bundled tiny reasoning model, reported whichever way it comes out."""

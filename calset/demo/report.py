@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from calset.catalog.catalog import Catalog
     from calset.catalog.records import Subset
@@ -108,6 +106,8 @@ def draw(report: DemoReport, catalog: Catalog, subset: Subset, path: Path) -> No
 
 def _traces(axes: Any, catalog: Catalog, subset: Subset) -> None:
     """Every calibration trace by difficulty and length; what the subset took on top."""
+    import numpy as np
+
     rows = catalog.query(
         "SELECT trace_id, difficulty, n_tokens, correct FROM trace WHERE kind = 'build' ORDER BY trace_id"
     ).as_dicts()

@@ -1,7 +1,7 @@
 """The demo: the whole chain on the bundled tiny reasoning model, reported whichever way it comes out.
 
 Traces -> ``ssgr``, ``rac``, ``prompts`` and ``text`` subsets of one token budget -> SparseGPT and Wanda at one sparsity
--> evaluation on held-out problems. It must not know how any part works: it only calls the public API.
+-> evaluation on held-out problems. It must not know how any part works.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calset.bundled import MODEL, PROSE
-from calset.demo.report import Arm, DemoReport, DemoSettings
+from calset.demo.report import Arm, DemoReport, DemoSettings, draw
 from calset.errors import CalsetError, InputError, Stopped
 from calset.io.progress import OnProgress, Progress, silent
 
@@ -72,7 +72,6 @@ def run_demo(
         running.close()
     plot = folder / "demo.png"
     report = DemoReport(tuple(arms), settings, name, seed, plot, folder / CATALOG, time.monotonic() - began)
-    from calset.demo.report import draw
 
     draw(report, catalog, subsets[settings.shown], plot)
     (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=2, default=str) + "\n", encoding="utf-8")

@@ -64,7 +64,10 @@ def default_commit(name: str) -> str | None:
 
 
 def locate(model: str | Path, revision: str | None) -> tuple[Path, str, bool]:
-    """(folder with the small files, revision, whether it is a local folder); ``revision`` as ``inspect`` takes it.
+    """Return the folder with the small files, the revision, and whether it is a local folder.
+
+    Args:
+        revision: a branch, tag or commit of a Hub model that names none; None for its default branch.
 
     Raises:
         InputError: no such folder, Hub model or revision, no safetensors, or see ``check_weights``.

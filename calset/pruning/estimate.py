@@ -134,8 +134,8 @@ def estimate(
         allocation: a rule of ``methods.allocation``; ``owl`` runs the dense model once more.
         hidden: where hidden states are to be; default: wherever they fit, the nearest first.
     """
-    surveyed = NEEDS if allocation == "owl" else Needs.NOTHING
-    needs = method.needs | surveyed
+    measured = NEEDS if allocation == "owl" else Needs.NOTHING
+    needs = method.needs | measured
     uses_data = bool(needs)
     names = {m.weight.name for m in matrices}
     chosen = [[w for w in block.weights.values() if w.name in names] for block in decoder.blocks]
@@ -171,10 +171,10 @@ def estimate(
         n_counted_tokens=calibration.n_counted_tokens if uses_data else 0,
         n_positions=positions,
         n_batches=len(shapes),
-        forward_flops=_n_forwards(method, surveyed, propagate)
+        forward_flops=_n_forwards(method, measured, propagate)
         * sum(_forward(b, model.config) for b in blocks)
         * positions,
-        statistics_flops=sum(_statistics(w, n, model.config) for w in chosen for n in (method.needs, surveyed))
+        statistics_flops=sum(_statistics(w, n, model.config) for w in chosen for n in (method.needs, measured))
         * calibration.n_counted_tokens,
         solve_flops=sum(_solve(w, method) for w in chosen),
         device=device.type,
@@ -189,10 +189,10 @@ def estimate(
     )
 
 
-def _n_forwards(method: Method, surveyed: Needs, propagate: str) -> int:
-    """How often the blocks run: for the survey, for the statistics, and again as pruned."""
+def _n_forwards(method: Method, measured: Needs, propagate: str) -> int:
+    """How often the blocks run: for the allocation, for the statistics, and again as pruned."""
     pruning = 0 if not method.needs else 2 if propagate == "pruned" else 1
-    return pruning + bool(surveyed)
+    return pruning + bool(measured)
 
 
 def _statistics_bytes(weights: Sequence[Weight], needs: Needs) -> int:

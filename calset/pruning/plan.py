@@ -1,6 +1,6 @@
 """Everything that can be known of a pruning before a weight is loaded: checked, refused, or put into a plan.
 
-Must not know: how a block is pruned, how the result is reported.
+Must not know: how a block is pruned.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from calset.pruning.blockwise import distributed, workfolder
 from calset.pruning.blockwise.statistics import Needs
 from calset.pruning.calibration import BATCH_TOKENS, CPU_BATCH_TOKENS, Calibration, TokenWeights, read
 from calset.pruning.estimate import Estimate, estimate
-from calset.pruning.methods import allocation as allocate
-from calset.pruning.methods import registry
+from calset.pruning.methods import allocation, registry
 from calset.pruning.methods.masks import Pattern, Selection
 from calset.pruning.methods.sparsegpt import has_triton
 from calset.pruning.model import checkpoint
@@ -211,9 +210,9 @@ def identity_of(
     }
 
 
-def as_allocated(decoder: Decoder, matrices: Sequence[Matrix]) -> list[allocate.Matrix]:
+def as_allocated(decoder: Decoder, matrices: Sequence[Matrix]) -> list[allocation.Matrix]:
     blocks = {name: block.name for block in decoder.blocks for name in block.weights}
-    return [allocate.Matrix(m.label, blocks[m.weight.name], *m.shape, m.reads) for m in matrices]
+    return [allocation.Matrix(m.label, blocks[m.weight.name], *m.shape, m.reads) for m in matrices]
 
 
 def _known_shares(
@@ -224,10 +223,10 @@ def _known_shares(
     Raises:
         InputError: no such file or rule.
     """
-    if settings.rule in allocate.RULES:
+    if settings.rule in allocation.RULES:
         return None
     assert selection.sparsity is not None
-    return allocate.read_ratios(Path(settings.rule), as_allocated(decoder, matrices), selection.sparsity)
+    return allocation.read_ratios(Path(settings.rule), as_allocated(decoder, matrices), selection.sparsity)
 
 
 def _told_apart(allocation: str, shares: Mapping[str, float] | None) -> str:

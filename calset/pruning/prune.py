@@ -19,13 +19,11 @@ from calset.io.keywords import shows
 from calset.io.progress import OnProgress, Progress, silent
 from calset.pruning.blockwise import distributed, workfolder
 from calset.pruning.blockwise.hidden_states import HiddenStates, Where
-from calset.pruning.blockwise.phases import Phase
-from calset.pruning.blockwise.phases import timed as _timed
+from calset.pruning.blockwise.phases import Phase, timed
 from calset.pruning.blockwise.statistics import is_finite
 from calset.pruning.calibration import Tokens, TokenWeights, open_calibration
 from calset.pruning.estimate import Estimate
-from calset.pruning.methods import allocation as allocate
-from calset.pruning.methods import registry
+from calset.pruning.methods import allocation, registry
 from calset.pruning.methods.masks import BLOCK_SIZE, Group
 from calset.pruning.methods.sensitivity import measure_blocks
 from calset.pruning.model.decoder import find_decoder
@@ -109,7 +107,7 @@ def prune(
             on disk beside ``out``. It changes no result.
         force: accept a subset of another tokenizer, and an estimate that does not fit.
         catalog: where the name of a subset is looked up, and where the pruning is recorded if the catalog exists.
-        progress: called with a ``Progress`` of blocks; the phase is "loading", "surveying", "pruning", "measuring" or
+        progress: called with a ``Progress`` of blocks; the phase is "loading", "measuring", "pruning" or
             "saving".
 
     Raises:
@@ -165,7 +163,7 @@ def plan_pruning(
 
 def _work(
     settings: PruneSettings, subset: Subset, token_weights: TokenWeights | None, progress: OnProgress
-) -> PruneReport | drop.DropReport:
+) -> PruneReport | DropReport:
     """Plan, then put zeros into matrices or drop whole parts."""
     began = time.monotonic()
     plan = (make_drop_plan if settings.is_structured else make_plan)(settings, subset, token_weights)
@@ -208,7 +206,7 @@ def _prune_blocks(
             layout.load_surroundings(decoder.blocks, plan.dtype, plan.device)
 
         def load(block: Block, source: Layout = layout) -> None:
-            with _timed(phases, "loading"):
+            with timed(phases, "loading"):
                 source.load(source.names(f"{block.name}."), plan.dtype, plan.device)
 
         def load_as_propagated(block: Block) -> None:
@@ -219,7 +217,7 @@ def _prune_blocks(
         if settings.is_measured and work.shares is None:
             hidden = HiddenStates(len(batches), plan.device, plan.estimate.hidden, work.scratch)
             with (
-                _timed(phases, "allocation"),
+                timed(phases, "allocation"),
                 Walk(model, decoder, batches, plan.device, hidden=hidden, load=load) as w,
             ):
                 work.remember(_measured_shares(w, layout, plan, team, progress))
@@ -237,12 +235,12 @@ def _prune_blocks(
                 if index < len(work.blocks):
                     reports = _recorded(work.blocks[index], work.folder)
                     if not is_last:
-                        with _timed(phases, "replaying"):
+                        with timed(phases, "replaying"):
                             walk.advance(index)
                 else:
                     reports = _work_on(index, walk, run)
                     if settings.propagate == "pruned" and not is_last:
-                        with _timed(phases, "propagation"):
+                        with timed(phases, "propagation"):
                             walk.advance(index)
                 walk.finish(index)
                 matrices.extend(reports)
@@ -271,13 +269,13 @@ def _chosen(layout: Layout, block: Block, plan: Plan) -> list[Matrix]:
 
 
 def _measured_shares(walk: Walk, layout: Layout, plan: Plan, team: Team, progress: OnProgress) -> dict[str, float]:
-    """How much of each matrix goes, after a survey of the dense model."""
+    """How much of each matrix goes, after measuring the dense model."""
     assert plan.selection.sparsity is not None
     matrices = [_chosen(layout, block, plan) for block in walk.decoder.blocks]
     listed = [m for chosen in matrices for m in chosen]
-    measured = measure_blocks(walk, matrices, team, Phase("surveying", progress))
+    measured = measure_blocks(walk, matrices, team, Phase("measuring", progress))
     allocated = as_allocated(walk.decoder, listed)
-    return allocate.shares(measured, allocated, plan.selection.sparsity, plan.selection.group)
+    return allocation.shares(measured, allocated, plan.selection.sparsity, plan.selection.group)
 
 
 def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
@@ -287,13 +285,13 @@ def _work_on(index: int, walk: Walk, run: _Run) -> list[MatrixReport]:
     chosen = _chosen(run.layout, block, plan)
     found: dict[str, InputStatistics] = {}
     if walk.batches and (chosen or plan.settings.propagate == "dense"):
-        with _timed(phases, "statistics"):
+        with timed(phases, "statistics"):
             needs, only = plan.method.needs, {m.reads for m in chosen}
             found = walk.statistics(index, needs, keep=plan.settings.propagate == "dense", only=only)
             found = team.add_up(found, {m.reads: m.shape[1] for m in chosen}, needs, plan.device)
-    with _timed(phases, "pruning"):
+    with timed(phases, "pruning"):
         reports = _prune_block(chosen, found, run)
-    with _timed(phases, "writing"):
+    with timed(phases, "writing"):
         record = {"block": block.name, "matrices": [asdict(r) for r in reports], "resumed_at": work.resumed_at}
         work.finish_block(_changed(run, block, chosen), record)
     return reports

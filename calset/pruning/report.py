@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from calset.pruning import record
 from calset.pruning.blockwise.statistics import Needs
-from calset.pruning.methods import allocation as allocate
+from calset.pruning.methods import allocation
 from calset.pruning.model.layout import label
 from calset.pruning.plan import Plan
 from calset.pruning.report_parts import (
@@ -134,7 +134,7 @@ def make_report(
         versions=versions(),
         warnings=tuple(warnings),
         # Where the file lay is nobody else's business.
-        allocation=rule if rule in allocate.RULES else f"file:{Path(rule).name}",
+        allocation=rule if rule in allocation.RULES else f"file:{Path(rule).name}",
     )
 
 

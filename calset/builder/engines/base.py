@@ -198,8 +198,11 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_same_shapes(old: Path, new: Path) -> None:
+def check_same_shapes(old: Path, new: Path) -> dict[str, tuple[int, ...]]:
     """Refuse a checkpoint whose tensors differ in name or shape: vLLM would only warn and keep stale weights.
+
+    Returns:
+        tensor name -> shape.
 
     Raises:
         EngineError: naming the first tensor that differs.
@@ -214,3 +217,4 @@ def check_same_shapes(old: Path, new: Path) -> None:
             f"{new} does not fit the running engine: {name} is {have.get(name)} there and {want.get(name)} in {old} "
             f"({len(differing)} tensors differ); start a new engine on it"
         )
+    return have

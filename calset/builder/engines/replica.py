@@ -123,5 +123,5 @@ class Server:
 
 
 def _pause(patience: Patience, times: int, asked: float | None) -> float:
-    backoff = Backoff(patience.backoff, PAUSE_SECONDS, longest_asked=ASKED_PAUSE_SECONDS)
-    return backoff.seconds(times, None if asked is None else min(asked, backoff.longest_asked))
+    backoff = Backoff(patience.backoff, PAUSE_SECONDS)
+    return backoff.seconds(times, None if asked is None else min(asked, ASKED_PAUSE_SECONDS))

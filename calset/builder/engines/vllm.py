@@ -29,7 +29,6 @@ from calset.builder.engines.base import (
     Request,
     RequestFeed,
     check_same_shapes,
-    tensor_shapes,
     wait_on,
 )
 from calset.builder.model.sampling import Sampling
@@ -275,10 +274,10 @@ class VllmEngine:
             EngineError: the tensors' names or shapes differ, requests are running, or it is a mixture of experts on a
                 CPU.
         """
-        check_same_shapes(self._folder, model)
+        shapes = check_same_shapes(self._folder, model)
         # vLLM 0.32 packs experts for its CPU kernels when it loads them first, and not when it loads them again: the
         # engine would answer with garbage.
-        if self.shares_cores and any(".experts." in name for name in tensor_shapes(model)):
+        if self.shares_cores and any(".experts." in name for name in shapes):
             raise EngineError(
                 f"vLLM on a CPU cannot swap the weights of a mixture of experts; start a new engine on {model}"
             )

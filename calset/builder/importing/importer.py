@@ -3,7 +3,7 @@
 Nothing is taken on trust that can be found out: verdicts in the file are ignored, token ids must be the tokenizer's,
 and text without ids is tokenised here and its run says so, so that nobody takes it for what an engine served. A trace's
 place among the samples of its problem is a hash of its tokens: the same file again, or another order of its rows, gives
-the same trace ids. Must not know: the columns of files (columns.py), the command line.
+the same trace ids. Must not know: the columns of files (layouts.py), the command line.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class _Import:
                     self._known.setdefault(key, (problem, source.source))
 
     def run(self, pool: GradingPool, size: int) -> None:
-        """Read, recover, grade and keep everything, ``size`` traces at a time."""
+        """Read, tokenize, grade and keep everything, ``size`` traces at a time."""
         units: list[_Unit] = []
         try:
             for where, draft, place, manifest in self._drafts():

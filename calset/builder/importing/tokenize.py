@@ -1,4 +1,4 @@
-"""From a trace as a file gives it to what a build would have kept: the question, the exact ids, how it ended.
+"""Convert imported rows to what a build keeps of a trace: the question, the exact token ids, the finish reason.
 
 The file's own token ids are kept as they are. Text is tokenised in two pieces, prompt and completion, as it was
 generated: no token spans the border. Must not know: files, problems, the catalog.

@@ -16,6 +16,7 @@ import numpy as np
 
 from calset.catalog.hub.names import PREFIX, data_folder, manifest_path, plot_path, tag_of
 from calset.io.markdown import code, line
+from calset.io.templates import open_template
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,21 +130,14 @@ def _identifier(licence: str | None) -> str:
 
 def _text(repo: str, manifests: Sequence[Mapping[str, Any]]) -> str:
     """What the card says between calset's marks, by ``card.md.jinja``."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        # Of Jinja's escaping only that what is Markup stays as it is: all else becomes Markdown, and then Markup.
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else Markup(line(value)),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    # Markdown is escaped in its own way, and then not as HTML.
+    template = open_template(
+        Path(__file__).with_name("card.md.jinja"), lambda value: Markup(line(value)), code=code, cell=_cell
     )
-    environment.filters |= {"code": lambda value: Markup(code(value)), "cell": lambda value: Markup(_cell(value))}
     first = manifests[0]
-    return environment.get_template("card.md.jinja").render(
+    return template.render(
         repo=repo,
         manifests=manifests,
         first=first,

@@ -16,12 +16,12 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.hub import release
 from calset.catalog.hub.names import HubReference, manifest_path, parse_hub, tag_of, versions_in
 from calset.catalog.records import Subset
-from calset.catalog.subsets import versions as subsets
+from calset.catalog.subsets import versions
 from calset.catalog.subsets.facts import published_rows
 from calset.catalog.subsets.folder import write_folder
 from calset.catalog.subsets.manifest import require_size
 from calset.errors import CalsetError, InputError
-from calset.io import hub as hubfiles
+from calset.io import hub
 
 
 def pull(ref: str, catalog: Catalog | str | Path | None = None, *, directory: str | Path | None = None) -> Subset:
@@ -44,7 +44,7 @@ def pull(ref: str, catalog: Catalog | str | Path | None = None, *, directory: st
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     found = _open(parse_hub(ref))
-    kept = subsets.keep(catalog, replace(found, data_files=()), published_rows(found))
+    kept = versions.keep(catalog, replace(found, data_files=()), published_rows(found))
     if directory is not None:
         write_folder(catalog, kept, directory)
     return kept
@@ -60,10 +60,10 @@ def open_reference(ref: str) -> Subset:
 
 
 def _open(ref: HubReference) -> Subset:
-    with hubfiles.hub_errors(ref.repo, None if ref.version is None else tag_of(ref.name, ref.version), None):
+    with hub.hub_errors(ref.repo, None if ref.version is None else tag_of(ref.name, ref.version), None):
         tag, commit, before = _resolve(ref)
         path = manifest_path(ref.name)
-        require_size(f"{path} of {ref.repo}", hubfiles.sizes(ref.repo, commit, [path]).get(path, 0))
+        require_size(f"{path} of {ref.repo}", hub.sizes(ref.repo, commit, [path]).get(path, 0))
         folder = _download(ref.repo, commit, [path])
         manifest = release.open_manifest(folder, ref.name)
         if tag_of(ref.name, manifest["version"]) != tag:
@@ -72,7 +72,7 @@ def _open(ref: HubReference) -> Subset:
             )
         _check_unmoved(ref, tag, commit, before, manifest)
         wanted = {file["path"]: file["bytes"] for file in manifest["files"]}
-        listed = hubfiles.sizes(ref.repo, commit, list(wanted))
+        listed = hub.sizes(ref.repo, commit, list(wanted))
         if other := next((path for path, n_bytes in listed.items() if n_bytes != wanted[path]), None):
             raise InputError(
                 f"{other} of {ref.repo} at {tag} is not the file that was published (another size, so it was not "
@@ -82,9 +82,9 @@ def _open(ref: HubReference) -> Subset:
         for path in release.damaged(folder, manifest):
             # A cache that was damaged, or a download that was: the library checks sizes only. Once more.
             if not _offline():
-                hubfiles.fetch(ref.repo, commit, path, again=True)
-    hub = {"repo": ref.repo, "commit": commit, "tag": tag, "manifest": manifest_path(ref.name)}
-    return release.read(folder, manifest, hub)
+                hub.fetch(ref.repo, commit, path, again=True)
+    origin = {"repo": ref.repo, "commit": commit, "tag": tag, "manifest": manifest_path(ref.name)}
+    return release.read(folder, manifest, origin)
 
 
 def _resolve(ref: HubReference) -> tuple[str, str, str | None]:
@@ -95,11 +95,11 @@ def _resolve(ref: HubReference) -> tuple[str, str, str | None]:
     tag = tag_of(ref.name, ref.version if ref.version is not None else _latest(ref))
     before = _cached_refs(ref.repo).get(tag)
     try:
-        commit = hubfiles.patiently(
+        commit = hub.patiently(
             lambda: HfApi().resolve_revision(ref.repo, repo_type="dataset", revision=tag).resolved, connecting=True
         )
     except RevisionNotFoundError as error:
-        raise InputError(_no_such(ref, hubfiles.tags_of(ref.repo))) from error
+        raise InputError(_no_such(ref, hub.tags_of(ref.repo))) from error
     return tag, commit, before
 
 
@@ -108,8 +108,8 @@ def _latest(ref: HubReference) -> int:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        tags = hubfiles.tags_of(ref.repo)
-    except (hubfiles.http_error(), OfflineModeIsEnabled) as error:
+        tags = hub.tags_of(ref.repo)
+    except (hub.http_error(), OfflineModeIsEnabled) as error:
         known = versions_in(ref.name, _cached_refs(ref.repo))
         if getattr(error, "response", None) is not None or not known:
             raise
@@ -117,16 +117,16 @@ def _latest(ref: HubReference) -> int:
             f"only the Hub knows the latest version of {ref}, and it cannot be reached; the cache has "
             f"{', '.join(f'{ref}@{version}' for version in known)}: name one"
         ) from error
-    versions = versions_in(ref.name, tags)
-    if not versions:
+    numbers = versions_in(ref.name, tags)
+    if not numbers:
         raise InputError(_no_such(ref, tags))
-    return versions[-1]
+    return numbers[-1]
 
 
 def _no_such(ref: HubReference, tags: Mapping[str, str]) -> str:
-    versions = versions_in(ref.name, tags)
-    if versions:
-        return f"{ref.repo} has no {ref.name}@{ref.version}; it has {', '.join(f'@{v}' for v in versions)}"
+    numbers = versions_in(ref.name, tags)
+    if numbers:
+        return f"{ref.repo} has no {ref.name}@{ref.version}; it has {', '.join(f'@{v}' for v in numbers)}"
     return f"{ref.repo} has no subset {ref.name!r}: calset search lists what repositories hold"
 
 
@@ -156,9 +156,9 @@ def _download(repo: str, commit: str, paths: list[str]) -> Path:
     """Some files of a repository at a commit, from the cache where they are there."""
     from huggingface_hub import snapshot_download
 
-    bar = hubfiles.progress_bar()
+    bar = hub.progress_bar()
     return Path(
-        hubfiles.patiently(
+        hub.patiently(
             lambda: snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=paths, tqdm_class=bar),
             connecting=True,
         )

@@ -67,7 +67,6 @@ class _Place:
 
     head: str
     public: bool
-    tags: Mapping[str, str]  # tag -> commit
     manifests: Mapping[str, Mapping[str, Any]]  # of the subsets at the head
     paths: frozenset[str]  # of all files at the head
     found: str | None  # the commit that holds this very release whole
@@ -83,9 +82,8 @@ class Publishing:
         self.repo, self.made, self.public = repo, made, public
         self.subset = made.subset
         self.trees: dict[str, dict[str, Any]] = {}  # of commits, which do not change
-        self.sent = self.sending = (
-            False  # a commit: one whose answer may have been lost, and the present attempt at one
-        )
+        # A commit: one whose answer may have been lost, and the present attempt at one.
+        self.sent = self.sending = False
 
     def run(self) -> Placed:
         commit, new, text = self._place()
@@ -160,7 +158,7 @@ class Publishing:
         }
         found = self._find(head, tags, manifests.get(self.subset.name))
         manifests[self.subset.name] = self.made.manifest
-        return _Place(head, not info.private, tags, manifests, frozenset(paths), found)
+        return _Place(head, not info.private, manifests, frozenset(paths), found)
 
     def _find(self, head: str, tags: Mapping[str, str], there: Mapping[str, Any] | None) -> str | None:
         """The commit that holds this release.

@@ -13,27 +13,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calset.catalog.catalog import Catalog
 from calset.catalog.query.show import fold, parts
 from calset.catalog.records import Sample, Subset
 from calset.catalog.references import find
 from calset.catalog.report import chart
-from calset.catalog.select import tables
-from calset.catalog.subsets.compare import describe
+from calset.catalog.subsets.compare import describe, tables
 from calset.catalog.subsets.facts import Fact, facts_of, published_texts, traces_of
 from calset.catalog.subsets.provenance import provenance_of
 from calset.io.files import whole_file
+from calset.io.templates import open_template
 from calset.io.terminal import cell, clean
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 N_SAMPLES = 6  # to read
 LONGEST_TEXT = 20_000  # characters of one reasoning on the page
 LONGEST_QUESTION = 110  # characters of a sample's first line
-_TEMPLATE = "page.html.jinja"
+_TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def report(catalog: Catalog | str | Path | None, subset: Subset | str, path: str | Path) -> Path:
@@ -54,26 +51,10 @@ def report(catalog: Catalog | str | Path | None, subset: Subset | str, path: str
     subset = find(subset, catalog) if isinstance(subset, str) else subset
     # One connection under all the small questions: opening the file for each of them takes longer than answering.
     with catalog.reading() if catalog.exists() else nullcontext():
-        page = _template().render(_content(catalog, subset))
+        page = open_template(_TEMPLATE, clean).render(_content(catalog, subset))
     with whole_file(Path(path)) as draft:
         draft.write_text(page, encoding="utf-8")
     return Path(path)
-
-
-def _template() -> Template:
-    """The page, whose every value is text without control or bidirectional characters, escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else clean(value),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(_TEMPLATE)
 
 
 def _content(catalog: Catalog, subset: Subset) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import duckdb
 from calset import ids
 from calset.catalog.records import Grade, Trace
 from calset.catalog.store.schema import TABLES
+from calset.catalog.store.sql import registered
 from calset.catalog.store.values import arrow_batch, dump_json
 from calset.errors import CatalogError, InputError
 
@@ -48,21 +49,20 @@ def present_keys(con: duckdb.DuckDBPyConnection, table: str, key: Sequence[str],
 def semi_join(
     con: duckdb.DuckDBPyConnection, table: str, key: Sequence[str], keys: Iterable[Any], select: str
 ) -> list[tuple[Any, ...]]:
+    """Return columns of the rows of a table that have one of the keys."""
     wanted = list(keys)
     if not wanted:
         return []
-    con.register("calset_keys", arrow_batch({name: TABLES[table][name] for name in key}, wanted))
     names = ", ".join(f'"{name}"' for name in key)
-    rows = con.execute(f"SELECT {select} FROM {table} SEMI JOIN calset_keys USING ({names})").fetchall()
-    con.unregister("calset_keys")
-    return rows
+    with registered(con, "calset_keys", arrow_batch({name: TABLES[table][name] for name in key}, wanted)):
+        return con.execute(f"SELECT {select} FROM {table} SEMI JOIN calset_keys USING ({names})").fetchall()
 
 
 def append(con: duckdb.DuckDBPyConnection, table: str, rows: Sequence[tuple[Any, ...]]) -> int:
+    """Append rows, in column order; returns how many."""
     if rows:
-        con.register("calset_batch", arrow_batch(TABLES[table], rows))
-        con.execute(f"INSERT INTO {table} SELECT * FROM calset_batch").fetchall()
-        con.unregister("calset_batch")
+        with registered(con, "calset_batch", arrow_batch(TABLES[table], rows)):
+            con.execute(f"INSERT INTO {table} SELECT * FROM calset_batch").fetchall()
     return len(rows)
 
 

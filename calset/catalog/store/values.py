@@ -66,7 +66,7 @@ def arrow_batch(columns: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> pa
     """
     import pyarrow as pa
 
-    arrays = [_arrow_array(kind, [row[i] for row in rows]) for i, kind in enumerate(columns.values())]
+    arrays = [arrow_array(kind, [row[i] for row in rows]) for i, kind in enumerate(columns.values())]
     return pa.Table.from_arrays(arrays, names=list(columns))
 
 
@@ -76,7 +76,8 @@ def arrow_batch(columns: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> pa
 _NUMPY = {"INTEGER": np.int32, "BIGINT": np.int64, "DOUBLE": np.float64, "BOOLEAN": np.bool_}
 
 
-def _arrow_array(kind: str, values: list[Any]) -> pa.Array:
+def arrow_array(kind: str, values: Sequence[Any]) -> pa.Array:
+    """Return values of a DuckDB type as an Arrow array; texts are cleaned, None is NULL."""
     import pyarrow as pa
 
     if kind in ("VARCHAR", "JSON"):
@@ -102,15 +103,6 @@ def text_array(values: Sequence[str | None]) -> pa.Array:
     buffers = [_validity(_there(values)), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
     # Large strings: a batch of long texts may pass the 2 GiB that plain string offsets can address.
     return pa.Array.from_buffers(pa.large_string(), len(encoded), buffers)
-
-
-def number_array(values: Sequence[float | None], kind: pa.DataType) -> pa.Array:
-    """Return numbers as an Arrow array of the type int32 or float64; None as NULL."""
-    import pyarrow as pa
-
-    numpy_kinds = {pa.int32(): np.int32, pa.float64(): np.float64}
-    numbers = np.asarray([0 if value is None else value for value in values], dtype=numpy_kinds[kind])
-    return to_arrow(numbers, _there(values))
 
 
 def to_arrow(values: np.ndarray, there: np.ndarray | None = None) -> pa.Array:

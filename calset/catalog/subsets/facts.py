@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import duckdb
@@ -17,7 +17,8 @@ import duckdb
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Sample, Subset
 from calset.catalog.store.schema import TABLES
-from calset.catalog.store.values import number_array, text_array
+from calset.catalog.store.sql import registered
+from calset.catalog.store.values import arrow_array, text_array
 from calset.catalog.subsets import samplefiles, versions
 from calset.errors import CatalogError, InputError, TextsMissing
 
@@ -95,7 +96,7 @@ def texts_of(catalog: Catalog, subset: Subset, facts: Sequence[Fact | None]) -> 
         found |= {
             name: text_array([fact and getattr(fact, name) for fact in facts]) for name in ("verdict", "finish_reason")
         }
-        found["difficulty"] = number_array([fact and fact.difficulty for fact in facts], pa.float64())
+        found["difficulty"] = arrow_array("DOUBLE", [fact and fact.difficulty for fact in facts])
     return pa.table([found[field.name].cast(field.type) for field in wanted], schema=wanted)
 
 
@@ -196,14 +197,14 @@ def traces_of(catalog: Catalog, samples: Sequence[Sample], facts: Sequence[Fact 
 
 def _own_facts(con: duckdb.DuckDBPyConnection, catalog: Catalog, subset: Subset) -> list[Fact | None]:
     attempts = attempts_of(con, catalog, subset)
-    with _registered(con, trace_id=list(attempts)):
+    with _wanted(con, trace_id=list(attempts)):
         rows = con.execute("""
             SELECT trace_id, verdict, difficulty, finish_reason, source, n_tokens, attempt, run_id
             FROM trace SEMI JOIN calset_wanted USING (trace_id)
         """).fetchall()
     known = {trace: Fact(*rest) for trace, *rest in rows}
     if earlier := {trace: attempts[trace] for trace, fact in known.items() if fact.attempt != attempts[trace]}:
-        with _registered(con, trace_id=list(earlier), attempt=list(earlier.values())):
+        with _wanted(con, trace_id=list(earlier), attempt=list(earlier.values())):
             rows = con.execute(f"""
                 SELECT trace_id, verdict, finish_reason, n_tokens, attempt, run_id
                 FROM ({_ATTEMPT}) SEMI JOIN calset_wanted USING (trace_id, attempt)
@@ -218,7 +219,7 @@ def attempts_of(con: duckdb.DuckDBPyConnection, catalog: Catalog, subset: Subset
     """Return the attempt at each trace that the samples hold: among several, the one with the sample's token ids."""
     samples = {s.trace_id: s for s in subset.samples if s.trace_id}
     there: dict[str, list[int]] = {}
-    with _registered(con, trace_id=list(samples)):
+    with _wanted(con, trace_id=list(samples)):
         sql = "SELECT trace_id, attempt FROM traces SEMI JOIN calset_wanted USING (trace_id) ORDER BY ALL"
         for trace, attempt in con.execute(sql).fetchall():
             there.setdefault(trace, []).append(attempt)
@@ -278,7 +279,7 @@ def _own_texts(
         "system": [prompts.get(s.sample_id) for s in subset.samples],
         "solution": [solutions.get(s.problem_id or "") if s.kind == "gold" else None for s in subset.samples],
     }
-    with _registered(con, **columns):
+    with _wanted(con, **columns):
         table = con.sql(sql).to_arrow_reader(_BATCH_ROWS).read_all()
     if table.num_rows != subset.n_samples:
         raise CatalogError(f"{catalog.path} holds rows twice: calset doctor says which; restore a backup")
@@ -294,7 +295,7 @@ def _served_prompts(con: duckdb.DuckDBPyConnection, subset: Subset) -> dict[str,
     if not samples:
         return {}
     kinds = {s.kind for s in samples}
-    with _registered(con, problem_id=sorted({s.problem_id for s in samples if s.problem_id})):
+    with _wanted(con, problem_id=sorted({s.problem_id for s in samples if s.problem_id})):
         rows = con.execute("""
             SELECT DISTINCT t.problem_id, t.generation_key, r.system_prompt
             FROM (FROM traces SEMI JOIN calset_wanted USING (problem_id)) t JOIN runs r ON r.run_id = t.run_id
@@ -302,14 +303,9 @@ def _served_prompts(con: duckdb.DuckDBPyConnection, subset: Subset) -> dict[str,
     return {versions.prompt_sample_id(kind, problem, key): prompt for problem, key, prompt in rows for kind in kinds}
 
 
-@contextmanager
-def _registered(con: duckdb.DuckDBPyConnection, **columns: list[Any]) -> Iterator[None]:
+def _wanted(con: duckdb.DuckDBPyConnection, **columns: list[Any]) -> AbstractContextManager[None]:
     """Columns as the table ``calset_wanted``, which the connection knows while the block lasts."""
     import pyarrow as pa
 
-    arrays = [number_array(v, pa.int32()) if name in _NUMBERS else text_array(v) for name, v in columns.items()]
-    con.register("calset_wanted", pa.Table.from_arrays(arrays, names=list(columns)))
-    try:
-        yield
-    finally:
-        con.unregister("calset_wanted")
+    arrays = [arrow_array("INTEGER" if name in _NUMBERS else "VARCHAR", v) for name, v in columns.items()]
+    return registered(con, "calset_wanted", pa.Table.from_arrays(arrays, names=list(columns)))

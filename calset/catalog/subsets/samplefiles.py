@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from calset.catalog.records import Sample
-from calset.catalog.store.values import number_array, text_array
+from calset.catalog.store.values import arrow_array, text_array
 from calset.catalog.subsets.recipes import Kind
 from calset.errors import InputError, first_line
 from calset.io.parquet import Bounds, read_batches
@@ -90,7 +90,7 @@ def sample_columns(samples: Sequence[Sample]) -> pa.Table:
     arrays = {
         **{name: text_array(values).cast(pa.string()) for name, values in texts.items()},
         "input_ids": pa.Array.from_buffers(pa.list_(pa.int32()), len(ids), buffers, children=[token_ids]),
-        **{name: number_array(values, pa.int32()) for name, values in numbers.items()},
+        **{name: arrow_array("INTEGER", values) for name, values in numbers.items()},
     }
     return pa.Table.from_arrays([arrays[name] for name in own.names], schema=own)
 

@@ -372,12 +372,8 @@ def window_start(seed: int, sample_id: str, size: int, window: int) -> int:
 def _starts(c: Candidates, at: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
     """Return the first token of each sample: that of its window where it is cut to one."""
     starts, cut = np.zeros(len(at), int), np.flatnonzero(sizes < c.size[at])
-    names, wholes, windows = (
-        c.sample_id.take(to_arrow(at[cut])).to_pylist(),
-        c.size[at[cut]].tolist(),
-        sizes[cut].tolist(),
-    )
-    starts[cut] = [window_start(seed, *sample) for sample in zip(names, wholes, windows, strict=True)]
+    samples = zip(c.ids(at[cut]), c.size[at[cut]].tolist(), sizes[cut].tolist(), strict=True)
+    starts[cut] = [window_start(seed, *sample) for sample in samples]
     return starts
 
 

@@ -16,8 +16,10 @@ import duckdb
 from calset import ids
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Sample, Subset
+from calset.catalog.store.inserts import append, row
 from calset.catalog.store.schema import TABLES
-from calset.catalog.store.values import arrow_batch, dump_json, int_lists
+from calset.catalog.store.sql import registered
+from calset.catalog.store.values import dump_json, int_lists
 from calset.catalog.subsets.manifest import is_origin
 from calset.errors import CatalogError, InputError
 
@@ -116,11 +118,7 @@ def keep(catalog: Catalog, subset: Subset, rows: pa.Table | None = None) -> Subs
 
 
 def _insert(con: duckdb.DuckDBPyConnection, subset: Subset) -> Subset:
-    row = tuple(
-        dump_json(getattr(subset, column)) if kind == "JSON" else getattr(subset, column)
-        for column, kind in TABLES["subsets"].items()
-    )
-    con.execute(f"INSERT INTO subsets VALUES ({', '.join('?' * len(row))})", row).fetchall()
+    append(con, "subsets", [row("subsets", subset)])
     known = {"name": subset.name, "version": subset.version}
     items = [
         tuple(
@@ -129,9 +127,7 @@ def _insert(con: duckdb.DuckDBPyConnection, subset: Subset) -> Subset:
         )
         for position, sample in enumerate(subset.samples)
     ]
-    con.register("calset_batch", arrow_batch(TABLES["subset_items"], items))
-    con.execute("INSERT INTO subset_items SELECT * FROM calset_batch").fetchall()
-    con.unregister("calset_batch")
+    append(con, "subset_items", items)
     return subset
 
 
@@ -139,13 +135,12 @@ def _insert_rows(con: duckdb.DuckDBPyConnection, subset: Subset, rows: pa.Table)
     """Add published rows, unless the subset has some: one that was pulled by an older calset has none."""
     known = {"name": "$name", "version": "$version", "position": "position::INTEGER", "messages": "to_json(messages)"}
     columns = ", ".join(known.get(column, column) for column in TABLES["published_rows"])
-    con.register("calset_batch", rows.append_column("position", [range(rows.num_rows)]))
-    con.execute(
-        f"INSERT INTO published_rows SELECT {columns} FROM calset_batch WHERE NOT EXISTS "
-        "(FROM published_rows WHERE name = $name AND version = $version)",
-        {"name": subset.name, "version": subset.version},
-    ).fetchall()
-    con.unregister("calset_batch")
+    with registered(con, "calset_batch", rows.append_column("position", [range(rows.num_rows)])):
+        con.execute(
+            f"INSERT INTO published_rows SELECT {columns} FROM calset_batch WHERE NOT EXISTS "
+            "(FROM published_rows WHERE name = $name AND version = $version)",
+            {"name": subset.name, "version": subset.version},
+        ).fetchall()
 
 
 def load(catalog: Catalog, ref: str) -> Subset:
@@ -189,7 +184,7 @@ def _read(head: dict[str, Any], table: pa.Table) -> tuple[Subset, str]:
     sample_ids, n_prompt_tokens, *others = (table[name].to_pylist() for name in table.column_names[:-1])
     views = int_lists(table["input_ids"])
     lists = table["input_ids"].to_pylist() if views is None else [view.tolist() for view in views]
-    samples = [Sample(*row) for row in zip(sample_ids, lists, n_prompt_tokens, *others, strict=True)]
+    samples = [Sample(*of) for of in zip(sample_ids, lists, n_prompt_tokens, *others, strict=True)]
     subset = Subset(**{key: head[key] for key in head if key not in ("n_samples", "n_tokens")}, samples=samples)
     if views is None:
         return subset, hash_samples(samples)

@@ -1,1 +1,1 @@
-"""Scores, masks, weight updates and allocations, as functions of tensors. Must not know files or models."""
+"""Scores, masks, weight updates and allocations. Must not know how a pruning is planned, continued or reported."""

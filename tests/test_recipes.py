@@ -15,8 +15,9 @@ from calset.catalog.catalog import Catalog
 from calset.catalog.contamination.overlap import Decontaminator
 from calset.catalog.records import Sample
 from calset.catalog.references import export
-from calset.catalog.select import select, tables
+from calset.catalog.select import select
 from calset.catalog.subsets.candidates import UNNAMED
+from calset.catalog.subsets.compare import tables
 from calset.catalog.subsets.recipes import RECIPES, get_recipe
 from calset.catalog.subsets.take import Candidate, Candidates, take
 from calset.errors import InputError

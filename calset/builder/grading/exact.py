@@ -4,7 +4,7 @@ Text is compared after Unicode normalisation (NFC), without case, with runs of s
 straight ones and outer punctuation removed. Two numbers (integers, decimals, fractions, scientific notation, thousands
 separators, digits of any script) are compared as rationals: 0.1 is not 0.10000000001, and 1/2 is 0.5. A currency sign
 or a unit is dropped from the response only when the reference has none; when the reference has one, the response must
-have the same. ``25%`` equals ``0.25`` when the reference is a percentage. ``metadata["tolerance"]`` allows a
+have the same. ``25%`` equals ``0.25`` when the reference is a percentage. ``3 million`` is the number 3000000. ``metadata["tolerance"]`` allows a
 difference: a number (absolute), or a text such as ``"1%"`` (of the reference).
 """
 
@@ -17,9 +17,10 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from calset.builder.grading import Outcome
+from calset.builder.grading.quantities import scale_of
 from calset.builder.grading.extract import boxes, plain_digits, plain_fractions, stated, visible
 
-RULES = "1"  # raise when a change here can change a verdict
+RULES = "2"  # raise when a change here can change a verdict
 MAX_NUMBER_CHARS = 1_000  # int() itself refuses more than 4,300 digits
 MAX_EXPONENT = 5_000
 BARE_CHARS = 40  # a response of one line that is no longer is the answer itself
@@ -90,7 +91,8 @@ def read_number(text: str) -> Number | None:
     whole = re.sub(r"\D", "", match["whole"] or "") or "0"
     value = Fraction(f"{whole}{match['part'] or ''}".rstrip(".")) * Fraction(10) ** exponent / below
     sign = -1 if "-" in (match["sign"], match["sign2"]) else 1
-    return Number(sign * value, _text((match["currency"] or "") + (match["unit"] or "")))
+    factor, unit = scale_of(match["unit"] or "")
+    return Number(sign * value * factor, _text((match["currency"] or "") + unit))
 
 
 def _equal(gold: Number, pred: Number, tolerance: Any) -> bool:
@@ -132,6 +134,8 @@ def _clean(text: str) -> str:
         text = text[1:-1].strip()
     for _ in range(3):
         text = _WRAPPED.sub(r"\1", text)
+    while len(text) > 1 and text[0] == "{" and text[-1] == "}" and "{" not in text[1:-1]:
+        text = text[1:-1].strip()
     for tex, plain in ((r"\$", "$"), (r"\%", "%"), (r"\,", " "), (r"\!", ""), ("{,}", ","), ("~", " "), (r"\ ", " ")):
         text = text.replace(tex, plain)
     return text.strip(" \t\r\n*`").rstrip(".").strip()

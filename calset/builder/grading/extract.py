@@ -1,4 +1,4 @@
-r"""Where a response states its answer: a box, an ``<answer>``, "#### 7", "The answer is 7".
+r"""Where a response states its answer: a box, an ``<answer>``, "#### 7", "The answer is 7", "Hence, 7 is the answer".
 
 Why it exists: every grader needs it and none of it is about what the answer means. Must not know: graders, verdicts,
 the catalog.
@@ -19,25 +19,54 @@ class Stated(NamedTuple):
     at: int
 
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|(?:\s+([A-Za-z])|\s*([0-9]))(?![0-9A-Za-z]))")
+_BOX = re.compile(
+    r"\\(?:boxed|fbox|framebox(?:\s*\[[^\]\n]{0,20}\]){0,2})(?:\s*\{|(?:\s+([A-Za-z])|\s*([0-9]))(?![0-9A-Za-z]))"
+)
+# What joins boxes that together are one answer. "No, ", "wait" and a full stop do not.
+_JOINT = re.compile(
+    r"[\s$,;&}]*(?:\\[\])(\[]|\\(?:quad|qquad|text\s*\{\s*(?:and|or|,)\s*\}|[,;: ])|and|or|,|;|\$|\s|\\\\"
+    r"|(?:\\text\s*\{\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\s*=))*[\s$]*"
+)
 _HASHES = re.compile(r"(?m)^[ \t]*####[ \t]*(\S[^\n]*)$")
+_WORD = r"(?:(?:final|correct|right)\s+)?answers?|答案|答え|正解|ответ|respuesta|réponse|antwort|resposta|risposta"
+_IS = r"(?:is|are|was|should\s+be|would\s+be|must\s+be|will\s+be|equals|为|是|=|:|：)"
 # The answer is only looked at, not taken: one line may state another ("The answer is 8. No, the answer is 7.").
-_STATED = re.compile(r"(?i)\banswer\**\s*(?:is|:|=)\s*:?\s*\**\s*(?=(?P<answer>[^\n]{1,2000}))")
+_STATED = re.compile(
+    rf"(?i)(?<![\w-])(?<!this )(?<!that )(?<!an )(?<!each )(?<!any )(?<!no )(?:{_WORD})(?:\s+to\s+(?:the|this|your)\s+"
+    rf"(?:question|problem))?[*_\s]{{0,4}}{_IS}\s*[:：]?[*_ \t]*(?=(?P<answer>[^\n]{{1,2000}}|\n))"
+)
+_HEADING = re.compile(rf"(?im)^[ \t#*_]*(?:the\s+)?(?:{_WORD})[ \t*_]*[:：]?[ \t*_]*$")
+_REVERSED = re.compile(
+    r"(?:^|[\n.!?,:]\s+|\b(?:hence|so|thus|therefore|then)\b,?\s+)\**(?P<answer>\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)"
+    r"|[^\s,.!?:]\S{0,60}(?:\s[A-Za-z]{1,12})?)\**\s+is\s+(?:therefore\s+|thus\s+)?(?:the|our|my)\s+(?:final\s+|correct\s+)?answer\b",
+    re.I,
+)
+_NO_ANSWER = re.compile(r"(?i)(?:this|that|it|which|what|here|below|above|there|he|she|question|answer|problem)\b")
+# A remark about an answer that was stated before.
+_REMARK = re.compile(
+    r"(?i)(?:(?:therefore|thus|also|indeed|both|clearly|now|only|always|very|quite|not|already|therefore)\s+)*(?:exact|correct|unique|"
+    r"approximate|reasonable|verified|confirmed|consistent|rounded|simplified|positive|negative|expressed|given|in\s+the\s+form|"
+    r"an?\s+(?:integer|number|fraction|decimal)|obtained|supported|valid|right|wrong|incorrect|independent|plausible|as\s+(?:required|expected)|"
+    r"required|within|close|easy|simple|clear|checked|shown|boxed|below|above|as\s+follows)\b"
+)
+_DENIED = re.compile(r"(?i)(?:definitely |certainly |probably )?not\b")
 _INVISIBLE = re.compile("[\u0000\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+_ENCLOSED = re.compile(
+    r"(?s)(?:\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)|\$([^$\n]{1,1000})\$|\*\*([^*\n]{1,500})\*\*|`([^`\n]{1,500})`)"
+)
+_BEHIND = re.compile(
+    r"[\s.,;:!*_]*(?:$|(?<=[.,;!:*_])\s|\s*(?:\(|[A-Z]|because\b|since\b|as\b|which\b|so\b|for\b|when\b))"
+)
+_SENTENCE = re.compile(r"(?<=[^\s.])[.!]\s+(?=[A-Z(*_]|\\text)|,?\s+(?=(?:because|since|as\s+(?:we|required|shown))\b)")
 
 
 def boxes(text: str) -> Iterator[Stated]:
-    r"""The complete ``\boxed{...}`` and ``\fbox{...}``, last first, braces balanced; also ``\boxed 7``.
+    r"""The complete ``\boxed{...}``, ``\fbox{...}`` and ``\framebox{...}``, last first, braces balanced; also ``\boxed 7``.
 
     Escaped braces do not count. A box that never closes is skipped: its content is not known.
     """
-    opened = list(_BOX.finditer(text))
-    ends = _closing_braces(text) if opened else {}
-    for found in reversed(opened):
-        bare = found[1] or found[2]
-        end = ends.get(found.end() - 1)
-        if bare or end is not None:
-            yield Stated(bare or text[found.end() : end], found.start())
+    for box, _ in _boxes(text):
+        yield box
 
 
 def last_boxed(text: str) -> str | None:
@@ -45,27 +74,84 @@ def last_boxed(text: str) -> str | None:
     return next((box.text for box in boxes(text)), None)
 
 
+def joined_boxes(text: str) -> list[str]:
+    r"""The contents of the boxes that end with the last one and are joined by nothing but commas, "and" or "or"; empty
+    where that is one box: ``\boxed{2}`` and ``\boxed{5}``."""
+    run: list[str] = []
+    begins = None
+    for box, end in _boxes(text):
+        if begins is not None and not _JOINT.fullmatch(text, end, begins):
+            break
+        run.append(box.text.strip())
+        begins = box.at
+        if len(run) > 20:
+            break
+    return run[::-1] if len(run) > 1 else []
+
+
 def last_tagged(text: str) -> Stated | None:
     """What stands in the last complete ``<answer>...</answer>``. By search from the end: a regex over thousands of tags
     that never close is quadratic."""
-    end = text.rfind("</answer>")
-    at = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    folded = text.lower() if text.isascii() else re.sub("(?i)</?answer>", lambda m: m[0].lower(), text)
+    end = folded.rfind("</answer>")
+    at = folded.rfind("<answer>", 0, end) if end >= 0 else -1
     return Stated(text[at + len("<answer>") : end].strip(), at) if at >= 0 else None
 
 
 def stated(response: str) -> Stated | None:
-    r"""The last box; without one the last ``<answer>``; then the last of "#### 7" and "answer is 7"; else None."""
+    r"""The last box; without one the last ``<answer>``; then the last of the other statements; else None.
+
+    These are "#### 7", "The answer is 7", a heading "Answer" with the answer below it, "Hence, 7 is the answer". A remark
+    on an answer ("The answer is exact.") or a denial ("the answer is not 7") states none.
+    """
     box = next(boxes(response), None)
     if box is not None:
         return Stated(box.text.strip(), box.at)
     tagged = last_tagged(response)
     if tagged is not None:
         return tagged
-    said = [(found.start(), found[1]) for found in (*_HASHES.finditer(response), *_STATED.finditer(response))]
-    if not said:
-        return None
-    at, text = max(said)
-    return Stated(re.sub(r"[\s.*]+$", "", text).strip(), at)
+    found = [Stated(_trimmed(match[1]), match.start()) for match in _HASHES.finditer(response)]
+    said = list(_labelled(response))
+    found.extend(statement for statement in said if not _is_remark(statement.text))
+    for match in _REVERSED.finditer(response):
+        if not _NO_ANSWER.match(match["answer"]):
+            found.append(Stated(_trimmed(match["answer"]), match.start()))
+    return max(found or said, key=lambda statement: statement.at, default=None)
+
+
+def _is_remark(text: str) -> bool:
+    return bool(_REMARK.match(text) or _DENIED.match(text))
+
+
+def _labelled(response: str) -> Iterator[Stated]:
+    headings = {match.start(): match.end() for match in _HEADING.finditer(response)}
+    for start, end in headings.items():
+        if block := _block(response[end:].lstrip("\n \t")):
+            yield Stated(block, start)
+    for match in _STATED.finditer(response):
+        text = match["answer"].strip()
+        if not text.strip("*_:： "):
+            text = _block(response[match.end() :].lstrip("\n \t*_"))
+        if text:
+            yield Stated(_first(text), match.start())
+
+
+def _block(text: str) -> str:
+    """What stands below a heading: a display formula, else a line."""
+    if (found := _ENCLOSED.match(text)) and (found[1] or found[2]):
+        return (found[1] or found[2]).strip()
+    return _first(text.partition("\n")[0])
+
+
+def _first(text: str) -> str:
+    """A statement without what the line says after it."""
+    if (found := _ENCLOSED.match(text)) and _BEHIND.match(text, found.end()):
+        return next(part for part in found.groups() if part is not None).strip()
+    return _trimmed(_SENTENCE.split(text, maxsplit=1)[0])
+
+
+def _trimmed(text: str) -> str:
+    return re.sub(r"[\s.*]+$", "", text).strip()
 
 
 def visible(text: str) -> str:
@@ -86,6 +172,19 @@ def plain_fractions(text: str, form: str) -> str:
 def _parts(character: str) -> tuple[str, str]:
     above, _, below = unicodedata.normalize("NFKC", character).partition("\u2044")
     return above, below
+
+
+def _boxes(text: str) -> Iterator[tuple[Stated, int]]:
+    """Complete boxes, last first, with where each ends."""
+    opened = list(_BOX.finditer(text))
+    ends = _closing_braces(text) if opened else {}
+    for found in reversed(opened):
+        bare = found[1] or found[2]
+        end = ends.get(found.end() - 1)
+        if bare:
+            yield Stated(bare, found.start()), found.end()
+        elif end is not None:
+            yield Stated(text[found.end() : end], found.start()), end + 1
 
 
 def _closing_braces(text: str) -> dict[int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 _KNOWN = set(
     "frac sqrt cdot times div pm mp binom sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh "
     "arsinh arcosh artanh arcsinh arccosh arctanh log ln exp lim to sum prod int infty max min gcd lcm det lfloor rfloor "
-    "lceil rceil vec hat bar overline tilde overrightarrow mathop sgn Re Im begin end circ prime bmod pmod ell hbar nabla "
+    "lceil rceil vec hat bar overline tilde overrightarrow dot ddot mathop sgn Re Im begin end circ prime bmod pmod ell hbar nabla "
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi varpi rho varrho sigma "
     "varsigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
 )
@@ -43,7 +43,7 @@ def read(text: str) -> Any:
         if environment not in _ENVIRONMENTS:
             raise Unread(f"no meaning is given to {environment}")
     if re.search(
-        r"[^\x20-\x7e]|[=<>?@#~`\"\[\]]", re.sub(r"\\(?:begin|sqrt)\s*(?:\{array\}\s*\{[^{}]*\}|\[[^\]]*\])", "", text)
+        r"[^\x20-\x7e]|[=<>?@#~`\"\[\]]", re.sub(r"\\(?:sqrt\s*\[[^\]]*\]|(?:sum|prod)\s*_\s*\{[^{}]*\})", "", text)
     ):
         raise Unread("it holds a sign that has no meaning here")
     return _found(_latex2sympy(_prepared(text)))
@@ -130,6 +130,16 @@ def _prepared(text: str) -> str:
     if re.search(r"(?<![A-Za-z\\{])(?:[A-Za-z]{5}|[A-Za-z]{3,}\s+(?:\d|[A-Za-z]{2})|[A-Za-z]{2,}\s+[A-Za-z]{3})", text):
         raise Unread("it holds words")
     text = re.sub(r"\|([^|]*)\|", r"\\lvert \1\\rvert ", text)
+    # "3\binom52", "(2)(3)": latex2sympy adds two numbers that stand side by side, as in 2 1/2.
+    following = r"\s*(?=\(|\\(?:frac|binom|lvert|lfloor|lceil|max|min|gcd))"
+    text = re.sub(rf"(?<![\d.^_])(\d+(?:\.\d+)?){following}", r"\1\\cdot ", text)
+    text = re.sub(rf"\)(?:{following}|\s*(?=\d))", r")\\cdot ", text)
+    text = re.sub(
+        r"(\\(?:frac|binom)\s*\{[^{}]*\}\s*\{[^{}]*\})\s*(?=\\(?:frac|binom|lvert)|\d|\()", r"\1\\cdot ", text
+    )
+    text = re.sub(r"\\gamma(?![A-Za-z])", r"\\varsigma ", text)  # a name, no function
+    # Its constant e takes no index, and a capital E is a name.
+    text = re.sub(r"(?<![A-Za-z\\])e(?=_)", r"\\varpi ", re.sub(r"(?<![A-Za-z\\])E(?![A-Za-z])", r"\\Upsilon ", text))
     if re.search(r"\^\s*\{?\s*[+*]", text):
         raise Unread("it holds an exponent that has no meaning here")
     return re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)

@@ -43,7 +43,7 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     if extracted is None:
         return Outcome("no_answer", detail="no \\boxed{} and no stated answer")
     boxed = last_boxed(answer)
-    gold = _spelt(answer if boxed is None or joined_boxes(answer) else boxed)
+    gold = _spelt(answer if boxed is None else ", ".join(joined_boxes(answer)) or boxed)
     pred = _spelt(extracted)
     if not gold:
         return Outcome("gold_unparsable", extracted, "the reference answer is empty")

@@ -95,6 +95,7 @@ Value = Text | Quantity | Group | Relation | Congruence | Pieces
 _AND_OR = r"\\text\s*\{\s*,?\s*(?:and|or|and/or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
 _OR = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\vee(?![A-Za-z])|\\cup(?![A-Za-z])")
 _LIST = re.compile(rf"\s*(?:,\s*(?:{_AND_OR})|;\s*(?:{_AND_OR})|[,;]|{_AND_OR}|\\\\)\s*")
+_SEMICOLON = re.compile(r"\s*;\s*")
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![A-Za-z])|<=|>=|!=|[<>=]")
 _OPERATORS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!="}
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
@@ -102,6 +103,10 @@ _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 _RANGE = re.compile(
     r"\(?\s*(?:\\text\s*\{\s*(?:where|for(?: all| any| every| some)?|with)\s*\}|\\forall|where|for)?\s*\$?[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\\in\s*"
     r"\\mathbb\{[NZQRC]\}\s*(?:[\^_]\s*\{?\s*[*+0\d]\s*\}?)?\s*\)?"
+)
+# "for all real numbers t", "where k is an integer": words and letters alone.
+_FOR_ALL = re.compile(
+    r"\s*[,(]?\s*(?:\\text\s*\{\s*)?(?<![A-Za-z])(?:for (?:all|any|every|each|some)|where|(?=[a-z] (?:is )?an? (?:\w+ )?integer))[A-Za-z\s{},]*(?:\\text\s*\{[A-Za-z\s,]*\}[A-Za-z\s{},]*)*\)?$"
 )
 _MEMBER = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?\s*\\in\s*(?![A-Za-z\\]*mathbb\{[NZQ]\})")
 _LABEL = re.compile(
@@ -116,6 +121,7 @@ _BASED = re.compile(
 _PREFIXED = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
 _BASES = {"two": "2", "eight": "8", "ten": "10", "sixteen": "16", "hex": "16", "x": "16", "b": "2", "o": "8"}
 _WORDS = re.compile(r"\(?[A-Za-z][A-Za-z',;:!?. -]*\)?")
+_APPROXIMATELY = re.compile(r"\s*\\(?:approx|simeq|doteq|thickapprox)(?![A-Za-z])\s*")
 _MONTHS = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
 _RATIO = re.compile(r"[^:=]+(?::[^:=]+)+")
 _CONGRUENCE = re.compile(r"(.+?)\\equiv(.+?)[\s(]*(?:\\[pb]mod|\\text\s*\{\s*mod\s*\}|mod)\s*\{?([^{})]+)\}?\s*\)?")
@@ -247,6 +253,8 @@ def _rings(name: str) -> int | None:
 
 def _ranged(text: str) -> Value | None:
     """Without a remark on what a letter runs over, unless that is all."""
+    if (found := _FOR_ALL.search(text)) and found.start():
+        return read(text[: found.start()])
     parts = [part for part in split(text, re.compile(r"\s*[,;]\s*|\\text\s*\{\s*(?=(?:where|for|with)\b)"))]
     if len(parts) == 1:
         found = re.fullmatch(rf"(.+?)\s*({_RANGE.pattern})", text)
@@ -293,17 +301,15 @@ def _several(text: str) -> Value | None:
     if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
         return None  # one number
     money = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if _MONEY.match(text) else text
-    parts = [part.strip() for part in split(money, _LIST)]
+    parts = [part.strip() for part in split(money, _SEMICOLON)]
+    if len(parts) < 2 or not any(split(part, _LIST)[1:] for part in parts):
+        parts = [part.strip() for part in split(money, _LIST)]
     parts = [part for part in parts if part]
     if len(parts) < 2:
         return None
     if any(_RELATION.fullmatch(part) for part in parts):
         return None
-    return Group(tuple(map(read, _shared_unit(parts))))
-
-
-def _shared_unit(parts: list[str]) -> list[str]:
-    return parts
+    return Group(tuple(map(read, parts)))
 
 
 def _compound(text: str) -> Value | None:
@@ -378,6 +384,9 @@ def _union(text: str) -> Value | None:
     if len(parts) < 2:
         return None
     values = [read(part) for part in parts]
+    # "(1,2) or (3,4)" are two points.
+    if "cup" not in text and all(isinstance(value, Group) for value in values):
+        return None
     if all(isinstance(value, (Relation, Quantity)) and getattr(value, "op", "=") == "=" for value in values):
         return None  # several values
     found = [_pieces(value) for value in values]
@@ -394,6 +403,14 @@ def _all_but(points: Sequence[Any]) -> Value | None:
     return Pieces(tuple(Piece(low, high, True, True) for low, high in zip(ends, ends[1:], strict=False)))
 
 
+def _about(text: str) -> Value | None:
+    r"""``\frac13 \approx 0.33`` is a third; ``x \approx 11`` is 11."""
+    parts = split(text, _APPROXIMATELY)
+    if len(parts) < 2 or not parts[0].strip():
+        return None
+    return read(" = ".join(parts[:2]) if _is_name(parts[0]) else parts[0])
+
+
 def _related(text: str) -> Value | None:
     """An equation, an inequality, or a chain of them on one letter."""
     sides = split(text, _RELATION)
@@ -404,6 +421,8 @@ def _related(text: str) -> Value | None:
         return None
     operators = [_OPERATORS.get(mark, mark) for mark in marks]
     sides = [side.strip() for side in sides]
+    if any(re.search(r"\\text\s*\{[^{}]*\w{3}|(?<![A-Za-z\\{_])[A-Za-z]{5}", side) for side in sides[1:-1]):
+        return Text(_key(text), False, "it holds words")
     if set(operators) == {"="}:
         return Relation(sides[0], "=", sides[-1])
     if len(sides) == 2:
@@ -433,6 +452,10 @@ def _is_name(text: str) -> bool:
             r"\|?\s*(?:\\(?:overline|vec|overrightarrow|text|angle|hat|bar|triangle)\s*)?\{?[A-Za-z\s]+\}?\s*\|?", text
         )
         or re.fullmatch(r"\\text\s*\{[^{}]*\}(?:_\{?\w+\}?)?", text)
+        or re.fullmatch(
+            r"(?:[A-Za-z](?:_\{?\w+\}?)?'*|\\frac|\\(?:alpha|beta|theta|pi|lambda|mu|triangle|angle)(?![A-Za-z])|[\s:/{}(),|])+",
+            text,
+        )
         or re.fullmatch(r"[A-Z]\(\s*[A-Za-z\s,|><=\d]*\)", text)
     )
 
@@ -494,7 +517,7 @@ def _unit_behind(text: str) -> tuple[str, str]:
 
 
 _READERS: tuple[Callable[[str], Value | None], ...] = (
-    _empty, _date, _clock, _based, _words, _prose, _labelled, _ranged, _system, _congruent, _member, _several, _bracketed, _related, _ratio,
+    _empty, _date, _clock, _based, _words, _prose, _labelled, _ranged, _system, _congruent, _about, _member, _several, _bracketed, _related, _ratio,
 )  # fmt: skip
 
 
@@ -526,6 +549,7 @@ def _equal(gold: Value, pred: Value) -> bool:
     if isinstance(pred, Text) and not pred.whole:
         raise PredUnread(pred.why or "it is read as text")
     gold, pred = _unwrapped(gold, pred)
+    gold, pred = _letter_as_value(gold, pred), _letter_as_value(pred, gold)
     match gold, pred:
         case Text(), _:
             return isinstance(pred, Text) and _same_text(gold, pred)
@@ -546,6 +570,13 @@ def _equal(gold: Value, pred: Value) -> bool:
     if left is not None and right is not None:
         return _same_pieces(left, right)
     return False
+
+
+def _letter_as_value(value: Value, other: Value) -> Value:
+    """A letter alone is a word, and a formula beside a formula."""
+    if isinstance(value, Text) and isinstance(other, Quantity) and value.key[0] == "words" and len(value.key) == 2:
+        return _quantity(value.key[1]) if len(value.key[1]) == 1 else value
+    return value
 
 
 def _same_text(gold: Text, pred: Value) -> bool:
@@ -670,7 +701,13 @@ def _same_group(gold: Group, pred: Group) -> bool:
     ordered = gold.opened in ("(", "[", "label") and (
         pred.opened in ("(", "[", "label", "") or gold.opened == pred.opened
     )
-    if gold.opened in ("(", "[") and pred.opened == r"\{":
+    if (
+        gold.opened in ("(", "[")
+        and pred.opened == r"\{"
+        or gold.opened == "["
+        and pred.opened == ""
+        and len(gold.items) == 2
+    ):
         return False
     if gold.opened == r"\{" and pred.opened in ("(", "["):
         return False
@@ -738,6 +775,8 @@ def _same_relation(gold: Relation, pred: Relation) -> bool:
     (a, b), (c, d) = sides
     if any(hasattr(side, "shape") for side in (a, b, c, d)):
         return False
+    if not ((a - b).free_symbols or (c - d).free_symbols):
+        return gold.op == pred.op == "=" and algebra.equal(a, c) and algebra.equal(b, d)
     ratio = algebra.constant_ratio(a - b, c - d)
     way = None if ratio is None else algebra.sign(ratio)
     if not way and gold.op != "=":

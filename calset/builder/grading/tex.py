@@ -45,14 +45,26 @@ _NAMES = {
     "ch": "cosh", "th": "tanh", "arsh": "arsinh", "asin": "arcsin", "acos": "arccos", "atan": "arctan",
     "log": "log", "ln": "ln", "lg": "log_{10}", "exp": "exp", "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot",
     "sec": "sec", "csc": "csc", "arcsin": "arcsin", "arccos": "arccos", "arctan": "arctan", "arccot": "arccot",
-    "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "max": "max", "min": "min", "gcd": "gcd", "lcm": "lcm",
+    "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "max": "max", "min": "min", "gcd": "gcd", "lcm": "lcm", "oo": "infty",
     "det": "det", "sqrt": "sqrt", "pi": "pi", "infinity": "infty", "infty": "infty", "theta": "theta",
     "sgn": "operatorname{sgn}",
 }  # fmt: skip
+# "5 sec" and "3 min" are units, "sec x" is a function.
+_ALONE = ("pi", "infinity", "infty", "oo", "theta")
 _BARE_NAME = re.compile(
-    r"(?<![A-Za-z\\])(" + "|".join(sorted(_NAMES, key=len, reverse=True)) + r")(?=[\s\d(^_{\\]|$)(?!\s*[A-Za-z]{2})"
+    r"(?<![A-Za-z\\])(?:("
+    + "|".join(sorted(_NAMES, key=len, reverse=True))
+    + r")(?=\s*[\d(^_{\\]|\s+[A-Za-z](?![A-Za-z]))|("
+    + "|".join(_ALONE)
+    + r")(?![A-Za-z]))"
 )
-_SET = re.compile(r"\\(?:mathbb|mathbf|mathrm|Bbb)\s*(?:\{\s*([NZQRC])\s*\}|([NZQRC])(?![A-Za-z]))")
+_SET = re.compile(r"\\(?:mathbb|Bbb)\s*(?:\{\s*([NZQRC])\s*\}|([NZQRC])(?![A-Za-z]))")
+_IN_SET = re.compile(r"(\\in\s*)(?:\\(?:mathbf|mathrm|text|bf|rm)\s*)?(?:\{\s*([NZQRC])\s*\}|([NZQRC])(?![A-Za-z]))")
+_ARRAY = re.compile(
+    r"(?P<open>\\?[\[({|]|\\lbrace)?\s*\\begin\s*\{(?P<name>array|matrix)\}\s*(?:\{[lcr|\s]*\}|\[[^\]]*\])?"
+    r"(?P<body>(?:(?!\\begin).)*?)\\end\s*\{(?P=name)\}\s*(?P<close>\\?[\])}|.])?",
+    re.S,
+)
 _THOUSANDS = re.compile(r"(?<=\d)\s*(?:\\,|\\!|\\ |\{,\}|[ \u00a0\u202f\u2009])\s*(?=\d{3}(?!\d))")
 _EXPONENT = re.compile(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\d.A-Za-z])")
 _DELIMITED = re.compile(r"(?s)^\\([(\[])(.*)\\[)\]]$")
@@ -85,8 +97,12 @@ def normal(text: str) -> str:
     text = re.sub(r"\{\s*([,:])\s*\}", lambda m: "{,}" if m[1] == "," else ":", text)
     text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:\{,\}\d{3})+(?!\d|\{,\})", lambda m: m[0].replace("{,}", ""), text)
     text = re.sub(r"(?<![\d.])(\d+)\{,\}(\d+)(?![\d{])", _decimal_comma, text)
-    text = _THOUSANDS.sub("", text)
-    text = _COLOURED.sub("", re.sub(r"\\\\(?=[A-Za-z]{3})(?!.*\\begin)", r"\\", text))
+    text = _THOUSANDS.sub("", re.sub(r"(?<=\d),\s*\\!\s*(?=\d{3}(?!\d))", "", text))
+    text = _COLOURED.sub("", text)
+    if r"\begin" not in text:  # escaped twice
+        text = re.sub(r"\\\\(?=(?:le|ge|ne|pi|in|cup|cap|pm|[a-zA-Z]{3,})(?![a-zA-Z]))", r"\\", text)
+    text = re.sub(r"\\\\\s*(?=\\end)", "", text)
+    text = _IN_SET.sub(lambda found: rf"{found[1]}\mathbb{{{found[2] or found[3]}}}", text)
     text = _SET.sub(lambda found: rf"\mathbb{{{found[1] or found[2]}}}", text)
     text = re.sub(r"\\(?:mathrm|mathbf|text|rm)\s*\{\s*([CAP])\s*\}(?=\s*_)", r"\1", text)
     for _ in range(4):
@@ -100,15 +116,18 @@ def normal(text: str) -> str:
         text,
     )
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r"^\\circ ", text)
-    text = _BARE_NAME.sub(lambda found: "\\" + _NAMES[found[1]] + " ", text)
+    text = re.sub(r"(?<![A-Za-z])(?:np|math|sympy|sp)\.(?=[a-z])", "", text.replace("**", "^"))
+    text = _BARE_NAME.sub(lambda found: "\\" + _NAMES[found[1] or found[2]] + " ", text)
     text = re.sub(r"√\s?(\d+|[a-z])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = _EXPONENT.sub(r"\1\\times 10^{\2}", text)
+    text = _ARRAY.sub(_array, text)
     for _ in range(3):
         text = _FRAC.sub(_frac, text)
     text = _SQRT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
     text = _CHOOSE_BEFORE.sub(_chosen_before, _CHOOSE.sub(_chosen, text))
     text = _REPEATING.sub(_repeating, text)
+    text = re.sub(r"(?<=\d)\.(?![\d.])", "", text)
     return _MIXED.sub(_mixed, re.sub(r"\s+", " ", text)).strip()
 
 
@@ -178,7 +197,7 @@ def _undelimited(text: str) -> str:
             text = text[1:-1]
         if found := _ALIGNED.match(text):
             text = found[1].replace("&", " ")
-        if (found := bracketed(text)) and found[0] == found[2].replace("}", "{") == "{" and text[0] == "{":
+        if (found := bracketed(text)) and (found[0], found[2]) == ("{", "}"):
             text = found[1]
     text = re.sub(r"\\[()\[\]]", " ", text) if re.search(r"\\[(\[].*\\[)\]]", text, re.S) else text
     dollars = len(re.findall(r"(?<!\\)\$", text))
@@ -192,7 +211,7 @@ def _text_group(found: re.Match[str]) -> str:
     if re.fullmatch(r"[eid]|\d*", inner) and "text" not in name:
         return inner
     if "operatorname" in name or "math" in name:
-        if inner in _NAMES:
+        if inner in _NAMES and not (inner in ("sec", "min") and not found.string[found.end() :].strip(" .}$")):
             return "\\" + _NAMES[inner] + " "
         if "operatorname" in name:
             return rf"\mathop{{{inner}}}"
@@ -213,6 +232,19 @@ def _command(found: re.Match[str]) -> str:
     if same in "{}":
         return "\\" + same
     return same if not same[0].isalpha() else "\\" + same
+
+
+def _array(found: re.Match[str]) -> str:
+    """An array in brackets is a matrix; behind one open brace it is a system."""
+    body = re.sub(r"\\hline|\\\\\s*$", "", found["body"])
+    kinds = {"[]": "bmatrix", "()": "pmatrix", "||": "vmatrix"}
+    opened, closed = found["open"] or "", found["close"] or ""
+    if opened in ("\\{", "\\lbrace") and closed in (".", ""):
+        return rf"\begin{{cases}}{body}\end{{cases}}"
+    kind = kinds.get(opened + closed)
+    if kind:
+        return rf"\begin{{{kind}}}{body}\end{{{kind}}}"
+    return rf"{opened}\begin{{matrix}}{body}\end{{matrix}}{closed}"
 
 
 def _decimal_comma(found: re.Match[str]) -> str:

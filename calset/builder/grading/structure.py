@@ -193,7 +193,8 @@ def _based(text: str) -> Value | None:
 
 def _words(text: str) -> Value | None:
     plain = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split())
-    if not _WORDS.fullmatch(plain) or not (len(plain.strip("() .")) == 1 or re.search(r"[A-Za-z]{3}", plain)):
+    bare = plain.strip("() .")
+    if not _WORDS.fullmatch(plain) or not (re.fullmatch("[A-Za-z]{1,2}", bare) or re.search(r"[A-Za-z]{3}", plain)):
         return None
     if "text" not in text and len(plain.split()) == 1 and len(plain) > 3 and not plain.isalpha():
         return None
@@ -573,9 +574,9 @@ def _equal(gold: Value, pred: Value) -> bool:
 
 
 def _letter_as_value(value: Value, other: Value) -> Value:
-    """A letter alone is a word, and a formula beside a formula."""
+    """Some letters alone are a word, and a product of names beside a formula."""
     if isinstance(value, Text) and isinstance(other, Quantity) and value.key[0] == "words" and len(value.key) == 2:
-        return _quantity(value.key[1]) if len(value.key[1]) == 1 else value
+        return _quantity(value.key[1]) if len(value.key[1]) <= 4 and value.key[1].isalpha() else value
     return value
 
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.extract import Stated, boxes, last_tagged, visible
+from calset.builder.grading.characters import visible
+from calset.builder.grading.extract import Stated, boxes, last_tagged
 
 RULES = "2"  # raise when a change here can change a verdict
 LETTERS = "ABCDEFGHIJ"

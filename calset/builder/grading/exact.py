@@ -17,8 +17,9 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.quantities import scale_of
-from calset.builder.grading.extract import boxes, plain_digits, plain_fractions, stated, visible
+from calset.builder.grading.answers.units import scale_of
+from calset.builder.grading.characters import plain_digits, plain_fractions, visible
+from calset.builder.grading.extract import boxes, stated
 
 RULES = "2"  # raise when a change here can change a verdict
 MAX_NUMBER_CHARS = 1_000  # int() itself refuses more than 4,300 digits

@@ -7,7 +7,6 @@ the catalog.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -50,7 +49,6 @@ _REMARK = re.compile(
     r"required|within|close|easy|simple|clear|checked|shown|boxed|below|above|as\s+follows)\b"
 )
 _DENIED = re.compile(r"(?i)(?:definitely |certainly |probably )?not\b")
-_INVISIBLE = re.compile("[\u0000\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 _ENCLOSED = re.compile(
     r"(?s)(?:\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)|\$([^$\n]{1,1000})\$|\*\*([^*\n]{1,500})\*\*|`([^`\n]{1,500})`)"
 )
@@ -152,26 +150,6 @@ def _first(text: str) -> str:
 
 def _trimmed(text: str) -> str:
     return re.sub(r"[\s.*]+$", "", text).strip()
-
-
-def visible(text: str) -> str:
-    """Without NULs, zero-width characters and direction overrides; typographic minus signs are a minus."""
-    return re.sub("[\u2212\u2012\u2013\ufe63\uff0d]", "-", _INVISIBLE.sub("", text))
-
-
-def plain_digits(text: str) -> str:
-    """Digits of any script as ASCII digits: ``٥`` and ``５`` are 5, as ``int()`` takes them."""
-    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() and not c.isascii() else c for c in text)
-
-
-def plain_fractions(text: str, form: str) -> str:
-    """``½`` and its like written out, ``form`` having two ``%s``. Not by NFKC, which makes 31/2 of ``3½``."""
-    return re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda match: form % _parts(match[0]), text)
-
-
-def _parts(character: str) -> tuple[str, str]:
-    above, _, below = unicodedata.normalize("NFKC", character).partition("\u2044")
-    return above, below
 
 
 def _boxes(text: str) -> Iterator[tuple[Stated, int]]:

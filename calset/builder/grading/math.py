@@ -1,8 +1,8 @@
 r"""The ``math`` grader: the answer that a response states last, compared with the reference, each read whole.
 
-Both sides are brought to one spelling (``tex``) and taken apart (``structure``) into lists, tuples, intervals,
+Both sides are brought to one spelling (``answers.tex``) and taken apart (``answers``) into lists, tuples, intervals,
 equations, quantities, times, formulas and words. Formulas are read by latex2sympy, which math-verify rests on, whole or
-not at all, and compared exactly (``algebra``). A side that is not read whole is text: it equals the same text, or the
+not at all, and compared exactly (``answers.algebra``). A side that is not read whole is text: it equals the same text, or the
 verdict is ``gold_unparsable`` or ``pred_unparsable``.
 
 Known limits: ``10%`` equals ``10`` and ``0.1``; two or more bare letters are a word, so the products ab and ba differ;
@@ -20,9 +20,10 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from calset.builder.grading import Outcome, last_boxed
+from calset.builder.grading.answers.tex import normal
+from calset.builder.grading.characters import visible
 from calset.builder.grading.exact import read_number
-from calset.builder.grading.extract import joined_boxes, stated, visible
-from calset.builder.grading.tex import normal
+from calset.builder.grading.extract import joined_boxes, stated
 
 RULES = "4"  # raise when a change here can change a verdict
 MAX_ANSWER_CHARS = 2_000
@@ -76,18 +77,18 @@ def _spelt(text: str) -> str:
 
 def _compared(gold: str, pred: str, extracted: str, boxes: list[str]) -> Outcome:
     """Compare one answer; several boxes that were joined are one where the reference has as many parts."""
-    from calset.builder.grading import structure
+    from calset.builder.grading import answers
 
     try:
         with _cpu_limit(GRADE_SECONDS):
             if len(boxes) > 1:
                 parts = [_spelt(box) for box in boxes]
-                if structure.n_parts(gold) == len(parts):
+                if answers.n_parts(gold) == len(parts):
                     pred, extracted = ", ".join(parts), ", ".join(boxes)
-            return Outcome("correct" if structure.same(gold, pred) else "incorrect", extracted)
-    except structure.GoldUnread as unread:
+            return Outcome("correct" if answers.same(gold, pred) else "incorrect", extracted)
+    except answers.GoldUnread as unread:
         return Outcome("gold_unparsable", extracted, _line(unread))
-    except structure.PredUnread as unread:
+    except answers.PredUnread as unread:
         return Outcome("pred_unparsable", extracted, _line(unread))
     except _OutOfTime:
         return Outcome("timeout", extracted, f"the comparison took more than {GRADE_SECONDS} s")

@@ -13,11 +13,14 @@ from typing import Any
 
 # Every command that latex2sympy gives a meaning; with another one a formula is text.
 _KNOWN = set(
-    "frac sqrt cdot times div pm mp binom sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh "
-    "arsinh arcosh artanh arcsinh arccosh arctanh log ln exp lim to sum prod int infty max min gcd lcm det lfloor rfloor "
-    "lceil rceil vec hat bar overline tilde overrightarrow dot ddot mathop sgn Re Im begin end circ prime bmod pmod ell hbar nabla "
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi varpi rho varrho sigma "
-    "varsigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
+    (
+        "frac sqrt cdot times div pm mp binom sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh "
+        "cosh tanh arsinh arcosh artanh arcsinh arccosh arctanh log ln exp lim to sum prod int infty max min gcd lcm "
+        "det lfloor rfloor lceil rceil vec hat bar overline tilde overrightarrow dot ddot mathop sgn Re Im begin end "
+        "circ prime bmod pmod ell hbar nabla alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota "
+        "kappa lambda mu nu xi pi varpi rho varrho sigma varsigma tau upsilon phi varphi chi psi omega Gamma Delta "
+        "Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega "
+    ).split()
 )
 _ENVIRONMENTS = {"matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "array", "smallmatrix"}
 _SPREAD = (("37/29", "41/23", "53/31"), ("-43/37", "59/41", "-31/19"), ("61/47", "-29/17", "67/43"))

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from calset.builder.grading.extract import plain_digits, plain_fractions, visible
+from calset.builder.grading.characters import plain_digits, plain_fractions, visible
 
 _SYMBOLS = {
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ",

@@ -33,7 +33,26 @@ def same(gold: str, pred: str) -> bool:
     """
     if text_key(gold) == text_key(pred):
         return True
-    return _equal(read(gold), read(pred))
+    left, right = read(gold), read(pred)
+    if _equal(left, right):
+        return True
+    for value, error in ((left, GoldUnread), (right, PredUnread)):
+        if why := _unread(value):
+            raise error(why)
+    return False
+
+
+def _unread(value: Value) -> str:
+    """Why a value was not read whole; empty where it was."""
+    match value:
+        case Text():
+            return "" if value.whole else value.why or "it is read as text"
+        case Group():
+            return next((why for item in value.items if (why := _unread(item))), "")
+        case Relation():
+            sides = [read(side) for side in (value.left, value.right) if not is_name(side)]
+            return next((why for side in sides if (why := _unread(side))), "")
+    return ""
 
 
 def n_parts(text: str) -> int:

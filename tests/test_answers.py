@@ -139,4 +139,6 @@ def test_a_formula_is_equal_for_all_values_of_its_letters(one: Fraction, two: Fr
 
     factored = rf"\left(x-\left({one}\right)\right)^2"
     assert (verdict(square(two), factored) == "correct") == (one == two)
-    assert (verdict(rf"\sqrt{{{two**2 + 2}}}", rf"\left({one**2 + 2}\right)^{{1/2}}") == "correct") == (one**2 == two**2)
+    assert (verdict(rf"\sqrt{{{two**2 + 2}}}", rf"\left({one**2 + 2}\right)^{{1/2}}") == "correct") == (
+        one**2 == two**2
+    )

@@ -26,7 +26,7 @@ _WRAPPED = re.compile(
 # Only looked at, not taken: one line may hold several statements, and the last counts.
 _LABEL = re.compile(
     r"(?i)(?:\b(?:answer|option|choice)s?|答案|故选|应选|选择|答え|ответ|respuesta|réponse|antwort|resposta|risposta)"
-    r"[*_]*\s*(?:is|was|would be|should be|must be|has to be|will be|为|是|=|:|：)?\s*[:：]?[\s*_]*"
+    r"[*_\"']*\s*(?:is|was|would be|should be|must be|has to be|will be|为|是|=|:|：)?\s*[:：]?[\s*_]*"
     r"(?:(?:therefore|thus|clearly|then|definitely|most likely|probably|the|letter|option|choice|answer)\s*:?\s+)*(?=(?P<said>[^\n]{1,300}))"
 )
 _VERB = re.compile(
@@ -42,7 +42,7 @@ _DENIED = re.compile(r"(?i)\W*(?:not|isn't|cannot|can't|never|neither)\b")
 # What may follow a letter that is an answer: an end, a mark, or the reason for it. "A train" and "I think" are prose.
 _ALONE = re.compile(
     r"(?:\(\s*(?P<round>[A-Ja-j])\s*\)|\[(?P<square>[A-Ja-j])\]|(?P<plain>[A-Ja-j]))"
-    r"(?:\s*$|\s*[.,;:)\]!。，．](?:\s|$|[^\x00-\x7f])|\s+(?:[–—-]\s|because|since|as|for|which|with|and not)(?:\b|(?<=\s)))"
+    r"(?:\s*$|\s*[.,;:)\]!。，．\"'”}](?:\s|$|[^\x00-\x7f])|\s+(?:[–—-]\s|because|since|as|for|which|with|and not)(?:\b|(?<=\s)))"
 )
 _ROUND = re.compile(r"\(\s*([A-Ja-j])\s*\)")
 _SEVERAL = re.compile(r"\(?[A-Ja-j]\)?(?:\s*(?:,|;|/|&|and|or)\s*\(?[A-Ja-j]\)?)+")
@@ -132,7 +132,11 @@ def _read(text: str, options: Mapping[str, str]) -> str | None:
     if _SEVERAL.fullmatch(text):
         return None
     labelled = re.match(r"\(\s*([A-Ja-j])\s*\)|([A-J])\s*(?:[).:](?=\s|\\)|\s[–—-]\s)", text)
-    return (labelled[1] or labelled[2]).upper() if labelled else None
+    if labelled is None:
+        return None
+    letter = (labelled[1] or labelled[2]).upper()
+    other = _by_text(text[labelled.end() :], options)
+    return letter if other in (None, letter) else None  # the letter of one option and the text of another
 
 
 def _read_start(text: str, options: Mapping[str, str]) -> str | None:
@@ -154,7 +158,7 @@ def _read_line(line: str, options: Mapping[str, str], *, alone: bool) -> str | N
         return whole[1].upper()
     if (letter := _by_text(text, options)) is not None:
         return letter
-    labelled = re.match(r"\(\s*([A-J])\s*\)\s|([A-J])(?:\)\s|\s[–—-]\s)", text)
+    labelled = re.match(r"\(\s*([A-J])\s*\)\s|([A-J])(?:\)\s|\s[–—-]\s" + (r"|[.:]\s)" if alone else ")"), text)
     return (labelled[1] or labelled[2]) if labelled else None
 
 

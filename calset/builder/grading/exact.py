@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.answers.units import scale_of
+from calset.builder.grading.answers.units import factor_between, scale_of, unit_of
 from calset.builder.grading.characters import plain_digits, plain_fractions, visible
 from calset.builder.grading.extract import boxes, stated
 
@@ -98,9 +98,18 @@ def read_number(text: str) -> Number | None:
 
 def _equal(gold: Number, pred: Number, tolerance: Any) -> bool:
     allowed = _allowed(gold.value, tolerance)
-    if gold.unit == pred.unit or not gold.unit:
+    if gold.unit == pred.unit or not gold.unit or _one_unit(gold.unit, pred.unit):
         return abs(gold.value - pred.value) <= allowed
     return gold.unit == "%" and not pred.unit and abs(gold.value / 100 - pred.value) <= allowed / 100
+
+
+def _one_unit(one: str, two: str) -> bool:
+    """Two names of one unit: ``km`` and ``kilometers``, ``$`` and ``dollars``."""
+    left, right = unit_of(one), unit_of(two)
+    try:
+        return bool(one and two) and factor_between(left, right) == 1
+    except ValueError:
+        return False
 
 
 def _allowed(gold: Fraction, tolerance: Any) -> Fraction:
@@ -145,4 +154,7 @@ def _clean(text: str) -> str:
 def _text(text: str) -> str:
     """What two equal texts have in common: no case, one space, straight quotes, no outer punctuation."""
     text = plain_digits(unicodedata.normalize("NFC", text)).translate(str.maketrans("‘’“”´", "''\"\"'"))
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
+    text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", " ".join(text.casefold().split()))
+    # A factorial, a prime and a decimal point belong to what they stand at.
+    text = re.sub(r"^[ ,;:!?]+|^\.(?!\d)|[ .,;:?]+$|(?<![\d)])!+$", "", text)
+    return re.sub(r"^([\"'])(.*)\1$", r"\2", text)

@@ -18,25 +18,44 @@ class Stated(NamedTuple):
     at: int
 
 
+class Joined(NamedTuple):
+    """Boxes that stand together: their texts, none where there is one box; ``in_words``: "and", "or" or commas join them;
+    ``labels``: what stands before each, ``(1)`` or ``(a)``."""
+
+    texts: tuple[str, ...] = ()
+    in_words: bool = False
+    labels: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """One answer of all boxes."""
+        if self.labels:
+            return " ".join(f"{label} {text}" for label, text in zip(self.labels, self.texts, strict=True))
+        return ", ".join(self.texts)
+
+
 _BOX = re.compile(
     r"\\(?:boxed|fbox|framebox(?:\s*\[[^\]\n]{0,20}\]){0,2})(?:\s*\{|(?:\s+([A-Za-z])|\s*([0-9]))(?![0-9A-Za-z]))"
 )
 # What joins boxes that together are one answer. "No, ", "wait" and a full stop do not.
 _JOINT = re.compile(
     r"[\s$,;&}]*(?:\\[\])(\[]|\\(?:quad|qquad|text\s*\{\s*(?:and|or|,)\s*\}|[,;: ])|and|or|,|;|\$|\s|\\\\"
-    r"|(?:\\text\s*\{\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\s*=))*[\s$]*"
+    r"|(?:\\text\s*\{\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\s*=|\(\s*(?:[1-9a-h]|[iv]{1,4})\s*\)))*[\s$]*"
 )
+_LABELLED = re.compile(r"(\(\s*(?:[1-9a-h]|[iv]{1,4})\s*\))[\s$]*$")
+_IN_WORDS = re.compile(r"\b(?:and|or)\b|,")
 _HASHES = re.compile(r"(?m)^[ \t]*####[ \t]*(\S[^\n]*)$")
-_WORD = r"(?:(?:final|correct|right)\s+)?answers?|答案|答え|正解|ответ|respuesta|réponse|antwort|resposta|risposta"
+_WORD = r"(?:(?:final|correct|right)\s+)?answers?|ответ|respuesta|réponse|antwort|resposta|risposta"
+_WORD_CJK = r"答案|答え|正解|정답|答(?=\s*[:：])"
 _IS = r"(?:is|are|was|should\s+be|would\s+be|must\s+be|will\s+be|equals|为|是|=|:|：)"
 # The answer is only looked at, not taken: one line may state another ("The answer is 8. No, the answer is 7.").
 _STATED = re.compile(
-    rf"(?i)(?<![\w-])(?<!this )(?<!that )(?<!an )(?<!each )(?<!any )(?<!no )(?:{_WORD})(?:\s+to\s+(?:the|this|your)\s+"
+    rf"(?i)(?:(?<![\w-])(?<!this )(?<!that )(?<!an )(?<!each )(?<!any )(?<!no )(?:{_WORD})|{_WORD_CJK})(?:\s+to\s+(?:the|this|your)\s+"
     rf"(?:question|problem))?[*_\s]{{0,4}}{_IS}\s*[:：]?[*_ \t]*(?=(?P<answer>[^\n]{{1,2000}}|\n))"
 )
-_HEADING = re.compile(rf"(?im)^[ \t#*_]*(?:the\s+)?(?:{_WORD})[ \t*_]*[:：]?[ \t*_]*$")
+_HEADING = re.compile(rf"(?im)^[ \t#*_]*(?:the\s+)?(?:{_WORD}|最终答案|{_WORD_CJK})[ \t*_]*[:：]?[ \t*_]*$")
 _REVERSED = re.compile(
-    r"(?:^|[\n.!?,:]\s+|\b(?:hence|so|thus|therefore|then)\b,?\s+)\**(?P<answer>\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)"
+    r"(?:^|[\n.!?,:]\s+(?:and\s+|but\s+)?|\b(?:hence|so|thus|therefore|then)\b,?\s+)\**(?P<answer>\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)"
     r"|[^\s,.!?:]\S{0,60}(?:\s[A-Za-z]{1,12})?)\**\s+is\s+(?:therefore\s+|thus\s+)?(?:the|our|my)\s+(?:final\s+|correct\s+)?answer\b",
     re.I,
 )
@@ -46,12 +65,17 @@ _REMARK = re.compile(
     r"(?i)(?:(?:therefore|thus|also|indeed|both|clearly|now|only|always|very|quite|not|already|therefore)\s+)*(?:exact|correct|unique|"
     r"approximate|reasonable|verified|confirmed|consistent|rounded|simplified|positive|negative|expressed|given|in\s+the\s+form|"
     r"an?\s+(?:integer|number|fraction|decimal)|obtained|supported|valid|right|wrong|incorrect|independent|plausible|as\s+(?:required|expected)|"
-    r"required|within|close|easy|simple|clear|checked|shown|boxed|below|above|as\s+follows)\b"
+    r"required|within|in\s+[a-z]+[.\s]*$|close|easy|simple|clear|checked|shown|boxed|below|above|as\s+follows)\b"
 )
 _DENIED = re.compile(r"(?i)(?:definitely |certainly |probably )?not\b")
 _ENCLOSED = re.compile(
     r"(?s)(?:\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)|\$([^$\n]{1,1000})\$|\*\*([^*\n]{1,500})\*\*|`([^`\n]{1,500})`)"
 )
+# "Wait, I made a mistake": what stood before is not the answer.
+_TAKEN_BACK = re.compile(
+    r"(?i)\b(?:wait|actually|correction|my mistake|made (?:a|an) (?:mistake|error)|oops|sorry|scratch that)\b"
+)
+_FENCED = re.compile(r"\s*```\w*\n([^`\n]{1,200})\n```\s*")
 _BEHIND = re.compile(
     r"[\s.,;:!*_]*(?:$|(?<=[.,;!:*_])\s|\s*(?:\(|[A-Z]|because\b|since\b|as\b|which\b|so\b|for\b|when\b))"
 )
@@ -72,19 +96,26 @@ def last_boxed(text: str) -> str | None:
     return next((box.text for box in boxes(text)), None)
 
 
-def joined_boxes(text: str) -> list[str]:
+def joined_boxes(text: str) -> Joined:
     r"""The contents of the boxes that end with the last one and are joined by nothing but commas, "and" or "or"; empty
     where that is one box: ``\boxed{2}`` and ``\boxed{5}``."""
     run: list[str] = []
-    begins = None
+    labels: list[str] = []
+    begins, in_words = None, True
     for box, end in _boxes(text):
-        if begins is not None and not _JOINT.fullmatch(text, end, begins):
-            break
+        if begins is not None:
+            if not _JOINT.fullmatch(text, end, begins):
+                break
+            in_words = in_words and bool(_IN_WORDS.search(text, end, begins))
         run.append(box.text.strip())
+        if label := _LABELLED.search(text, max(0, box.at - 12), box.at):
+            labels.append(label[1])
         begins = box.at
         if len(run) > 20:
             break
-    return run[::-1] if len(run) > 1 else []
+    if len(run) < 2:
+        return Joined()
+    return Joined(tuple(run[::-1]), in_words, tuple(labels[::-1]) if len(labels) == len(run) else ())
 
 
 def last_tagged(text: str) -> Stated | None:
@@ -104,10 +135,19 @@ def stated(response: str) -> Stated | None:
     """
     box = next(boxes(response), None)
     if box is not None:
-        return Stated(box.text.strip(), box.at)
+        corrected = _TAKEN_BACK.search(response, box.at)
+        later = stated_in_words(response, corrected.end()) if corrected else None
+        return later or Stated(box.text.strip(), box.at)
     tagged = last_tagged(response)
     if tagged is not None:
         return tagged
+    fenced = _FENCED.fullmatch(response)
+    return stated_in_words(response) or (Stated(fenced[1].strip(), fenced.start(1)) if fenced else None)
+
+
+def stated_in_words(response: str, start: int = 0) -> Stated | None:
+    """The last statement that is no box and no tag, from a position on."""
+    response = response[start:] if start else response
     found = [Stated(_trimmed(match[1]), match.start()) for match in _HASHES.finditer(response)]
     said = list(_labelled(response))
     found.extend(statement for statement in said if not _is_remark(statement.text))
@@ -128,6 +168,7 @@ def _labelled(response: str) -> Iterator[Stated]:
             yield Stated(block, start)
     for match in _STATED.finditer(response):
         text = match["answer"].strip()
+        text = text[1:].strip() if text.startswith("}") else text
         if not text.strip("*_:： "):
             text = _block(response[match.end() :].lstrip("\n \t*_"))
         if text:
@@ -149,7 +190,7 @@ def _first(text: str) -> str:
 
 
 def _trimmed(text: str) -> str:
-    return re.sub(r"[\s.*]+$", "", text).strip()
+    return re.sub(r"[\s.*。]+$", "", text).strip()
 
 
 def _boxes(text: str) -> Iterator[tuple[Stated, int]]:

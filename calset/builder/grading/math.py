@@ -23,7 +23,7 @@ from calset.builder.grading import Outcome, last_boxed
 from calset.builder.grading.answers.tex import normal
 from calset.builder.grading.characters import visible
 from calset.builder.grading.exact import read_number
-from calset.builder.grading.extract import joined_boxes, stated
+from calset.builder.grading.extract import Joined, joined_boxes, stated
 
 RULES = "4"  # raise when a change here can change a verdict
 MAX_ANSWER_CHARS = 2_000
@@ -44,7 +44,7 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     if extracted is None:
         return Outcome("no_answer", detail="no \\boxed{} and no stated answer")
     boxed = last_boxed(answer)
-    gold = _spelt(answer if boxed is None else ", ".join(joined_boxes(answer)) or boxed)
+    gold = _spelt(answer if boxed is None else joined_boxes(answer).text or boxed)
     pred = _spelt(extracted)
     if not gold:
         return Outcome("gold_unparsable", extracted, "the reference answer is empty")
@@ -55,10 +55,11 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
             return Outcome("correct", extracted[:MAX_ANSWER_CHARS])
         long = "gold_unparsable" if len(gold) > MAX_ANSWER_CHARS else "pred_unparsable"
         return Outcome(long, extracted[:MAX_ANSWER_CHARS], f"longer than {MAX_ANSWER_CHARS} characters")
+    boxes = joined_boxes(response)
     one, two = read_number(gold), read_number(pred)
-    if one and two and not one.unit and not two.unit:
+    if one and two and not one.unit and not two.unit and not boxes.texts:
         return Outcome("correct" if one.value == two.value else "incorrect", extracted)
-    return _compared(gold, pred, extracted, joined_boxes(response))
+    return _compared(gold, pred, extracted, boxes)
 
 
 def extract(response: str) -> str | None:
@@ -72,19 +73,20 @@ def extract(response: str) -> str | None:
 
 
 def _spelt(text: str) -> str:
-    return _ABOUT.sub("", _PREAMBLE.sub("", normal(text))).strip()
+    return _ABOUT.sub("", _PREAMBLE.sub("", normal(text))).strip().removeprefix("=").strip()
 
 
-def _compared(gold: str, pred: str, extracted: str, boxes: list[str]) -> Outcome:
-    """Compare one answer; several boxes that were joined are one where the reference has as many parts."""
+def _compared(gold: str, pred: str, extracted: str, boxes: Joined) -> Outcome:
+    """Compare one answer; several boxes that were joined are one where the reference has as many parts, or where words
+    join them: "7 or 8" is not 8."""
     from calset.builder.grading import answers
 
     try:
         with _cpu_limit(GRADE_SECONDS):
-            if len(boxes) > 1:
-                parts = [_spelt(box) for box in boxes]
-                if answers.n_parts(gold) == len(parts):
-                    pred, extracted = ", ".join(parts), ", ".join(boxes)
+            if boxes.texts:
+                parts = [_spelt(box) for box in boxes.texts]
+                if answers.n_parts(gold) == len(parts) or (boxes.in_words and len(set(parts)) > 1):
+                    pred, extracted = boxes._replace(texts=tuple(parts)).text, boxes.text
             return Outcome("correct" if answers.same(gold, pred) else "incorrect", extracted)
     except answers.GoldUnread as unread:
         return Outcome("gold_unparsable", extracted, _line(unread))

@@ -126,6 +126,8 @@ def _prepared(text: str) -> str:
     text = re.sub(r"\\text\s*\{\s*([A-Za-z])\s*\}", r"\1", text)
     if r"\text" in text:
         raise Unread("it holds words")
+    # A transpose, which latex2sympy drops from a name: an exponent of its own.
+    text = re.sub(r"\^\s*(?:\{\s*(?:T|\\top|\\intercal)\s*\}|T(?![A-Za-z])|\\top(?![A-Za-z]))", r"^{\\Xi}", text)
     # Degrees inside a function are an angle.
     text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\\circ", r"(\\frac{\1}{180}\\pi)", text)
     if "circ" in text or "prime}" in text:

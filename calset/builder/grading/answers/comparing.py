@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 from calset.builder.grading.answers import algebra, quantities
 from calset.builder.grading.answers.intervals import FLIPPED, interval_like, pieces_of, same_pieces
+from calset.builder.grading.answers.plain import spelt_number
 from calset.builder.grading.answers.reading import read
 from calset.builder.grading.answers.values import (
     Congruence,
+    Family,
     GoldUnread,
     Group,
     PredUnread,
@@ -49,6 +51,8 @@ def _unread(value: Value) -> str:
             return "" if value.whole else value.why or "it is read as text"
         case Group():
             return next((why for item in value.items if (why := _unread(item))), "")
+        case Family():
+            return _unread(read(value.value))
         case Relation():
             sides = [read(side) for side in (value.left, value.right) if not is_name(side)]
             return next((why for side in sides if (why := _unread(side))), "")
@@ -62,6 +66,8 @@ def n_parts(text: str) -> int:
 
 
 def _equal(gold: Value, pred: Value) -> bool:
+    if isinstance(gold, Family) or isinstance(pred, Family):
+        return _same_family(gold, pred)
     if isinstance(gold, Text) and isinstance(pred, Text) and (gold.key == pred.key or _same_text(gold, pred)):
         return True
     if isinstance(gold, Text) and not gold.whole:
@@ -92,10 +98,31 @@ def _equal(gold: Value, pred: Value) -> bool:
     return False
 
 
+def _same_family(gold: Value, pred: Value) -> bool:
+    """The name of the letter is no difference; what it runs over is, where both say it."""
+    values = []
+    for value in (gold, pred):
+        values.append(value.value if isinstance(value, Family) else None)
+    if isinstance(gold, Family) and isinstance(pred, Family):
+        domains = {
+            gold.domain[:1] if "N" in (gold.domain, pred.domain) else gold.domain,
+            pred.domain[:1] if "N" in (gold.domain, pred.domain) else pred.domain,
+        }
+        if len(domains - {""}) > 1:
+            return False
+        if len(gold.letters) == len(pred.letters) == 1 and gold.letters != pred.letters:
+            if re.search(rf"(?<![A-Za-z\\]){gold.letters}(?![A-Za-z])", pred.value) is None:
+                values[1] = re.sub(rf"(?<![A-Za-z\\]){pred.letters}(?![A-Za-z])", gold.letters, pred.value)
+    left = gold if values[0] is None else _read_whole(values[0], GoldUnread)
+    right = pred if values[1] is None else _read_whole(values[1], PredUnread)
+    return _equal(left, right)
+
+
 def _letter_as_value(value: Value, other: Value) -> Value:
     """Some letters alone are a word, and a product of names beside a formula."""
     if isinstance(value, Text) and isinstance(other, Quantity) and value.key[0] == "words" and len(value.key) == 2:
-        return quantities.read(value.key[1]) if len(value.key[1]) <= 4 and value.key[1].isalpha() else value
+        word = spelt_number(value.key[1]) or value.key[1]
+        return quantities.read(word) if word.isdigit() or (len(word) <= 4 and word.isalpha()) else value
     return value
 
 
@@ -117,9 +144,11 @@ def _same_text(gold: Text, pred: Value) -> bool:
 
 def _same_time(gold: Sequence[str], pred: Sequence[str]) -> bool:
     """Half a day that only the answer says is no difference; one that only the reference says is."""
-    if gold[2:4] != pred[2:4] or gold[1] != pred[1]:
-        return gold[2:4] == pred[2:4] and _hours(gold) == _hours(pred) and bool(gold[4]) != bool(pred[4])
-    return gold[4] == pred[4] or not gold[4]
+    if gold[2:4] != pred[2:4]:
+        return False
+    if bool(gold[4]) == bool(pred[4]):
+        return gold[1] == pred[1] and gold[4] == pred[4]
+    return _hours(gold) == _hours(pred) or (not gold[4] and gold[1] == pred[1])
 
 
 def _hours(time: Sequence[str]) -> int:
@@ -188,12 +217,8 @@ def _same_group(gold: Group, pred: Group) -> bool:
     ordered = gold.opened in ("(", "[", "label") and (
         pred.opened in ("(", "[", "label", "") or gold.opened == pred.opened
     )
-    if (
-        (gold.opened in ("(", "[")
-        and pred.opened == r"\{")
-        or (gold.opened == "["
-        and pred.opened == ""
-        and len(gold.items) == 2)
+    if (gold.opened in ("(", "[") and pred.opened == r"\{") or (
+        gold.opened == "[" and pred.opened == "" and len(gold.items) == 2
     ):
         return False
     if gold.opened == r"\{" and pred.opened in ("(", "["):
@@ -245,6 +270,8 @@ def _same_congruence(gold: Congruence, pred: Congruence) -> bool:
 
 
 def _same_relation(gold: Relation, pred: Relation) -> bool:
+    if (renamed := _renamed(gold, pred)) is not None:
+        pred = renamed
     if text_key(gold.left) == text_key(pred.left) and gold.op == pred.op:
         return _equal(_read_whole(gold.right, GoldUnread), _read_whole(pred.right, PredUnread))
     if (left := pieces_of(gold)) is not None and (right := pieces_of(pred)) is not None:
@@ -267,6 +294,16 @@ def _same_relation(gold: Relation, pred: Relation) -> bool:
     if way is None and ratio is None:
         return False
     return gold.op == pred.op if (way or 1) > 0 or gold.op in ("=", "!=") else gold.op == FLIPPED[pred.op]
+
+
+def _renamed(gold: Relation, pred: Relation) -> Relation | None:
+    """``f(y) = y + 1`` beside ``f(x) = x + 1``: the same function."""
+    one, two = (re.fullmatch(r"(\w+)\s*\(\s*([A-Za-z])\s*\)", relation.left) for relation in (gold, pred))
+    if not one or not two or one[1] != two[1] or one[2] == two[2] or gold.op != pred.op:
+        return None
+    if re.search(rf"(?<![A-Za-z\\]){one[2]}(?![A-Za-z])", pred.right):
+        return None
+    return Relation(gold.left, pred.op, re.sub(rf"(?<![A-Za-z\\]){two[2]}(?![A-Za-z])", one[2], pred.right))
 
 
 def _letter(relation: Relation) -> tuple[str, ...]:

@@ -73,7 +73,9 @@ def read(text: str) -> Quantity:
     numeric = not (getattr(value, "free_symbols", None) or hasattr(value, "shape"))
     unit = units.unit_of(behind) if behind else None
     if money:
-        unit = unit if unit and unit.name else units.unit_of(money[0][-1])
+        sign = units.unit_of(money[0][-1])
+        same_money = unit and unit.name and units.factor_between(unit, sign) is not None
+        unit = unit if same_money else units.Unit(sign.name, (*sign.words, *(unit.words if unit else ())))
     return Quantity(value * factor if factor != 1 else value, unit, numeric)
 
 
@@ -112,6 +114,8 @@ def same(gold: Quantity, pred: Quantity) -> bool:
     except ValueError:
         return False
     if factor is not None:
+        if not units.same_words(units.beside(gold.unit), units.beside(pred.unit)):
+            return False
         if factor.denominator.bit_length() > 120:  # by way of pi
             return False
         return algebra.equal(gold.value * factor.denominator, pred.value * factor.numerator)
@@ -126,7 +130,7 @@ def _same_without_unit(gold: Quantity, pred: Quantity) -> bool:
     unit = gold.unit or pred.unit
     assert unit is not None
     with_unit, without = (gold, pred) if gold.unit else (pred, gold)
-    if unit.name is None and not with_unit.numeric:
+    if (unit.name is None and not with_unit.numeric) or units.qualifies(unit):
         return False
     if algebra.equal(with_unit.value, without.value):
         return True

@@ -15,6 +15,7 @@ from calset.builder.grading.answers.plain import based, clock, date, prose, word
 from calset.builder.grading.answers.tex import bracketed, split
 from calset.builder.grading.answers.values import (
     Congruence,
+    Family,
     Group,
     Piece,
     Pieces,
@@ -86,19 +87,35 @@ def _labelled(text: str) -> Value | None:
 
 
 def _ranged(text: str) -> Value | None:
-    """Without a remark on what a letter runs over, unless that is all."""
-    if (found := _FOR_ALL.search(text)) and found.start():
-        return read(text[: found.start()])
+    """A value and what a letter in it runs over: in words, or as ``k \\in \\mathbb{Z}`` in brackets or among the parts."""
+    if (found := _FOR_ALL.search(text)) and text[: found.start()].strip():
+        return _family(text[: found.start()], found[0])
     parts = [part for part in split(text, re.compile(r"\s*[,;]\s*|\\text\s*\{\s*(?=(?:where|for|with)\b)"))]
     if len(parts) == 1:
         found = re.fullmatch(rf"(.+?)\s*({_RANGE.pattern})", text)
-        return (
-            read(found[1])
-            if found and found[2].lstrip().startswith(("(", r"\text", r"\forall")) and found[1].strip()
-            else None
-        )
-    kept = [part for part in parts if not _RANGE.fullmatch(part.strip())]
-    return read(", ".join(kept)) if kept and len(kept) < len(parts) else None
+        apart = found and found[2].lstrip().startswith(("(", r"\text", r"\forall")) and found[1].strip()
+        return _family(found[1], found[2]) if found and apart else None
+    ranges = [part for part in parts if _RANGE.fullmatch(part.strip())]
+    kept = [part for part in parts if part not in ranges]
+    return _family(", ".join(kept), ranges[0]) if kept and ranges else None
+
+
+def _family(value: str, said: str) -> Family:
+    words = set(re.findall(r"[a-z]+", said.casefold()))
+    found = re.search(r"\\mathbb\{([NZQRC])\}\s*([\^_]?\s*\{?\s*[*+\d]?)", said)
+    if found:
+        domain = found[1] + ("+" if found[2].strip()[-1:] in "*+" and found[2].strip() else "")
+        domain = "N+" if domain == "Z+" else domain
+    else:
+        domain = "R" if "real" in words else "Z" if words & {"integer", "integers"} else ""
+        domain = "N+" if domain == "Z" and "positive" in words else domain
+        domain = "N" if domain == "Z" and words & {"nonnegative", "natural"} or "natural" in words else domain
+    letters = re.findall(r"(?<![A-Za-z\\{])[a-zA-Z](?![A-Za-z}])", re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", said))
+    return Family(
+        value.strip().rstrip(",;( ").strip(),
+        "".join(letter for letter in letters if letter != "a" or len(letters) == 1),
+        domain,
+    )
 
 
 def _system(text: str) -> Value | None:
@@ -143,7 +160,8 @@ def _several(text: str) -> Value | None:
         return None
     if any(_RELATION.fullmatch(part) for part in parts):
         return None
-    return Group(tuple(map(read, parts)))
+    both = re.search(r"(?<![A-Za-z])and(?![A-Za-z])", money)
+    return Group(tuple(map(read, parts)), "", "and" if both else "")
 
 
 def _bracketed(text: str) -> Value | None:
@@ -172,13 +190,18 @@ def _bracketed(text: str) -> Value | None:
 def _set_builder(content: str) -> Value | None:
     """``x | 1 < x < 2``, also with a colon."""
     found = re.fullmatch(r"\s*[A-Za-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]\s*(.+)", content)
-    return read(found[1]) if found else None
+    built = read(found[1]) if found else None
+    return Pieces(built.pieces) if isinstance(built, Pieces) else built
 
 
 def _member(text: str) -> Value | None:
     """``x \\in [1,2]`` is what x is in."""
     found = _MEMBER.match(text)
-    return read(text[found.end() :]) if found and not _RELATION.search(text) else None
+    if not found or _RELATION.search(text):
+        return None
+    value = read(text[found.end() :])
+    pieces = pieces_of(value)
+    return Pieces(pieces.pieces, text_key(text.partition(r"\in")[0].strip())) if pieces else value
 
 
 def _union(text: str) -> Value | None:
@@ -216,6 +239,7 @@ def _about(text: str) -> Value | None:
 
 def _related(text: str) -> Value | None:
     """An equation, an inequality, or a chain of them on one letter."""
+    text = re.sub(r"^=\s*", "", text)
     sides = split(text, _RELATION)
     if len(sides) < 2 or not all(side.strip() for side in sides):
         return None
@@ -238,7 +262,7 @@ def _related(text: str) -> Value | None:
         except algebra.Unread:
             return None
         if is_name(sides[1]):
-            return Pieces((Piece(low, high, operators[0] == "<", operators[1] == "<"),))
+            return Pieces((Piece(low, high, operators[0] == "<", operators[1] == "<"),), text_key(sides[1]))
     return None
 
 

@@ -36,7 +36,7 @@ _GONE += tuple(size + side for size in ("big", "Big", "bigg", "Bigg") for side i
 _SPACES = ("quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "nobreakspace", "hspace*", "newline")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _TEXTUAL = r"\\(?:text(?:normal|rm|bf|it|sf|tt|up)?|mathrm|mathbf|mathit|mathsf|mathtt|mathnormal|mbox|hbox|bold(?:symbol)?|bm|rm|bf|operatorname\*?|emph|underline|displaymath)"
-_TEXT = re.compile(_TEXTUAL + r"\s*\{([^{}]*)\}")
+_TEXT = re.compile(_TEXTUAL + r"\s*\{((?:[^{}]|\^\s*\{[^{}]*\})*)\}")
 _COLOURED = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}\s*")
 _FRAC = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\d)\s*(?=\{)|(?<=\\frac)\s+(?=\{)|([A-Za-z])\s*([A-Za-z\d]))")
 _SQRT = re.compile(r"\\sqrt\s*(?:(\d)|([A-Za-z](?![A-Za-z])))")
@@ -75,7 +75,7 @@ _ALIGNED = re.compile(
 _CHOOSE = re.compile(r"(?:(?<![A-Za-z\\])|(?<=\d))([CAP])_\s*\{?\s*(\d{1,4})\s*\}?\s*\^\s*\{?\s*(\d{1,4})\s*\}?")
 _CHOOSE_BEFORE = re.compile(r"(?:\{\s*\})?[_^]\s*\{?\s*(\d{1,4})\s*\}?\s*([CP])_\s*\{?\s*(\d{1,4})\s*\}?")
 _REPEATING = re.compile(
-    r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{\s*(\d+)\s*\}|\\(?:dot|bar)\s*\{\s*(\d)\s*\}(?:\\dot\s*\{\s*(\d)\s*\})?|\((\d+)\))"
+    r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{\s*(\d+)\s*\}|\\(?:dot|bar)\s*\{\s*(\d)\s*\}(?:(\d*)\\dot\s*\{\s*(\d)\s*\})?|\((\d+)\))"
 )
 # A proper fraction right behind a whole number; "2\frac12\pi" is 5/2 of pi.
 _MIXED = re.compile(
@@ -107,9 +107,16 @@ def normal(text: str) -> str:
     text = re.sub(r"\\(?:mathrm|mathbf|text|rm)\s*\{\s*([CAP])\s*\}(?=\s*_)", r"\1", text)
     for _ in range(4):
         text = _TEXT.sub(_text_group, text)
-    text = re.sub(r"\\\$", "$", text)
+    text = re.sub(r"\\\$|\\textdollar(?![A-Za-z])", "$", text)
+    text = re.sub(r"\\(?:blacksquare|square|qed|Box)(?![A-Za-z])\s*$", "", text)
+    text = re.sub(r"\\mu\s*\\text\s*\{\s*(?=[A-Za-z])", r"\\text{µ", text)
+    text = re.sub(r"([A-Za-z])\^\s*\{\s*\((\d)\)\s*\}", lambda m: m[1] + "'" * int(m[2]), text)
+    text = re.sub(r"\\angle\s*([A-Z])([A-Z])([A-Z])(?![A-Za-z])", _angle, text)
+    text = re.sub(r"(?<![\w)}\]])([\[\]])([^\[\](){}]+,[^\[\](){}]+)([\[\]])(?![\w(])", _interval, text)
     text = _COMMAND.sub(_command, text)
     text = re.sub(r"(?<!\\)\\[,;:!> \n]|~", " ", text)
+    text = re.sub(r"(?<=\d)\s*(?:\\text\s*\{\s*([kM])\s*\})?\s*\\Omega\s*$", r" \\text{\1ohm}", text)
+    text = re.sub(r"\.\.\.+", r"\\dots ", text)
     text = re.sub(
         r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*\\prime(?![A-Za-z])",
         lambda m: "'" * max(1, (m[1] or "").count("prime")),
@@ -126,6 +133,7 @@ def normal(text: str) -> str:
         text = _FRAC.sub(_frac, text)
     text = _SQRT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
     text = _CHOOSE_BEFORE.sub(_chosen_before, _CHOOSE.sub(_chosen, text))
+    text = re.sub(r"(?<![\d.])(\d*)\.(\d*?)(\d)\3\3+\s*(?:\\dots|\.\.\.)(?![A-Za-z])", r"\1.\2\\overline{\3}", text)
     text = _REPEATING.sub(_repeating, text)
     text = re.sub(r"(?<=\d)\.(?![\d.])", "", text)
     return _MIXED.sub(_mixed, re.sub(r"\s+", " ", text)).strip()
@@ -134,7 +142,7 @@ def normal(text: str) -> str:
 def tokens(text: str) -> list[str]:
     """The tokens of a normal text: commands, runs of digits, single characters; spaces only between two numbers; no
     braces around one token; text groups as their letters."""
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r",(?=\s*&)", "", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text))
     found: list[str] = []
     space = False
     for token in _TOKEN.findall(text):
@@ -206,7 +214,7 @@ def _undelimited(text: str) -> str:
 
 
 def _text_group(found: re.Match[str]) -> str:
-    inner = found[1].strip()
+    inner = re.sub(r"\^\s*\{([^{}]*)\}", r"^\1", found[1]).strip()
     name = found[0].partition("{")[0]
     if re.fullmatch(r"[eid]|\d*", inner) and "text" not in name:
         return inner
@@ -217,7 +225,7 @@ def _text_group(found: re.Match[str]) -> str:
             return rf"\mathop{{{inner}}}"
     if re.fullmatch(r"[\d\s.,+\-]*", found[1]) or ("rm" not in name and "text" not in name and len(inner) == 1):
         return found[1]
-    return rf"\text{{{found[1]}}}"
+    return rf"\text{{{re.sub(r'[{}]', '', found[1])}}}"
 
 
 def _command(found: re.Match[str]) -> str:
@@ -245,6 +253,15 @@ def _array(found: re.Match[str]) -> str:
     if kind:
         return rf"\begin{{{kind}}}{body}\end{{{kind}}}"
     return rf"{opened}\begin{{matrix}}{body}\end{{matrix}}{closed}"
+
+
+def _angle(found: re.Match[str]) -> str:
+    return rf"\angle {min(found[1], found[3])}{found[2]}{max(found[1], found[3])}"
+
+
+def _interval(found: re.Match[str]) -> str:
+    """``]0,1[`` is (0,1)."""
+    return ("[" if found[1] == "[" else "(") + found[2] + ("]" if found[3] == "]" else ")")
 
 
 def _decimal_comma(found: re.Match[str]) -> str:
@@ -277,7 +294,7 @@ def _choice(letter: str, n: int, k: int) -> str:
 
 def _repeating(found: re.Match[str]) -> str:
     whole, fixed = found[1] or "0", found[2]
-    period = found[3] or (found[4] or "") + (found[5] or "") or found[6]
+    period = found[3] or (found[4] or "") + (found[5] or "") + (found[6] or "") or found[7]
     below = 10 ** len(fixed) * (10 ** len(period) - 1)
     above = int(whole + fixed + period) - int(whole + fixed)
     return rf"\frac{{{above}}}{{{below}}}"

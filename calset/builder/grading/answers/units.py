@@ -15,6 +15,7 @@ SCALES = {
     "hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9,
     "trillion": 10**12, "quadrillion": 10**15, "dozen": 12, "mil": None, "k": None,
 }  # fmt: skip
+SCALES |= {"万": 10**4, "亿": 10**8, "千": 10**3, "百": 100}
 SCALES = {word: factor for word, factor in SCALES.items() if factor}
 # What people write, and pint's name for it.
 _NAMES = {
@@ -37,9 +38,9 @@ SHORT = {
     "mm", "cm", "dm", "km", "kg", "mg", "ml", "mL", "ft", "in", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "min",
     "mins", "sec", "ms", "mph", "kph", "Hz", "kHz", "MHz", "kW", "MW", "kWh", "kJ", "MJ", "eV", "keV", "MeV", "GeV",
     "Pa", "kPa", "nm", "pm", "am", "mol", "cc", "gal", "pt", "qt", "rad", "deg", "sq", "cu", "st", "nd", "rd", "th",
-    "kN", "mA", "mV", "kV", "dB", "AU", "ly", "pc", "bit", "bits", "ha", "kmh", "kmph", "yr", "yrs", "gm", "rs", "Rs",
+    "kN", "mA", "Mg", "mW", "GW", "TW", "MeV", "mm", "pH", "nF", "pF", "mV", "kV", "dB", "AU", "ly", "pc", "bit", "bits", "ha", "kmh", "kmph", "yr", "yrs", "gm", "rs", "Rs",
 }  # fmt: skip
-_LETTERS = set("msghlLNJWVACKTFHtΩ")
+_LETTERS = set("msghlLNJWVACKTFHMtΩ")
 _LONG_ENOUGH = {"day", "bar", "erg", "mol", "rod", "ton", "rpm"}
 _SKIPPED = {"the", "a", "an", "of", "about", "in", "total", "exactly", "approximately", "each", "is", "are"}
 
@@ -61,7 +62,9 @@ def unit_of(text: str) -> Unit:
     plain = re.sub(r"\^\s*\\circ", "°", plain).replace(r"\cdot", "*").replace(r"\times", "*").replace(r"\%", "%")
     plain = re.sub(r"\^\s*\{\s*(-?\d+)\s*\}|\^\s*(-?\d)", lambda m: f"**{m[1] or m[2]}", plain)
     plain = " ".join(re.sub(r"°\s+(?=[CF]\b)", "°", plain).replace("^", "**").split()).strip(" .,;")
-    words = tuple(_singular(word) for word in re.findall(r"[^\W\d_]+|[°%$€£¥₹¢]", plain.casefold()))
+    # mg and Mg, mW and MW: a short word has its case.
+    found = (word if len(word) <= 2 else word.casefold() for word in re.findall(r"[^\W\d_]+|[°%$€£¥₹¢]", plain))
+    words = tuple(map(singular, found))
     words = tuple(word for word in words if word not in _SKIPPED) or words
     return Unit(_pint_name(plain), words)
 
@@ -69,7 +72,7 @@ def unit_of(text: str) -> Unit:
 def scale_of(text: str) -> tuple[int, str]:
     """The factor of the scale words with which a text begins, and the rest of it: ``million dollars``."""
     factor = 1
-    while found := re.match(r"\s*(?:\\text\s*\{\s*)?([A-Za-z]+)\b", text):
+    while found := re.match(r"\s*(?:\\text\s*\{\s*)?([A-Za-z]+\b|[万亿千百])", text):
         word = found[1].casefold()
         word = word if word in SCALES else word.removesuffix("s")
         if word not in SCALES:
@@ -79,6 +82,25 @@ def scale_of(text: str) -> tuple[int, str]:
         text = (r"\text{" if inside else "") + text[found.end() :]
         text = re.sub(r"^\\text\s*\{\s*(?:of\b)?\s*\}", "", text).strip()
     return factor, text.strip()
+
+
+# Words that say more than what is counted.
+_QUALIFIERS = set(
+    (
+        "or and more less fewer least most not no never rejected extraneous invalid false wrong incorrect if when unless "
+        "except than plus minus to times approximately both neither either above below under over up odd even"
+    ).split()
+)
+
+
+def qualifies(unit: Unit) -> bool:
+    """Return True if words say something of a number that it does not say without them: ``or more``, ``(rejected)``."""
+    return unit.name is None and not _QUALIFIERS.isdisjoint(unit.words)
+
+
+def beside(unit: Unit) -> Unit:
+    """The words beside a currency: ``$20 profit``."""
+    return Unit(None, unit.words[1:] if unit.words[:1] and unit.words[0] in "$€£¥₹" else ())
 
 
 def same_words(one: Unit, two: Unit) -> bool:
@@ -105,7 +127,7 @@ def factor_between(one: Unit, two: Unit) -> Fraction | None:
     return Fraction(left.to(right.units).magnitude)
 
 
-def _singular(word: str) -> str:
+def singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
@@ -135,6 +157,8 @@ def _pint_name(text: str) -> str | None:
 @lru_cache(maxsize=512)
 def _is_unit(word: str) -> bool:
     """pint takes "cats" for centi-technical-atmospheres: a short word must be listed, a long one spelt with its prefix."""
+    if word[:1] in "µμ":
+        return word[1:] in _LETTERS
     if len(word) <= 3 and word.casefold() not in _LONG_ENOUGH:
         return word in SHORT or word in _LETTERS
     try:

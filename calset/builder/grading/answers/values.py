@@ -78,20 +78,28 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """A union of intervals."""
+    """A union of intervals; ``letter``: what is said to be in it, None where nothing is."""
 
     pieces: tuple[Piece, ...]
+    letter: tuple[str, ...] | None = None
 
 
-Value = Text | Quantity | Group | Relation | Congruence | Pieces
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A value for each of a letter's values: ``k\pi`` for ``k \in \mathbb{Z}``; ``domain`` is empty where it is not said."""
+
+    value: str
+    letters: str
+    domain: str
+
+
+Value = Text | Quantity | Group | Relation | Congruence | Pieces | Family
 
 
 def text_key(text: str) -> tuple[str, ...]:
-    found = tokens(text)
-    letters = {token for token in found if token.isalpha() and len(token) == 1}
-    # Case counts only where a text uses a letter in both: R and r.
-    mixed = " " not in text and any(letter.swapcase() in letters for letter in letters)
-    return tuple(found if mixed else [token.casefold() if token.isalpha() else token for token in found])
+    """The tokens by which texts are compared: case counts, but not in words of three letters and more."""
+    text = re.sub(r"(?<![A-Za-z\\])[A-Za-z]{3,}", lambda word: word[0].casefold(), text)
+    return tuple(tokens(text))
 
 
 def is_name(text: str) -> bool:
@@ -104,7 +112,7 @@ def is_name(text: str) -> bool:
         )
         or re.fullmatch(r"\\text\s*\{[^{}]*\}(?:_\{?\w+\}?)?", text)
         or re.fullmatch(
-            r"(?:[A-Za-z](?:_\{?\w+\}?)?'*|\\frac|\\(?:alpha|beta|theta|pi|lambda|mu|triangle|angle)(?![A-Za-z])|[\s:/{}(),|])+",
+            r"(?:[A-Za-z](?:_\{?\w+\}?)?'*|\\frac|\\(?:alpha|beta|theta|pi|lambda|mu|triangle|angle|partial|Delta)(?![A-Za-z])|[\s:/{}(),|])+",
             text,
         )
         or re.fullmatch(r"[A-Z]\(\s*[A-Za-z\s,|><=\d]*\)", text)

@@ -21,20 +21,25 @@ RULES = "2"  # raise when a change here can change a verdict
 LETTERS = "ABCDEFGHIJ"
 
 _WRAPPED = re.compile(
-    r"\\(?:text(?:bf|it|sf|rm|tt|normal)?|math(?:rm|bf|it|sf|bb)|boldsymbol|bm|operatorname|underline|boxed)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|sf|rm|tt|normal)?|math(?:rm|bf|it|sf|bb)|boldsymbol|bm|operatorname|underline|boxed)"
+    r"\s*\{([^{}]*)\}"
 )
 # Only looked at, not taken: one line may hold several statements, and the last counts.
 _LABEL = re.compile(
     r"(?i)(?:\b(?:answer|option|choice)s?|答案|故选|应选|选择|答え|ответ|respuesta|réponse|antwort|resposta|risposta)"
     r"[*_\"']*\s*(?:is|was|would be|should be|must be|has to be|will be|为|是|=|:|：)?\s*[:：]?[\s*_]*"
-    r"(?:(?:therefore|thus|clearly|then|definitely|most likely|probably|the|letter|option|choice|answer)\s*:?\s+)*(?=(?P<said>[^\n]{1,300}))"
+    r"(?:(?:therefore|thus|clearly|then|definitely|most likely|probably|the|letter|option|choice"
+    r"|answer)\s*:?\s+)*(?=(?P<said>[^\n]{1,300}))"
 )
 _VERB = re.compile(
-    r"\b(?:(?i:choose|chose|pick|select|go with|going with|settle on|opt for)\s+(?:(?i:the|option|answer|choice|letter)\s+)*"
-    r"|(?i:must be|has to be|should be)\s+(?:(?i:option|answer|choice|letter)\s+)*)(?=(?P<said>\(?\**[A-J]\b[^\n]{0,300}))"
+    r"\b(?:(?i:choose|chose|pick|select|go with|going with|settle on|opt for)\s+(?:(?i:the|option|answer|choice"
+    r"|letter)\s+)*"
+    r"|(?i:must be|has to be|should be)\s+(?:(?i:option|answer|choice"
+    r"|letter)\s+)*)(?=(?P<said>\(?\**[A-J]\b[^\n]{0,300}))"
 )
 _REVERSED = re.compile(
-    r"(?:^|[\s(*\"“])(?P<said>[A-J])[)*.\"”]*\s+(?:is|must be|has to be|should be)\s+(?:therefore\s+|thus\s+|clearly\s+)?"
+    r"(?:^|[\s(*\"“])(?P<said>[A-J])[)*.\"”]*\s+(?:is|must be|has to be|should be)\s+(?:therefore\s+|thus\s+"
+    r"|clearly\s+)?"
     r"(?:(?:the|our|my)\s+)?(?:(?:final|only)\s+)?(?:correct|right|best|answer)\b(?!\s+(?:about|that|in|to))",
     re.M,
 )
@@ -42,7 +47,8 @@ _DENIED = re.compile(r"(?i)\W*(?:not|isn't|cannot|can't|never|neither)\b")
 # What may follow a letter that is an answer: an end, a mark, or the reason for it. "A train" and "I think" are prose.
 _ALONE = re.compile(
     r"(?:\(\s*(?P<round>[A-Ja-j])\s*\)|\[(?P<square>[A-Ja-j])\]|(?P<plain>[A-Ja-j]))"
-    r"(?:\s*$|\s*[.,;:)\]!。，．\"'”}](?:\s|$|[^\x00-\x7f])|\s+(?:[–—-]\s|because|since|as|for|which|with|and not)(?:\b|(?<=\s)))"
+    r"(?:\s*$|\s*[.,;:)\]!。，．\"'”}]+(?:\s|$|[^\x00-\x7f])|\s+(?:[–—-]\s|because|since|as|for|which|with"
+    r"|and not)(?:\b|(?<=\s)))"
 )
 _ROUND = re.compile(r"\(\s*([A-Ja-j])\s*\)")
 _SEVERAL = re.compile(r"\(?[A-Ja-j]\)?(?:\s*(?:,|;|/|&|and|or)\s*\(?[A-Ja-j]\)?)+")
@@ -182,7 +188,7 @@ def _plain(text: str) -> str:
         text = _WRAPPED.sub(r"\1", text)
         text = re.sub(r"^\s*\{(.*)\}\s*$", r"\1", text, flags=re.S)
     text = re.sub(r"\\[()\[\]]", "", text.replace("**", "").replace("$", "")).translate(_PLAIN)
-    return text.strip(' \t\r\n*_`"“”')
+    return text.replace("`", "").strip(" \t\r\n*_\"“”'")
 
 
 def _comparable(text: str) -> str:

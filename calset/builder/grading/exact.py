@@ -4,8 +4,8 @@ Text is compared after Unicode normalisation (NFC), without case, with runs of s
 straight ones and outer punctuation removed. Two numbers (integers, decimals, fractions, scientific notation, thousands
 separators, digits of any script) are compared as rationals: 0.1 is not 0.10000000001, and 1/2 is 0.5. A currency sign
 or a unit is dropped from the response only when the reference has none; when the reference has one, the response must
-have the same. ``25%`` equals ``0.25`` when the reference is a percentage. ``3 million`` is the number 3000000. ``metadata["tolerance"]`` allows a
-difference: a number (absolute), or a text such as ``"1%"`` (of the reference).
+have the same. ``25%`` equals ``0.25`` when the reference is a percentage, and ``3 million`` is 3000000.
+``metadata["tolerance"]`` allows a difference: a number (absolute), or a text such as ``"1%"`` (of the reference).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_NUMBER_CHARS = 1_000  # int() itself refuses more than 4,300 digits
 MAX_EXPONENT = 5_000
 BARE_CHARS = 40  # a response of one line that is no longer is the answer itself
 
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(r"\\(?:text(?:bf|it|tt|rm|sf|normal)?|math(?:rm|bf|it|tt|sf)|operatorname)\s*\{([^{}]*)\}")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\[dt]?frac(\d)(\d)")
 _TIMES_TEN = re.compile(r"\s*(?:\\times|\\cdot|×|·|\*)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 _MIXED = re.compile(r"([-+]?)(\d{1,20})\s+(\d{1,20})\s*/\s*(\d{1,20})")

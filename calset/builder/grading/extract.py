@@ -19,8 +19,13 @@ class Stated(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """Boxes that stand together: their texts, none where there is one box; ``in_words``: "and", "or" or commas join them;
-    ``labels``: what stands before each, ``(1)`` or ``(a)``."""
+    """Boxes that stand together.
+
+    Args:
+        texts: of the boxes; none where there is one box.
+        in_words: "and", "or" or commas join them all.
+        labels: what stands before each, ``(1)`` or ``(a)``; none where one has none.
+    """
 
     texts: tuple[str, ...] = ()
     in_words: bool = False
@@ -50,26 +55,33 @@ _WORD_CJK = r"答案|答え|正解|정답|答(?=\s*[:：])"
 _IS = r"(?:is|are|was|should\s+be|would\s+be|must\s+be|will\s+be|equals|为|是|=|:|：)"
 # The answer is only looked at, not taken: one line may state another ("The answer is 8. No, the answer is 7.").
 _STATED = re.compile(
-    rf"(?i)(?:(?<![\w-])(?<!this )(?<!that )(?<!an )(?<!each )(?<!any )(?<!no )(?:{_WORD})|{_WORD_CJK})(?:\s+to\s+(?:the|this|your)\s+"
+    rf"(?i)(?:(?<![\w-])(?<!this )(?<!that )(?<!an )(?<!each )(?<!any )(?<!no )(?:{_WORD})"
+    rf"|{_WORD_CJK})(?:\s+to\s+(?:the|this|your)\s+"
     rf"(?:question|problem))?[*_\s]{{0,4}}{_IS}\s*[:：]?[*_ \t]*(?=(?P<answer>[^\n]{{1,2000}}|\n))"
 )
 _HEADING = re.compile(rf"(?im)^[ \t#*_]*(?:the\s+)?(?:{_WORD}|最终答案|{_WORD_CJK})[ \t*_]*[:：]?[ \t*_]*$")
 _REVERSED = re.compile(
-    r"(?:^|[\n.!?,:]\s+(?:and\s+|but\s+)?|\b(?:hence|so|thus|therefore|then)\b,?\s+)\**(?P<answer>\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)"
-    r"|[^\s,.!?:]\S{0,60}(?:\s[A-Za-z]{1,12})?)\**\s+is\s+(?:therefore\s+|thus\s+)?(?:the|our|my)\s+(?:final\s+|correct\s+)?answer\b",
+    r"(?:^|[\n.!?,:]\s+(?:and\s+|but\s+)?|\b(?:hence|so|thus|therefore|then)\b,?\s+)\**(?P<answer>\$[^$\n]{1,200}\$"
+    r"|\\\([^\n]{1,200}?\\\)"
+    r"|[^\s,.!?:]\S{0,60}(?:\s[A-Za-z]{1,12})?)\**\s+is\s+(?:therefore\s+|thus\s+)?(?:the|our|my)\s+(?:final\s+"
+    r"|correct\s+)?answer\b",
     re.I,
 )
 _NO_ANSWER = re.compile(r"(?i)(?:this|that|it|which|what|here|below|above|there|he|she|question|answer|problem)\b")
 # A remark about an answer that was stated before.
 _REMARK = re.compile(
-    r"(?i)(?:(?:therefore|thus|also|indeed|both|clearly|now|only|always|very|quite|not|already|therefore)\s+)*(?:exact|correct|unique|"
-    r"approximate|reasonable|verified|confirmed|consistent|rounded|simplified|positive|negative|expressed|given|in\s+the\s+form|"
-    r"an?\s+(?:integer|number|fraction|decimal)|obtained|supported|valid|right|wrong|incorrect|independent|plausible|as\s+(?:required|expected)|"
+    r"(?i)(?:(?:therefore|thus|also|indeed|both|clearly|now|only|always|very|quite|not|already"
+    r"|therefore)\s+)*(?:exact|correct|unique|"
+    r"approximate|reasonable|verified|confirmed|consistent|rounded|simplified|positive|negative|expressed|given"
+    r"|in\s+the\s+form|"
+    r"an?\s+(?:integer|number|fraction|decimal)|obtained|supported|valid|right|wrong|incorrect|independent|plausible"
+    r"|as\s+(?:required|expected)|"
     r"required|within|in\s+[a-z]+[.\s]*$|close|easy|simple|clear|checked|shown|boxed|below|above|as\s+follows)\b"
 )
 _DENIED = re.compile(r"(?i)(?:definitely |certainly |probably )?not\b")
 _ENCLOSED = re.compile(
-    r"(?s)(?:\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)|\$([^$\n]{1,1000})\$|\*\*([^*\n]{1,500})\*\*|`([^`\n]{1,500})`)"
+    r"(?s)(?:\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)|\$([^$\n]{1,1000})\$"
+    r"|\*\*([^*\n]{1,500})\*\*|`([^`\n]{1,500})`)"
 )
 # "Wait, I made a mistake": what stood before is not the answer.
 _TAKEN_BACK = re.compile(
@@ -83,9 +95,9 @@ _SENTENCE = re.compile(r"(?<=[^\s.])[.!]\s+(?=[A-Z(*_]|\\text)|,?\s+(?=(?:becaus
 
 
 def boxes(text: str) -> Iterator[Stated]:
-    r"""The complete ``\boxed{...}``, ``\fbox{...}`` and ``\framebox{...}``, last first, braces balanced; also ``\boxed 7``.
+    r"""The complete ``\boxed{...}``, ``\fbox{...}`` and ``\framebox{...}``, last first; also ``\boxed 7``.
 
-    Escaped braces do not count. A box that never closes is skipped: its content is not known.
+    Braces are balanced, and escaped ones do not count. A box that never closes is skipped: its content is not known.
     """
     for box, _ in _boxes(text):
         yield box
@@ -130,8 +142,8 @@ def last_tagged(text: str) -> Stated | None:
 def stated(response: str) -> Stated | None:
     r"""The last box; without one the last ``<answer>``; then the last of the other statements; else None.
 
-    These are "#### 7", "The answer is 7", a heading "Answer" with the answer below it, "Hence, 7 is the answer". A remark
-    on an answer ("The answer is exact.") or a denial ("the answer is not 7") states none.
+    These are "#### 7", "The answer is 7", a heading "Answer" with the answer below it, "Hence, 7 is the answer". A
+    remark on an answer ("The answer is exact.") or a denial ("the answer is not 7") states none.
     """
     box = next(boxes(response), None)
     if box is not None:

@@ -2,8 +2,8 @@ r"""The ``math`` grader: the answer that a response states last, compared with t
 
 Both sides are brought to one spelling (``answers.tex``) and taken apart (``answers``) into lists, tuples, intervals,
 equations, quantities, times, formulas and words. Formulas are read by latex2sympy, which math-verify rests on, whole or
-not at all, and compared exactly (``answers.algebra``). A side that is not read whole is text: it equals the same text, or the
-verdict is ``gold_unparsable`` or ``pred_unparsable``.
+not at all, and compared exactly (``answers.algebra``). A side that is not read whole is text: it equals the same text,
+or the verdict is ``gold_unparsable`` or ``pred_unparsable``.
 
 Known limits: ``10%`` equals ``10`` and ``0.1``; two or more bare letters are a word, so the products ab and ba differ;
 an interval (1,2) and a point (1,2) are the same text.
@@ -31,6 +31,9 @@ GRADE_SECONDS = 8
 
 _BARE_NUMBER = re.compile(r"\$?\s*[-+−]?[\d.,/\s]*\d\s*(?:\\?%)?\s*\$?\.?")
 _PREAMBLE = re.compile(r"^\\text\s*\{[^{}]*\b(?:answer|result)\s*(?:is|:|=)\s*:?\s*\}")
+_LETTER = re.compile(r"\(?[A-J]\)?|\\text\s*\{\s*\(?[A-J]\)?\s*\}")
+# The letter of an option before its text: "\textbf{(C) } 12".
+_OPTION = re.compile(r"^\\text\s*\{\s*\(?[A-J]\)\s*\}\s*(?=\S)")
 _ABOUT = re.compile(r"^(?:\\approx|≈|\\doteq)\s*")
 
 
@@ -46,6 +49,8 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     boxed = last_boxed(answer)
     gold = _spelt(answer if boxed is None else joined_boxes(answer).text or boxed)
     pred = _spelt(extracted)
+    if not _LETTER.fullmatch(gold):
+        pred = _OPTION.sub("", pred)
     if not gold:
         return Outcome("gold_unparsable", extracted, "the reference answer is empty")
     if not pred:

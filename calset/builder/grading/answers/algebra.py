@@ -12,8 +12,8 @@ import re
 from typing import Any
 
 # Every command that latex2sympy gives a meaning; with another one a formula is text.
-_KNOWN = set(
-    (
+_KNOWN = frozenset(
+    (  # noqa: SIM905
         "frac sqrt cdot times div pm mp binom sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh "
         "cosh tanh arsinh arcosh artanh arcsinh arccosh arctanh log ln exp lim to sum prod int infty max min gcd lcm "
         "det lfloor rfloor lceil rceil vec hat bar overline tilde overrightarrow dot ddot mathop sgn Re Im begin end "
@@ -53,7 +53,7 @@ def read(text: str) -> Any:
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Return True if two expressions (or matrices of one shape) have the same value, for all values of their symbols."""
+    """Return True if two expressions, or matrices of one shape, are equal for all values of their symbols."""
     import sympy
 
     if isinstance(left, sympy.MatrixBase) or isinstance(right, sympy.MatrixBase):

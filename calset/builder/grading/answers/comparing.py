@@ -100,22 +100,20 @@ def _equal(gold: Value, pred: Value) -> bool:
 
 def _same_family(gold: Value, pred: Value) -> bool:
     """The name of the letter is no difference; what it runs over is, where both say it."""
-    values = []
-    for value in (gold, pred):
-        values.append(value.value if isinstance(value, Family) else None)
     if isinstance(gold, Family) and isinstance(pred, Family):
-        domains = {
-            gold.domain[:1] if "N" in (gold.domain, pred.domain) else gold.domain,
-            pred.domain[:1] if "N" in (gold.domain, pred.domain) else pred.domain,
-        }
-        if len(domains - {""}) > 1:
+        domains = {gold.domain, pred.domain} - {""}
+        if len(domains) > 1 and domains != {"N", "N+"}:  # 0 is a natural number for some
             return False
-        if len(gold.letters) == len(pred.letters) == 1 and gold.letters != pred.letters:
-            if re.search(rf"(?<![A-Za-z\\]){gold.letters}(?![A-Za-z])", pred.value) is None:
-                values[1] = re.sub(rf"(?<![A-Za-z\\]){pred.letters}(?![A-Za-z])", gold.letters, pred.value)
-    left = gold if values[0] is None else _read_whole(values[0], GoldUnread)
-    right = pred if values[1] is None else _read_whole(values[1], PredUnread)
+        if len(gold.letters) == len(pred.letters) == 1 and not _has_letter(pred.value, gold.letters):
+            renamed = re.sub(rf"(?<![A-Za-z\\]){pred.letters}(?![A-Za-z])", gold.letters, pred.value)
+            pred = Family(renamed, gold.letters, pred.domain)
+    left = _read_whole(gold.value, GoldUnread) if isinstance(gold, Family) else gold
+    right = _read_whole(pred.value, PredUnread) if isinstance(pred, Family) else pred
     return _equal(left, right)
+
+
+def _has_letter(text: str, letter: str) -> bool:
+    return re.search(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", text) is not None
 
 
 def _letter_as_value(value: Value, other: Value) -> Value:
@@ -301,7 +299,7 @@ def _renamed(gold: Relation, pred: Relation) -> Relation | None:
     one, two = (re.fullmatch(r"(\w+)\s*\(\s*([A-Za-z])\s*\)", relation.left) for relation in (gold, pred))
     if not one or not two or one[1] != two[1] or one[2] == two[2] or gold.op != pred.op:
         return None
-    if re.search(rf"(?<![A-Za-z\\]){one[2]}(?![A-Za-z])", pred.right):
+    if _has_letter(pred.right, one[2]):
         return None
     return Relation(gold.left, pred.op, re.sub(rf"(?<![A-Za-z\\]){two[2]}(?![A-Za-z])", one[2], pred.right))
 

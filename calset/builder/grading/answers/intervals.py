@@ -6,6 +6,7 @@ Must not know: text beyond the ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from calset.builder.grading.answers import algebra, quantities
@@ -19,7 +20,7 @@ def all_but(points: Sequence[Any]) -> Value | None:
     if ordered is None:
         return None
     ends = [None, *(piece.low for piece in ordered), None]
-    return Pieces(tuple(Piece(low, high, True, True) for low, high in zip(ends, ends[1:], strict=False)))
+    return Pieces(tuple(Piece(low, high, True, True) for low, high in pairwise(ends)))
 
 
 def pieces_of(value: Value) -> Pieces | None:
@@ -31,11 +32,8 @@ def pieces_of(value: Value) -> Pieces | None:
             ends = [item.value for item in value.items if isinstance(item, Quantity)]
             if len(ends) != 2 or any(hasattr(end, "shape") for end in ends):
                 return None
-            if (
-                ends[0].is_infinite is True
-                and algebra.sign(ends[0]) != -1
-                or ends[1].is_infinite is True
-                and algebra.sign(ends[1]) != 1
+            if (ends[0].is_infinite is True and algebra.sign(ends[0]) != -1) or (
+                ends[1].is_infinite is True and algebra.sign(ends[1]) != 1
             ):
                 return None
             low, high = (None if end.is_infinite else end for end in ends)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 
 LABEL = re.compile(
-    r"\(\s*(?P<round>\d|[a-h]|i{1,3}|iv|vi{0,3})\s*\)|(?<![\w.])(?P<half>[1-9]|[a-h]|i{1,3}|iv|vi{0,3})\)|(?P<ring>[①-⑨])"
+    r"\(\s*(?P<round>\d|[a-h]|i{1,3}|iv|vi{0,3})\s*\)|(?<![\w.])(?P<half>[1-9]|[a-h]|i{1,3}|iv|vi{0,3})\)"
+    r"|(?P<ring>[①-⑨])"
 )
 _ROMAN = {"i": 1, "ii": 2, "iii": 3, "iv": 4, "v": 5, "vi": 6, "vii": 7, "viii": 8}
 

@@ -93,11 +93,10 @@ def _unit_behind(text: str) -> tuple[str, str]:
     if not found:
         return text, ""
     head, unit = found["head"], found["unit"]
-    bare = re.fullmatch(r"\s*([A-Za-z]{2})\s*", unit)
-    # "2ab" and "3 xy" are products; "5cm" is not.
-    if bare and bare[1] not in units.SHORT:
-        return text, ""
-    if re.fullmatch(r"[A-Za-z]+", unit) and unit not in units.SHORT and (not head or not head[-1].isspace()):
+    bare = re.match(r"(\s*)([A-Za-z]+)(?![A-Za-z])", unit)
+    # "2ab", "3xy^2" and "3 xy" are products; "5cm" is not.
+    apart = bare and (bare[1] or not head or head[-1].isspace())
+    if bare and bare[2] not in units.SHORT and (len(bare[2]) == 2 or not apart):
         return text, ""
     if re.search(r"[A-Za-z\\^_*/+=-]\s*$", head) and not re.search(r"(?:\\pi|[A-Za-z])\s*$", head):
         return text, ""

@@ -37,14 +37,16 @@ _OPERATORS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!="}
 
 # "k \in \mathbb{Z}", "(n \in \mathbb{N}^*)": says what a letter runs over.
 _RANGE = re.compile(
-    r"\(?\s*(?:\\text\s*\{\s*(?:where|for(?: all| any| every| some)?|with)\s*\}|\\forall|where|for)?\s*\$?[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\\in\s*"
+    r"\(?\s*(?:\\text\s*\{\s*(?:where|for(?: all| any| every| some)?|with)\s*\}|\\forall|where"
+    r"|for)?\s*\$?[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\\in\s*"
     r"\\mathbb\{[NZQRC]\}\s*(?:[\^_]\s*\{?\s*[*+0\d]\s*\}?)?\s*\)?"
 )
 
 
 # "for all real numbers t", "where k is an integer": words and letters alone.
 _FOR_ALL = re.compile(
-    r"\s*[,(]?\s*(?:\\text\s*\{\s*)?(?<![A-Za-z])(?:for (?:all|any|every|each|some)|where|(?=[a-z] (?:is )?an? (?:\w+ )?integer))[A-Za-z\s{},]*(?:\\text\s*\{[A-Za-z\s,]*\}[A-Za-z\s{},]*)*\)?$"
+    r"\s*[,(]?\s*(?:\\text\s*\{\s*)?(?<![A-Za-z])(?:for (?:all|any|every|each|some)|where"
+    r"|(?=[a-z] (?:is )?an? (?:\w+ )?integer))[A-Za-z\s{},]*(?:\\text\s*\{[A-Za-z\s,]*\}[A-Za-z\s{},]*)*\)?$"
 )
 
 
@@ -56,7 +58,7 @@ _CONGRUENCE = re.compile(r"(.+?)\\equiv(.+?)[\s(]*(?:\\[pb]mod|\\text\s*\{\s*mod
 
 def read(text: str) -> Value:
     """The value of a normal text; ``Text`` that is not whole where no reader takes it."""
-    text = text.strip().rstrip(".,;").strip()
+    text = re.sub(r"(?<!\\)[.,;\s]+$", "", text.strip())
     for reader in _READERS:
         found = reader(text)
         if found is not None:
@@ -87,10 +89,10 @@ def _labelled(text: str) -> Value | None:
 
 
 def _ranged(text: str) -> Value | None:
-    """A value and what a letter in it runs over: in words, or as ``k \\in \\mathbb{Z}`` in brackets or among the parts."""
+    r"""A value and what a letter in it runs over: in words, or as ``k \in \mathbb{Z}``."""
     if (found := _FOR_ALL.search(text)) and text[: found.start()].strip():
         return _family(text[: found.start()], found[0])
-    parts = [part for part in split(text, re.compile(r"\s*[,;]\s*|\\text\s*\{\s*(?=(?:where|for|with)\b)"))]
+    parts = split(text, re.compile(r"\s*[,;]\s*|\\text\s*\{\s*(?=(?:where|for|with)\b)"))
     if len(parts) == 1:
         found = re.fullmatch(rf"(.+?)\s*({_RANGE.pattern})", text)
         apart = found and found[2].lstrip().startswith(("(", r"\text", r"\forall")) and found[1].strip()
@@ -109,7 +111,7 @@ def _family(value: str, said: str) -> Family:
     else:
         domain = "R" if "real" in words else "Z" if words & {"integer", "integers"} else ""
         domain = "N+" if domain == "Z" and "positive" in words else domain
-        domain = "N" if domain == "Z" and words & {"nonnegative", "natural"} or "natural" in words else domain
+        domain = "N" if (domain == "Z" and words & {"nonnegative", "natural"}) or "natural" in words else domain
     letters = re.findall(r"(?<![A-Za-z\\{])[a-zA-Z](?![A-Za-z}])", re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", said))
     return Family(
         value.strip().rstrip(",;( ").strip(),
@@ -284,5 +286,6 @@ def _ratio(text: str) -> Value | None:
 
 
 _READERS: tuple[Callable[[str], Value | None], ...] = (
-    _empty_set, date, clock, based, words, prose, _labelled, _ranged, _system, _congruent, _about, _member, _several, _bracketed, _related, _ratio,
+    _empty_set, date, clock, based, words, prose, _labelled, _ranged, _system, _congruent, _about, _member, _several,
+    _bracketed, _related, _ratio,
 )  # fmt: skip

@@ -35,7 +35,10 @@ _GONE = ("displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "left
 _GONE += tuple(size + side for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m"))
 _SPACES = ("quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "nobreakspace", "hspace*", "newline")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
-_TEXTUAL = r"\\(?:text(?:normal|rm|bf|it|sf|tt|up)?|mathrm|mathbf|mathit|mathsf|mathtt|mathnormal|mbox|hbox|bold(?:symbol)?|bm|rm|bf|operatorname\*?|emph|underline|displaymath)"
+_TEXTUAL = (
+    r"\\(?:text(?:normal|rm|bf|it|sf|tt|up)?|mathrm|mathbf|mathit|mathsf"
+    r"|mathtt|mathnormal|mbox|hbox|bold(?:symbol)?|bm|rm|bf|operatorname\*?|emph|underline|displaymath)"
+)
 _TEXT = re.compile(_TEXTUAL + r"\s*\{((?:[^{}]|\^\s*\{[^{}]*\})*)\}")
 _COLOURED = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}\s*")
 _FRAC = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\d)\s*(?=\{)|(?<=\\frac)\s+(?=\{)|([A-Za-z])\s*([A-Za-z\d]))")
@@ -45,8 +48,8 @@ _NAMES = {
     "ch": "cosh", "th": "tanh", "arsh": "arsinh", "asin": "arcsin", "acos": "arccos", "atan": "arctan",
     "log": "log", "ln": "ln", "lg": "log_{10}", "exp": "exp", "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot",
     "sec": "sec", "csc": "csc", "arcsin": "arcsin", "arccos": "arccos", "arctan": "arctan", "arccot": "arccot",
-    "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "max": "max", "min": "min", "gcd": "gcd", "lcm": "lcm", "oo": "infty",
-    "det": "det", "sqrt": "sqrt", "pi": "pi", "infinity": "infty", "infty": "infty", "theta": "theta",
+    "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "max": "max", "min": "min", "gcd": "gcd", "lcm": "lcm",
+    "oo": "infty", "det": "det", "sqrt": "sqrt", "pi": "pi", "infinity": "infty", "infty": "infty", "theta": "theta",
     "sgn": "operatorname{sgn}",
 }  # fmt: skip
 # "5 sec" and "3 min" are units, "sec x" is a function.
@@ -75,7 +78,8 @@ _ALIGNED = re.compile(
 _CHOOSE = re.compile(r"(?:(?<![A-Za-z\\])|(?<=\d))([CAP])_\s*\{?\s*(\d{1,4})\s*\}?\s*\^\s*\{?\s*(\d{1,4})\s*\}?")
 _CHOOSE_BEFORE = re.compile(r"(?:\{\s*\})?[_^]\s*\{?\s*(\d{1,4})\s*\}?\s*([CP])_\s*\{?\s*(\d{1,4})\s*\}?")
 _REPEATING = re.compile(
-    r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{\s*(\d+)\s*\}|\\(?:dot|bar)\s*\{\s*(\d)\s*\}(?:(\d*)\\dot\s*\{\s*(\d)\s*\})?|\((\d+)\))"
+    r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{\s*(\d+)\s*\}|\\(?:dot"
+    r"|bar)\s*\{\s*(\d)\s*\}(?:(\d*)\\dot\s*\{\s*(\d)\s*\})?|\((\d+)\))"
 )
 # A proper fraction right behind a whole number; "2\frac12\pi" is 5/2 of pi.
 _MIXED = re.compile(
@@ -198,7 +202,7 @@ def _undelimited(text: str) -> str:
     before = None
     while text != before:
         before = text
-        text = text.strip(" \t\r\n*`").rstrip(".,;。").strip()
+        text = re.sub(r"(?<!\\)[.,;。\s]+$", "", text.strip(" \t\r\n*`")).strip()
         if found := _DELIMITED.match(text):
             text = found[2]
         if len(text) > 1 and text[0] == text[-1] and text[0] in '"“”' and text.count(text[0]) == 2:

@@ -38,7 +38,8 @@ SHORT = {
     "mm", "cm", "dm", "km", "kg", "mg", "ml", "mL", "ft", "in", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "min",
     "mins", "sec", "ms", "mph", "kph", "Hz", "kHz", "MHz", "kW", "MW", "kWh", "kJ", "MJ", "eV", "keV", "MeV", "GeV",
     "Pa", "kPa", "nm", "pm", "am", "mol", "cc", "gal", "pt", "qt", "rad", "deg", "sq", "cu", "st", "nd", "rd", "th",
-    "kN", "mA", "Mg", "mW", "GW", "TW", "MeV", "mm", "pH", "nF", "pF", "mV", "kV", "dB", "AU", "ly", "pc", "bit", "bits", "ha", "kmh", "kmph", "yr", "yrs", "gm", "rs", "Rs",
+    "kN", "mA", "Mg", "mW", "GW", "TW", "nF", "pF", "mV", "kV", "dB", "AU", "ly", "pc", "bit", "bits", "ha", "kmh",
+    "kmph", "yr", "yrs", "gm", "rs", "Rs",
 }  # fmt: skip
 _LETTERS = set("msghlLNJWVACKTFHMtΩ")
 _LONG_ENOUGH = {"day", "bar", "erg", "mol", "rod", "ton", "rpm"}
@@ -85,12 +86,11 @@ def scale_of(text: str) -> tuple[int, str]:
 
 
 # Words that say more than what is counted.
-_QUALIFIERS = set(
-    (
-        "or and more less fewer least most not no never rejected extraneous invalid false wrong incorrect if when unless "
-        "except than plus minus to times approximately both neither either above below under over up odd even"
-    ).split()
-)
+_QUALIFIERS = {
+    "or", "and", "more", "less", "fewer", "least", "most", "not", "no", "never", "rejected", "extraneous",
+    "invalid", "false", "wrong", "incorrect", "if", "when", "unless", "except", "than", "plus", "minus", "to",
+    "times", "approximately", "both", "neither", "either", "above", "below", "under", "over", "up", "odd", "even",
+}  # fmt: skip
 
 
 def qualifies(unit: Unit) -> bool:
@@ -156,7 +156,7 @@ def _pint_name(text: str) -> str | None:
 
 @lru_cache(maxsize=512)
 def _is_unit(word: str) -> bool:
-    """pint takes "cats" for centi-technical-atmospheres: a short word must be listed, a long one spelt with its prefix."""
+    """pint takes "cats" for centi-technical-atmospheres: a short word must be listed, a long one spelt out."""
     if word[:1] in "µμ":
         return word[1:] in _LETTERS
     if len(word) <= 3 and word.casefold() not in _LONG_ENOUGH:

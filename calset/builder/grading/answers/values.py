@@ -86,7 +86,7 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A value for each of a letter's values: ``k\pi`` for ``k \in \mathbb{Z}``; ``domain`` is empty where it is not said."""
+    r"""A value for each value of a letter: ``k\pi`` for ``k \in \mathbb{Z}``; ``domain`` may be empty."""
 
     value: str
     letters: str
@@ -112,7 +112,8 @@ def is_name(text: str) -> bool:
         )
         or re.fullmatch(r"\\text\s*\{[^{}]*\}(?:_\{?\w+\}?)?", text)
         or re.fullmatch(
-            r"(?:[A-Za-z](?:_\{?\w+\}?)?'*|\\frac|\\(?:alpha|beta|theta|pi|lambda|mu|triangle|angle|partial|Delta)(?![A-Za-z])|[\s:/{}(),|])+",
+            r"(?:[A-Za-z](?:_\{?\w+\}?)?'*|\\frac|\\(?:alpha|beta|theta|pi|lambda|mu|triangle|angle|partial|Delta"
+            r"|complement|cap|cup)(?![A-Za-z])|[\s:/{}(),|_])+",
             text,
         )
         or re.fullmatch(r"[A-Z]\(\s*[A-Za-z\s,|><=\d]*\)", text)

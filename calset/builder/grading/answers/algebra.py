@@ -185,9 +185,8 @@ def _found(expression: Any) -> Any:
     known = {"i": sympy.I, "e": sympy.E}
     bound = set().union(*(loop.variables for loop in expression.atoms(sympy.Sum, sympy.Product, sympy.Integral)))
     changed = {float_: sympy.Rational(str(float_)) for float_ in expression.atoms(sympy.Float)}
-    changed |= {s: known[s.name] for s in expression.free_symbols - bound if s.name in known}
     # Two assumptions make two symbols of one name.
-    changed |= {s: sympy.Symbol(s.name) for s in expression.free_symbols - bound if s.name not in known}
+    changed |= {s: known.get(str(s)) or sympy.Symbol(str(s)) for s in expression.free_symbols - bound}
     return expression.xreplace(changed) if changed else expression
 
 
@@ -240,14 +239,14 @@ def _bits(expression: Any) -> float:
     total = 0.0
     for part in sympy.preorder_traversal(expression):
         if isinstance(part, sympy.Pow):
-            exponent = part.exp if part.exp.is_Rational else None
-            if exponent is None:
-                return float("inf") if part.exp.atoms(sympy.Pow, sympy.factorial) else total
+            exponent: Any = part.exp
+            if not exponent.is_Rational:
+                return float("inf") if exponent.atoms(sympy.Pow, sympy.factorial) else total
             base = max((max(abs(n.p), n.q).bit_length() for n in part.base.atoms(sympy.Rational)), default=1)
-            total += base * float(abs(exponent))
+            total += base * abs(float(exponent))
         elif isinstance(part, sympy.factorial):
-            argument = part.args[0]
-            total += 64 * float(abs(argument)) if argument.is_Rational else float("inf")
+            argument: Any = part.args[0]
+            total += 64 * abs(float(argument)) if argument.is_Rational else float("inf")
         elif isinstance(part, sympy.Rational):
             total += max(abs(part.p), part.q).bit_length()
     return total

@@ -89,9 +89,10 @@ def _equal(gold: Value, pred: Value) -> bool:
             return _same_congruence(gold, pred)
         case Group(), Group() if (gold.opened == ":") == (pred.opened == ":"):
             return _same_group(gold, pred)
-        case (Group(opened=":"), Quantity()) | (Quantity(), Group(opened=":")):
-            ratio, other = (gold, pred) if isinstance(gold, Group) else (pred, gold)
-            return _is_quotient(ratio, other)
+        case Group(opened=":"), Quantity():
+            return _is_quotient(gold, pred)
+        case Quantity(), Group(opened=":"):
+            return _is_quotient(pred, gold)
     left, right = pieces_of(gold), pieces_of(pred)
     if left is not None and right is not None:
         return same_pieces(left, right)

@@ -212,6 +212,8 @@ def _value(expression: Any, point: dict[Any, Any]) -> Any:
     """The value at a point as a number of fifty digits; None where it has none."""
     import sympy
 
+    if point and expression.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit):
+        return None  # a sum at each point takes seconds
     try:
         found = expression.evalf(DIGITS, subs=point) if point else expression.evalf(DIGITS)
         if not found.is_number or found.has(sympy.nan, sympy.zoo, sympy.oo) or found.atoms(sympy.Function):

@@ -121,7 +121,8 @@ def _letter_as_value(value: Value, other: Value) -> Value:
     """Some letters alone are a word, and a product of names beside a formula."""
     if isinstance(value, Text) and isinstance(other, Quantity) and value.key[0] == "words" and len(value.key) == 2:
         word = spelt_number(value.key[1]) or value.key[1]
-        return quantities.read(word) if word.isdigit() or (len(word) <= 4 and word.isalpha()) else value
+        if word.isdigit() or (len(word) <= 4 and word.isalpha()):
+            return quantities.read_or_none(word) or value
     return value
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from calset.builder.grading import Outcome
 from calset.builder.grading.characters import visible
-from calset.builder.grading.extract import Stated, boxes, last_tagged
+from calset.builder.grading.extract import Stated, boxes, denied, joined_boxes, last_tagged
 
 RULES = "2"  # raise when a change here can change a verdict
 LETTERS = "ABCDEFGHIJ"
@@ -27,14 +27,14 @@ _WRAPPED = re.compile(
 # Only looked at, not taken: one line may hold several statements, and the last counts.
 _LABEL = re.compile(
     r"(?i)(?:\b(?:answer|option|choice)s?|答案|故选|应选|选择|答え|ответ|respuesta|réponse|antwort|resposta|risposta)"
-    r"[*_\"']*\s*(?:is|was|would be|should be|must be|has to be|will be|为|是|=|:|：)?\s*[:：]?[\s*_]*"
+    r"[*_\"']*\s*(?:(?:is|was|would be|should be|must be|has to be|will be|=)(?![A-Za-z])|为|是|:|：|(?<=[选择]))\s*[:：]?[\s*_]*"
     r"(?:(?:therefore|thus|clearly|then|definitely|most likely|probably|the|letter|option|choice"
     r"|answer)\s*:?\s+)*(?=(?P<said>[^\n]{1,300}))"
 )
 _VERB = re.compile(
-    r"\b(?:(?i:choose|chose|pick|select|go with|going with|settle on|opt for)\s+(?:(?i:the|option|answer|choice"
+    r"\b(?:(?i:choose|chose|pick|select|go with|going with|settle on|opt for|actually,?|rather,?)\s+(?:(?i:the|option|answer|choice"
     r"|letter)\s+)*"
-    r"|(?i:must be|has to be|should be)\s+(?:(?i:option|answer|choice"
+    r"|(?i:must be|has to be|should be|it is|it's)\s+(?:(?i:option|answer|choice"
     r"|letter)\s+)*)(?=(?P<said>\(?\**[A-J]\b[^\n]{0,300}))"
 )
 _REVERSED = re.compile(
@@ -44,6 +44,13 @@ _REVERSED = re.compile(
     re.M,
 )
 _DENIED = re.compile(r"(?i)\W*(?:not|isn't|cannot|can't|never|neither)\b")
+# "A or B is correct", "do not choose B", "if B is correct".
+_HEDGED = re.compile(
+    r"(?i)\b(?:or|and|nor|if|whether|unless|nobody says|no one says|not true that|(?:not|never|n't|cannot)\s+\w+)[\s(*]*$"
+)
+_DENIED_BEHIND = re.compile(
+    r"(?i)[(\[]?[A-J][)\]]?\s*[:.,–—-]?\s*(?:(?:is|as|seems|looks)\s+)?(?:incorrect|wrong|false|not|impossible)\b"
+)
 # What may follow a letter that is an answer: an end, a mark, or the reason for it. "A train" and "I think" are prose.
 _ALONE = re.compile(
     r"(?:\(\s*(?P<round>[A-Ja-j])\s*\)|\[(?P<square>[A-Ja-j])\]|(?P<plain>[A-Ja-j]))"
@@ -112,19 +119,38 @@ def _last_statement(response: str, options: Mapping[str, str]) -> Stated | None:
 
     A letter that is denied ("E is not the answer") is no statement. A box with a formula loses to a letter anywhere.
     """
-    placed = list(boxes(response))[:1]
+    placed = [box for box in boxes(response) if not _refused(response, box)][:1]
+    joined = joined_boxes(response)
+    if joined.in_words and len({_read(text, options) for text in joined.texts}) > 1:
+        return Stated(joined.text, len(response))  # "\boxed{A} and \boxed{B}" is no one letter
     if (tagged := last_tagged(response)) is not None:
         placed.append(tagged)
     found = [box for box in placed if _read(box.text, options) is not None or _SEVERAL.fullmatch(_plain(box.text))]
     for pattern in (_LABEL, _VERB, _REVERSED):
         for match in pattern.finditer(response):
-            letter = None if _DENIED.match(match["said"]) else _read_start(match["said"], options)
-            if letter is not None:
+            if _HEDGED.search(response, max(0, match.start() - 30), match.start("said")):
+                continue
+            if _DENIED.match(match["said"]) or _DENIED_BEHIND.match(_plain(match["said"])):
+                continue
+            if several := _SEVERAL.match(_plain(match["said"])):
+                found.append(Stated(several[0], match.start()))
+            elif (letter := _read_start(match["said"], options)) is not None:
                 found.append(Stated(letter, match.start()))
     lines = [line for line in response.splitlines() if line.strip()]
-    if lines and (found == [] or len(_plain(lines[-1])) < 4) and _read_line(lines[-1], options, alone=len(lines) == 1):
+    last = _plain(lines[-1]) if lines else ""
+    if (
+        lines
+        and not _DENIED_BEHIND.match(last)
+        and (found == [] or len(last) < 4)
+        and _read_line(lines[-1], options, alone=len(lines) == 1)
+    ):
         found.append(Stated(lines[-1], response.rfind(lines[-1])))
     return max(found or placed, key=lambda statement: statement.at, default=None)
+
+
+def _refused(response: str, box: Stated) -> bool:
+    end = response.find("}", box.at + len(box.text)) + 1
+    return denied(response, box.at, end)
 
 
 def _read(text: str, options: Mapping[str, str]) -> str | None:

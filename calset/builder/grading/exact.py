@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.answers.units import factor_between, scale_of, unit_of
+from calset.builder.grading.answers.units import factor_between, qualifies, scale_of, unit_of
 from calset.builder.grading.characters import plain_digits, plain_fractions, visible
 from calset.builder.grading.extract import boxes, stated
 
@@ -35,7 +35,7 @@ _GROUPED = r"\d{1,3}(?:(?P<gap>[, _'\u00a0\u2009\u202f])\d{3})(?:(?P=gap)\d{3})*
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[{_CURRENCY}]?)\s*(?P<sign2>[-+]?)"
     rf"(?P<whole>{_GROUPED}|\d+)?(?P<part>\.\d*)?(?:[eE](?P<exponent>[-+]?\d+))?"
-    r"(?:\s*/\s*(?P<below>\d+))?\s*(?P<unit>%|[^\W\d_][^\d]*)?"
+    r"(?:\s*/\s*(?P<below>\d+))?\s*(?P<unit>[%°]|[^\W\d_][^\d]*)?"
 )
 
 
@@ -98,9 +98,17 @@ def read_number(text: str) -> Number | None:
 
 def _equal(gold: Number, pred: Number, tolerance: Any) -> bool:
     allowed = _allowed(gold.value, tolerance)
-    if gold.unit == pred.unit or not gold.unit or _one_unit(gold.unit, pred.unit):
+    if gold.unit == pred.unit or (not gold.unit and _is_unit(pred.unit)) or _one_unit(gold.unit, pred.unit):
         return abs(gold.value - pred.value) <= allowed
     return gold.unit == "%" and not pred.unit and abs(gold.value / 100 - pred.value) <= allowed / 100
+
+
+def _is_unit(text: str) -> bool:
+    """A unit, a currency or what is counted: not ``x``, ``squared``, ``below zero``."""
+    unit = unit_of(text)
+    if unit.words in (("K",), ("M",), ("B",)) or not text:
+        return False
+    return unit.name is not None or (not qualifies(unit) and all(len(word) > 2 for word in unit.words))
 
 
 def _one_unit(one: str, two: str) -> bool:
@@ -146,8 +154,9 @@ def _clean(text: str) -> str:
         text = _WRAPPED.sub(r"\1", text)
     while len(text) > 1 and text[0] == "{" and text[-1] == "}" and "{" not in text[1:-1]:
         text = text[1:-1].strip()
-    for tex, plain in ((r"\$", "$"), (r"\%", "%"), (r"\,", " "), (r"\!", ""), ("{,}", ","), ("~", " "), (r"\ ", " ")):
+    for tex, plain in ((r"\$", "$"), (r"\%", "%"), (r"\,", " "), (r"\!", ""), ("{,}", ","), (r"\ ", " ")):
         text = text.replace(tex, plain)
+    text = re.sub(r"(?<=\S)~", " ", text)
     return text.strip(" \t\r\n*`").rstrip(".").strip()
 
 

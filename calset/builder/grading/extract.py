@@ -34,8 +34,9 @@ class Joined(NamedTuple):
     @property
     def text(self) -> str:
         """One answer of all boxes."""
-        if self.labels:
-            return " ".join(f"{label} {text}" for label, text in zip(self.labels, self.texts, strict=True))
+        if self.labels and len(set(self.labels)) == len(self.labels):
+            between = ", " if self.labels[0].endswith("=") else " "
+            return between.join(f"{label} {text}" for label, text in zip(self.labels, self.texts, strict=True))
         return ", ".join(self.texts)
 
 
@@ -47,7 +48,7 @@ _JOINT = re.compile(
     r"[\s$,;&}]*(?:\\[\])(\[]|\\(?:quad|qquad|text\s*\{\s*(?:and|or|,)\s*\}|[,;: ])|and|or|,|;|\$|\s|\\\\"
     r"|(?:\\text\s*\{\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\s*=|\(\s*(?:[1-9a-h]|[iv]{1,4})\s*\)))*[\s$]*"
 )
-_LABELLED = re.compile(r"(\(\s*(?:[1-9a-h]|[iv]{1,4})\s*\))[\s$]*$")
+_LABELLED = re.compile(r"(\(\s*(?:[1-9a-h]|[iv]{1,4})\s*\)|(?<![\w\\])[A-Za-z](?:_\{?\w\}?)?\s*=)[\s$]*$")
 _IN_WORDS = re.compile(r"\b(?:and|or)\b|,")
 _HASHES = re.compile(r"(?m)^[ \t]*####[ \t]*(\S[^\n]*)$")
 _WORD = r"(?:(?:final|correct|right)\s+)?answers?|ответ|respuesta|réponse|antwort|resposta|risposta"
@@ -72,7 +73,7 @@ _NO_ANSWER = re.compile(r"(?i)(?:this|that|it|which|what|here|below|above|there|
 _REMARK = re.compile(
     r"(?i)(?:(?:therefore|thus|also|indeed|both|clearly|now|only|always|very|quite|not|already"
     r"|therefore)\s+)*(?:exact|correct|unique|"
-    r"approximate|reasonable|verified|confirmed|consistent|rounded|simplified|positive|negative|expressed|given"
+    r"approximate|reasonable|verified|confirmed|consistent|rounded|simplified|(?:positive|negative)(?!\s*[\d$\\])|expressed|given"
     r"|in\s+the\s+form|"
     r"an?\s+(?:integer|number|fraction|decimal)|obtained|supported|valid|right|wrong|incorrect|independent|plausible"
     r"|as\s+(?:required|expected)|"
@@ -87,11 +88,18 @@ _ENCLOSED = re.compile(
 _TAKEN_BACK = re.compile(
     r"(?i)\b(?:wait|actually|correction|my mistake|made (?:a|an) (?:mistake|error)|oops|sorry|scratch that)\b"
 )
+# "\boxed{7} is wrong", "the answer is not \boxed{7}".
+_REFUSED = re.compile(
+    r"[\s$*]*(?:\\[\])])?[\s$*]*(?:is|are|was|would be|seems?)\s+(?:not|wrong|incorrect|false|impossible)\b", re.I
+)
+_REFUSED_BEFORE = re.compile(r"\b(?:not|isn't|cannot be)\s*(?:\\[(\[])?[\s$*]*$", re.I)
 _FENCED = re.compile(r"\s*```\w*\n([^`\n]{1,200})\n```\s*")
 _BEHIND = re.compile(
-    r"[\s.,;:!*_]*(?:$|(?<=[.,;!:*_])\s|\s*(?:\(|[A-Z]|because\b|since\b|as\b|which\b|so\b|for\b|when\b))"
+    r"(?i)(?!\W{0,4}(?:or|and)\b)[\s.,;:!*_]*(?:$|(?<=[.,;!:*_])\s|\s*(?:\((?!\s*mod)|(?:because|since|as|which)\b))"
 )
-_SENTENCE = re.compile(r"(?<=[^\s.])[.!]\s+(?=[A-Z(*_]|\\text)|,?\s+(?=(?:because|since|as\s+(?:we|required|shown))\b)")
+_SENTENCE = re.compile(
+    r"(?<=[^\s.])[.!]\s+(?!(?:Or|And)\b)(?=[A-Z(*_]|\\text)|,?\s+(?=(?:because|since|as\s+(?:we|required|shown))\b)"
+)
 
 
 def boxes(text: str) -> Iterator[Stated]:
@@ -120,7 +128,7 @@ def joined_boxes(text: str) -> Joined:
                 break
             in_words = in_words and bool(_IN_WORDS.search(text, end, begins))
         run.append(box.text.strip())
-        if label := _LABELLED.search(text, max(0, box.at - 12), box.at):
+        if label := _LABELLED.search(text, max(0, box.at - 16), box.at):
             labels.append(label[1])
         begins = box.at
         if len(run) > 20:
@@ -145,14 +153,15 @@ def stated(response: str) -> Stated | None:
     These are "#### 7", "The answer is 7", a heading "Answer" with the answer below it, "Hence, 7 is the answer". A
     remark on an answer ("The answer is exact.") or a denial ("the answer is not 7") states none.
     """
-    box = next(boxes(response), None)
+    box = next((Stated(box.text, box.at) for box, end in _boxes(response) if not denied(response, box.at, end)), None)
     if box is not None:
         corrected = _TAKEN_BACK.search(response, box.at)
         later = stated_in_words(response, corrected.end()) if corrected else None
         return later or Stated(box.text.strip(), box.at)
     tagged = last_tagged(response)
     if tagged is not None:
-        return tagged
+        corrected = _TAKEN_BACK.search(response, tagged.at)
+        return (stated_in_words(response, corrected.end()) if corrected else None) or tagged
     fenced = _FENCED.fullmatch(response)
     return stated_in_words(response) or (Stated(fenced[1].strip(), fenced.start(1)) if fenced else None)
 
@@ -164,13 +173,24 @@ def stated_in_words(response: str, start: int = 0) -> Stated | None:
     said = list(_labelled(response))
     found.extend(statement for statement in said if not _is_remark(statement.text))
     for match in _REVERSED.finditer(response):
-        if not _NO_ANSWER.match(match["answer"]):
+        asked = response[match.end() : match.end() + 3].lstrip().startswith("?")
+        if not asked and not _NO_ANSWER.match(match["answer"]):
             found.append(Stated(_trimmed(match["answer"]), match.start()))
-    return max(found or said, key=lambda statement: statement.at, default=None)
+    last = max(found or said, key=lambda statement: statement.at, default=None)
+    for statement in said:  # "The answer is 3. No, the answer is not 3."
+        if last and statement.at > last.at and (no := _DENIED.match(statement.text)):
+            if statement.text[no.end() :].strip() == last.text:
+                return statement
+    return last
 
 
 def _is_remark(text: str) -> bool:
     return bool(_REMARK.match(text) or _DENIED.match(text))
+
+
+def denied(text: str, at: int, end: int) -> bool:
+    """Return True if the text says of the statement between two places that it is not the answer."""
+    return bool(_REFUSED.match(text, end) or _REFUSED_BEFORE.search(text, max(0, at - 20), at))
 
 
 def _labelled(response: str) -> Iterator[Stated]:

@@ -90,7 +90,8 @@ def _compared(gold: str, pred: str, extracted: str, boxes: Joined) -> Outcome:
         with _cpu_limit(GRADE_SECONDS):
             if boxes.texts:
                 parts = [_spelt(box) for box in boxes.texts]
-                if answers.n_parts(gold) == len(parts) or (boxes.in_words and len(set(parts)) > 1):
+                apart = boxes.in_words or len(set(parts)) > 1
+                if apart and (answers.n_parts(gold) == len(parts) or (boxes.in_words and len(set(parts)) > 1)):
                     pred, extracted = boxes._replace(texts=tuple(parts)).text, boxes.text
             return Outcome("correct" if answers.same(gold, pred) else "incorrect", extracted)
     except answers.GoldUnread as unread:

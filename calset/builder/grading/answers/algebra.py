@@ -8,7 +8,9 @@ where a coincidence is out of the question (Schwartz, JACM 1980). Must not know:
 
 from __future__ import annotations
 
+import random
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Every command that latex2sympy gives a meaning; with another one a formula is text.
@@ -23,10 +25,11 @@ _KNOWN = frozenset(
     ).split()
 )
 _ENVIRONMENTS = {"matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "array", "smallmatrix"}
-_SPREAD = (("37/29", "41/23", "53/31"), ("-43/37", "59/41", "-31/19"), ("61/47", "-29/17", "67/43"))
-_SPREAD += (("-71/53", "-47/61", "-83/59"),)
-MAX_EXACT_BITS = 100_000  # of a power that is worked out; a larger one is compared by its leading digits
-DIGITS = 50
+MAX_EXACT_BITS = 2_000_000  # of a power that is worked out; a larger one is a name of its own
+DIGITS = 100
+# Sizes of the points at which formulas are compared: a fraction, a whole number, and far out, where |x - 5| is x - 5.
+_SIZES = (2, 2, 0, 40, 900, 9_000, 0)
+_PIECEWISE = ("Abs", "floor", "ceiling", "Max", "Min", "Mod", "sign", "Piecewise")
 
 
 class Unread(Exception):
@@ -64,26 +67,41 @@ def equal(left: Any, right: Any) -> bool:
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     if not symbols:
         return _same_constant(left, right)
+    left, right = (side if side.has(sympy.oo) else side.doit() for side in (left, right))  # finite sums, integrals
+    parts = {part for side in (left, right) for part in sympy.preorder_traversal(side)}
+    jumps = any(type(part).__name__ in _PIECEWISE or (part.is_Pow and not part.exp.is_integer) for part in parts)
     valid = 0
-    for row, spread in enumerate(_SPREAD):
-        point = {s: sympy.Rational(spread[(i + row) % len(spread)]) + i for i, s in enumerate(symbols)}
+    for size, point in _points(symbols, 7 if jumps else 4):
         same = _same_at(left, right, point)
         if same is False:
             return False
-        valid += same is True
+        valid += same is True and size > 0
     return valid >= 2
+
+
+def _points(symbols: Sequence[Any], n: int) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """Points of rational coordinates, the same in every process; size 0 stands for whole numbers."""
+    import sympy
+
+    for i, size in enumerate(_SIZES[:n]):
+        draw = random.Random(f"point {i}")
+        below = [draw.randint(11, 97) if size else 1 for _ in symbols]
+        # Right behind a whole number, right before one, and between: where rounding jumps.
+        above = [size * q + (1, q - 1, draw.randint(1, 10))[i % 3] if size else draw.randint(1, 60) for q in below]
+        yield (
+            size,
+            {s: sympy.Rational(draw.choice((-1, 1)) * p, q) for s, p, q in zip(symbols, above, below, strict=True)},
+        )
 
 
 def constant_ratio(left: Any, right: Any) -> Any:
     """The number that ``left`` is a multiple of ``right`` by; None where there is none, or it cannot be seen."""
-    import sympy
 
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     ratio = None
-    for row, spread in enumerate(_SPREAD[: 3 if symbols else 1]):
-        point = {s: sympy.Rational(spread[(i + row) % len(spread)]) + i for i, s in enumerate(symbols)}
+    for _, point in _points(symbols, 3 if symbols else 1):
         one, two = _value(left, point), _value(right, point)
-        if one is None or two is None or _small(one) or _small(two):
+        if one is None or two is None or one == 0 or two == 0:
             return None
         found = one / two
         if ratio is not None and not _close(found, ratio):
@@ -116,7 +134,7 @@ def sign(expression: Any) -> int | None:
     value = None if expression.free_symbols else _value(expression, {})
     if value is None or not value.is_real:
         return None
-    return 0 if _small(value) else (1 if value > 0 else -1)
+    return 0 if value == 0 else (1 if value > 0 else -1)
 
 
 def _prepared(text: str) -> str:
@@ -130,8 +148,17 @@ def _prepared(text: str) -> str:
     text = re.sub(r"\^\s*(?:\{\s*(?:T|\\top|\\intercal)\s*\}|T(?![A-Za-z])|\\top(?![A-Za-z]))", r"^{\\Xi}", text)
     # Degrees inside a function are an angle.
     text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\\circ", r"(\\frac{\1}{180}\\pi)", text)
-    if "circ" in text or "prime}" in text:
+    if "circ" in text or "prime}" in text or "'" in text or "!!" in text:
         raise Unread("it holds a mark that has no meaning here")
+    if re.search(r"(?<![A-Za-z_^{\d])\d+\s*_|(?<![\dA-Za-z])0[xXbB][0-9A-Fa-f]|(?<![\d._^{])\d+(?:\.\d+)?\s+\d", text):
+        raise Unread("it holds a number of another base, or two numbers side by side")
+    if (
+        re.search(r"[A-Z]\s*\^\s*\{\s*-\s*1\s*\}", text)
+        and len(set(re.findall(r"(?<![A-Za-z\\])[A-Z]|(?<=[A-Z])[A-Z]", text))) > 1
+    ):
+        raise Unread("it holds matrices, which do not commute")
+    if re.search(r"(?<![A-Za-z\\])[A-Za-z]\s*\^\s*\{\s*-\s*1\s*\}\s*\(\s*[a-z]\s*\)", text):
+        raise Unread("it holds an inverse function")
     if re.search(r"(?<![A-Za-z\\{])(?:[A-Za-z]{5}|[A-Za-z]{3,}\s+(?:\d|[A-Za-z]{2})|[A-Za-z]{2,}\s+[A-Za-z]{3})", text):
         raise Unread("it holds words")
     text = re.sub(r"\|([^|]*)\|", r"\\lvert \1\\rvert ", text)
@@ -155,16 +182,12 @@ def _latex2sympy(text: str) -> Any:
     from math_verify.grader import should_treat_as_complex
 
     text = normalize_latex(text, NormalizationConfig(malformed_operators=True, boxed="none"))
-    letters = set(
-        re.findall(r"(?<![A-Za-z\\])[A-Za-z]|(?<=[A-Za-z])(?<!\\)[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", text))
-    )
-    both_cases = any(letter.swapcase() in letters for letter in letters)
     try:
         return latex2sympy(
             text,
             is_real=not should_treat_as_complex(text),
             normalization_config=None,
-            conversion_config=ConversionConfig(lowercase_symbols=not both_cases),
+            conversion_config=ConversionConfig(lowercase_symbols=False),
         )
     except Exception as error:
         raise Unread(str(error).partition("\n")[0][:100] or type(error).__name__) from None
@@ -184,6 +207,9 @@ def _found(expression: Any) -> Any:
         raise Unread("it has no value")
     known = {"i": sympy.I, "e": sympy.E}
     bound = set().union(*(loop.variables for loop in expression.atoms(sympy.Sum, sympy.Product, sympy.Integral)))
+    indexed = {str(s).partition("_")[2] for s in expression.free_symbols if "_" in str(s)}
+    if any(str(s) in re.findall(r"[a-z]", index) for s in bound for index in indexed):
+        raise Unread("it sums names with an index")
     changed = {float_: sympy.Rational(str(float_)) for float_ in expression.atoms(sympy.Float)}
     # Two assumptions make two symbols of one name.
     changed |= {s: known.get(str(s)) or sympy.Symbol(str(s)) for s in expression.free_symbols - bound}
@@ -191,15 +217,36 @@ def _found(expression: Any) -> Any:
 
 
 def _same_constant(left: Any, right: Any) -> bool:
+    import sympy
+
     one, two = rational(left), rational(right)
     if one is not None and two is not None:
         return bool(one == two)
+    if max(_bits(left), _bits(right)) > MAX_EXACT_BITS:
+        left, right = _named_powers(left), _named_powers(right)
+        return bool(sympy.expand(left - right) == 0)
     same = _same_at(left, right, {})
     if same is None:
         return bool(left.doit() == right.doit())
     # A decimal of fewer digits than were compared is not irrational by chance; one of more may be a rounding.
     exact = one if two is None else two if one is None else None
-    return same and (exact is None or max(abs(exact.p), exact.q).bit_length() < 3 * (DIGITS - 15))
+    return same and (exact is None or max(abs(exact.p), exact.q).bit_length() < 3 * (DIGITS - 20))
+
+
+def _named_powers(expression: Any) -> Any:
+    """Powers and factorials that are too large to be worked out, as names: 2^82589933 - 1 is not 2^82589933."""
+    import sympy
+
+    changed: dict[Any, Any] = {}
+    for part in expression.atoms(sympy.Pow, sympy.factorial):
+        if _bits(part) <= MAX_EXACT_BITS:
+            continue
+        base, exponent = (part.base, part.exp) if isinstance(part, sympy.Pow) else (part, sympy.Integer(1))
+        power = sympy.perfect_power(base) if base.is_Integer and base < 10**6 else False
+        if power:
+            base, exponent = sympy.Integer(power[0]), exponent * power[1]
+        changed[part] = sympy.Symbol(f"large {base} {exponent}")
+    return expression.xreplace(changed)
 
 
 def _same_at(left: Any, right: Any, point: dict[Any, Any]) -> bool | None:
@@ -209,29 +256,35 @@ def _same_at(left: Any, right: Any, point: dict[Any, Any]) -> bool | None:
 
 
 def _value(expression: Any, point: dict[Any, Any]) -> Any:
-    """The value at a point as a number of fifty digits; None where it has none."""
+    """The value at a point: exact where it is rational, else of a hundred digits; None where it has none."""
     import sympy
 
     if point and expression.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit):
         return None  # a sum at each point takes seconds
+    there = expression.xreplace(point)
+    exact = rational(there)
+    if exact is not None:
+        return exact
     try:
-        found = expression.evalf(DIGITS, subs=point) if point else expression.evalf(DIGITS)
+        found = there.evalf(DIGITS, maxn=4 * DIGITS, strict=True)
+    except sympy.core.evalf.PrecisionExhausted:
+        return sympy.Integer(0)  # nothing but rounding is left of it
+    except Exception:
+        return None
+    try:
         if not found.is_number or found.has(sympy.nan, sympy.zoo, sympy.oo) or found.atoms(sympy.Function):
             return None
         real, imaginary = found.as_real_imag()
-        return found if real.is_Number and imaginary.is_Number else None
     except Exception:
         return None
+    return found if real.is_Number and imaginary.is_Number else None
 
 
 def _close(one: Any, two: Any) -> bool:
-    """Equal in the leading forty digits, or both nothing but rounding."""
-    size = max(abs(one), abs(two))
-    return bool(_small(size) or abs(one - two) <= size * 10 ** -(DIGITS - 15))
-
-
-def _small(value: Any) -> bool:
-    return bool(abs(value) < 10 ** -(3 * DIGITS))
+    """Equal, if both are exact; else in the leading eighty digits."""
+    if one.is_Rational and two.is_Rational:
+        return bool(one == two)
+    return bool(abs(one - two) <= max(abs(one), abs(two)) * 10 ** -(DIGITS - 20))
 
 
 def _bits(expression: Any) -> float:
@@ -241,14 +294,26 @@ def _bits(expression: Any) -> float:
     total = 0.0
     for part in sympy.preorder_traversal(expression):
         if isinstance(part, sympy.Pow):
-            exponent: Any = part.exp
-            if not exponent.is_Rational:
-                return float("inf") if exponent.atoms(sympy.Pow, sympy.factorial) else total
+            exponent: Any = _small_value(part.exp)
+            if exponent is None:
+                return float("inf") if part.exp.atoms(sympy.Pow, sympy.factorial) else total
             base = max((max(abs(n.p), n.q).bit_length() for n in part.base.atoms(sympy.Rational)), default=1)
             total += base * abs(float(exponent))
         elif isinstance(part, sympy.factorial):
-            argument: Any = part.args[0]
-            total += 64 * abs(float(argument)) if argument.is_Rational else float("inf")
+            argument: Any = _small_value(part.args[0])
+            total += 64 * abs(float(argument)) if argument is not None else float("inf")
         elif isinstance(part, sympy.Rational):
             total += max(abs(part.p), part.q).bit_length()
     return total
+
+
+def _small_value(expression: Any) -> Any:
+    """The rational that a sum or a product of numbers is; None where working it out could be large, or it is none."""
+    import sympy
+
+    if expression.is_Rational:
+        return expression
+    if expression.free_symbols or expression.atoms(sympy.Pow, sympy.factorial, sympy.Function):
+        return None
+    found = expression.doit()
+    return found if found.is_Rational else None

@@ -17,6 +17,7 @@ from calset.builder.grading.answers.values import (
     Family,
     GoldUnread,
     Group,
+    Pieces,
     PredUnread,
     Quantity,
     Relation,
@@ -89,6 +90,8 @@ def _equal(gold: Value, pred: Value) -> bool:
             return _same_congruence(gold, pred)
         case Group(), Group() if (gold.opened == ":") == (pred.opened == ":"):
             return _same_group(gold, pred)
+        case (Group(opened="("), Quantity()) | (Quantity(), Group(opened="(")):
+            return _is_vector(gold, pred) or _is_vector(pred, gold)
         case Group(opened=":"), Quantity():
             return _is_quotient(gold, pred)
         case Quantity(), Group(opened=":"):
@@ -101,8 +104,17 @@ def _equal(gold: Value, pred: Value) -> bool:
 
 def _same_family(gold: Value, pred: Value) -> bool:
     """The name of the letter is no difference; what it runs over is, where both say it."""
+    if isinstance(gold, Family) != isinstance(pred, Family):
+        family, other = (gold, pred) if isinstance(gold, Family) else (pred, gold)
+        assert isinstance(family, Family)
+        both = (other, read(family.value))
+        conditions = any(isinstance(value, Pieces) or getattr(value, "op", "=") != "=" for value in both)
+        if family.domain not in ("", "R", "C") and conditions:
+            return False  # whole numbers of an interval
     if isinstance(gold, Family) and isinstance(pred, Family):
         domains = {gold.domain, pred.domain} - {""}
+        if gold.domain != pred.domain and " " in gold.domain + pred.domain:
+            return False
         if len(domains) > 1 and domains != {"N", "N+"}:  # 0 is a natural number for some
             return False
         if len(gold.letters) == len(pred.letters) == 1 and not _has_letter(pred.value, gold.letters):
@@ -115,6 +127,15 @@ def _same_family(gold: Value, pred: Value) -> bool:
 
 def _has_letter(text: str, letter: str) -> bool:
     return re.search(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", text) is not None
+
+
+def _is_vector(group: Value, matrix: Value) -> bool:
+    """Return True if a matrix of one row or column has the parts of a tuple."""
+    if not isinstance(group, Group) or not isinstance(matrix, Quantity) or not hasattr(matrix.value, "shape"):
+        return False
+    values = [item.value for item in group.items if isinstance(item, Quantity)]
+    shaped = 1 in matrix.value.shape and len(values) == len(group.items) == max(matrix.value.shape)
+    return shaped and all(map(algebra.equal, values, matrix.value.flat()))
 
 
 def _letter_as_value(value: Value, other: Value) -> Value:
@@ -134,12 +155,7 @@ def _same_text(gold: Text, pred: Value) -> bool:
     if gold.key[0] == pred.key[0] == "time":
         return _same_time(gold.key, pred.key)
     # A letter, and the option's text behind it: "A" and "A. Paris".
-    return (
-        gold.key[0] == pred.key[0] == "words"
-        and len(gold.key) == 2
-        and len(gold.key[1]) == 1
-        and pred.key[1] == gold.key[1]
-    )
+    return gold.key[0] == "words" and pred.key[0] == "option" and gold.key[1:] == pred.key[1:2]
 
 
 def _same_time(gold: Sequence[str], pred: Sequence[str]) -> bool:
@@ -159,7 +175,8 @@ def _unwrapped(gold: Value, pred: Value) -> tuple[Value, Value]:
     """Without the name of a value where one side alone has it: ``x = 5`` and 5. What a name stands for is a value;
     ``2x + y = 1`` is not."""
     if isinstance(pred, Relation) and pred.op == "=" and not isinstance(gold, (Relation, Congruence)):
-        pred = _read_whole(pred.right, PredUnread)
+        if is_name(pred.left) or _is_true(pred):
+            pred = _read_whole(pred.right, PredUnread)
     elif (
         isinstance(gold, Relation)
         and gold.op == "="
@@ -172,6 +189,9 @@ def _unwrapped(gold: Value, pred: Value) -> tuple[Value, Value]:
         if (names[0] is None) != (names[1] is None):
             return _nameless(gold, names[0]), _nameless(pred, names[1])
         if names[0] and names[1] and _one_name(names[0]) and _one_name(names[1]):
+            indexed = sorted(names[0]) == sorted(names[1]) and len(set(names[0])) > 1
+            if indexed and names[0][0].strip()[0] not in "xz":  # the roots of an equation have no order
+                return gold, pred
             return _nameless(gold, names[0]), _nameless(pred, names[1])
     return gold, pred
 
@@ -181,6 +201,12 @@ def _read_whole(text: str, error: type[Exception]) -> Value:
     if isinstance(found, Text) and not found.whole:
         raise error(found.why)
     return found
+
+
+def _is_true(relation: Relation) -> bool:
+    """``2 + 3 = 5``: a computation and its value."""
+    left, right = (quantities.read_or_none(side) for side in (relation.left, relation.right))
+    return bool(left and right and left.numeric and right.numeric and algebra.equal(left.value, right.value))
 
 
 def _names(group: Group) -> list[str] | None:
@@ -197,7 +223,10 @@ def _one_name(names: Sequence[str]) -> bool:
 def _nameless(group: Group, names: list[str] | None) -> Group:
     if names is None:
         return group
-    items = tuple(read(item.right) if isinstance(item, Relation) else item for item in group.items)
+    named = list(zip(names, group.items, strict=True))
+    if not _one_name(names) and all(re.fullmatch(r"[A-Za-z]", name.strip()) for name in names):
+        named.sort(key=lambda pair: pair[0].strip())  # (x, y), whatever came first
+    items = tuple(read(item.right) if isinstance(item, Relation) else item for _, item in named)
     # Several things have an order; several values of one thing have none.
     return Group(items, "" if _one_name(names) else "(", "" if _one_name(names) else ")")
 
@@ -214,6 +243,8 @@ def _same_group(gold: Group, pred: Group) -> bool:
         )
     if interval_like(gold) and interval_like(pred) and (gold.opened, gold.closed) != (pred.opened, pred.closed):
         return False
+    if pred.opened == "" and (gold.opened, gold.closed) in (("(", "]"), ("[", ")")):
+        return False
     ordered = gold.opened in ("(", "[", "label") and (
         pred.opened in ("(", "[", "label", "") or gold.opened == pred.opened
     )
@@ -223,7 +254,7 @@ def _same_group(gold: Group, pred: Group) -> bool:
         return False
     if gold.opened == r"\{" and pred.opened in ("(", "["):
         return False
-    if gold.opened == "" and pred.opened == "label":
+    if gold.opened == "" and pred.opened in ("label", "("):
         ordered = True
     if ordered:
         return all(_equal(one, two) for one, two in zip(gold.items, pred.items, strict=True))
@@ -272,6 +303,10 @@ def _same_congruence(gold: Congruence, pred: Congruence) -> bool:
 def _same_relation(gold: Relation, pred: Relation) -> bool:
     if (renamed := _renamed(gold, pred)) is not None:
         pred = renamed
+    if gold.names or pred.names:
+        names = [{side.left.strip(), *side.names} for side in (gold, pred)]
+        if names[0] != names[1]:
+            return False
     if text_key(gold.left) == text_key(pred.left) and gold.op == pred.op:
         return _equal(_read_whole(gold.right, GoldUnread), _read_whole(pred.right, PredUnread))
     if (left := pieces_of(gold)) is not None and (right := pieces_of(pred)) is not None:

@@ -18,14 +18,17 @@ _NUMBERS = [
     "thirteen", "fourteen", "fifteen", "sixteen",
 ]  # fmt: skip
 _BASED = re.compile(
-    r"\(?\s*([0-9A-Fa-f]+)\s*\)?\s*_\s*\{?\s*(?:\\text\{)?\s*(?:base\s*)?([0-9]{1,2}|[a-z]{3,10})\s*\}?\s*\}?"
+    r"\(?\s*([0-9A-Fa-f]+)\s*\)?\s*_\s*\{?\s*(?:\\text\{)?\s*(?:base\s*)?\(?([0-9]{1,2}|[a-z]{3,10})\)?\s*\}?\s*\}?"
 )
 
 
 _PREFIXED = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
 _BASES = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"hex": "16", "x": "16", "b": "2", "o": "8"}
 _WORDS = re.compile(r"\(?[A-Za-z][A-Za-z',;:!?. -]*\)?")
-_MONTH = r"(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_MONTH = (
+    r"(?i:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+    r"|nov(?:ember)?|dec(?:ember)?)\.?"
+)
 _DAY = re.compile(
     rf"(?P<month>{_MONTH}) (?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?: (?P<year>\d{{4}}))?"
     rf"|(?P<day2>\d{{1,2}})(?:st|nd|rd|th)? (?:of )?(?P<month2>{_MONTH})(?: (?P<year2>\d{{4}}))?"
@@ -53,6 +56,8 @@ def clock(text: str) -> Value | None:
 
 def based(text: str) -> Value | None:
     plain = re.sub(r"\\text\s*\{\s*([0-9A-Fa-f]*)\s*\}", r"\1", text)
+    sign = "-" if plain.startswith("-") else ""
+    plain = plain.lstrip("+-").strip()
     prefixed, based = _PREFIXED.fullmatch(plain), _BASED.fullmatch(plain)
     if prefixed:
         digits, base = prefixed[2], _BASES[prefixed[1].lower()]
@@ -63,19 +68,25 @@ def based(text: str) -> Value | None:
     if not base.isdigit():
         return None
     if base == "10" or not 2 <= int(base) <= 36:
-        return Quantity(algebra.read(digits), None, True) if digits.isdigit() and base == "10" else None
+        return Quantity(algebra.read(sign + digits), None, True) if digits.isdigit() and base == "10" else None
     if any(int(digit, 16) >= int(base) for digit in digits):
         return None
-    return Text(("base", base, digits.lower().lstrip("0") or "0"), True)
+    return Text(("base", base, sign + (digits.lower().lstrip("0") or "0")), True)
 
 
 def words(text: str) -> Value | None:
     plain = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split())
     bare = plain.strip("() .")
+    if "," in plain and all(len(part.split()) in (1, 2) for part in plain.split(",")):
+        return None  # names
     if not _WORDS.fullmatch(plain) or not (re.fullmatch("[A-Za-z]{1,2}", bare) or re.search(r"[A-Za-z]{3}", plain)):
         return None
     if "text" not in text and len(plain.split()) == 1 and len(plain) > 3 and not plain.isalpha():
         return None
+    if option := re.match(r"\(?([A-Ja-j])\)?[.:)]\s+\S", plain):
+        return Text(
+            ("option", option[1].casefold(), *re.findall(r"[a-z']+", plain[option.end() - 1 :].casefold())), True
+        )
     found = re.findall(r"[a-z']+", plain.casefold())
     return Text(("words", *(word if len(found) == 1 else singular(word) for word in found)), True)
 
@@ -88,6 +99,6 @@ def spelt_number(word: str) -> str | None:
 def prose(text: str) -> Value | None:
     """Words with numbers among them, a word first: ``Case 2``."""
     plain = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split())
-    if not re.fullmatch(r"[A-Za-z]{3,}(?:[ .-]+(?:[A-Za-z]+|\d+(?:st|nd|rd|th)?))+", plain):
+    if not re.fullmatch(r"[A-Za-z]{3,}(?: (?:[A-Za-z]+(?:-[A-Za-z]+)*|-?\d+(?:\.\d+)?(?:st|nd|rd|th)?))+", plain):
         return None
-    return Text(("words", *re.findall(r"[a-z]+|\d+", plain.casefold())), True)
+    return Text(("words", *plain.casefold().split()), True)

@@ -6,6 +6,7 @@ A unit that one side lacks is no difference; two different ones are. Must not kn
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 from calset.builder.grading.answers import algebra, units
@@ -24,7 +25,7 @@ _SUFFIX = re.compile(
 
 MONEY = re.compile(r"-?\s*[$€£¥₹]")
 _COMPOUND = re.compile(
-    rf"(\d+(?:\.\d+)?|\\frac\{{\d+\}}\{{\d+\}})\s*({_UNIT}|'')\s*(?:,?\s*(?:\\text\s*\{{\s*and\s*\}}|and)|,)?\s*"
+    rf"(\d+(?:\.\d+)?|\\frac\{{\d+\}}\{{\d+\}})\s*({_UNIT}|'')\s*(?:,?\s*(?:\\text\s*\{{\s*and\s*\}}|and))?\s*"
 )
 
 
@@ -40,6 +41,10 @@ def compound(text: str) -> Quantity | None:
         terms.append((algebra.read(found[1]), unit))
         position = found.end()
     if position != len(text) or len(terms) < 2:
+        return None
+    # "30 degrees, 60 degrees" are two angles: each unit of one quantity is smaller than the one before.
+    steps = [units.factor_between(one[1], two[1]) for one, two in pairwise(terms)]
+    if any(step is None or step <= 1 for step in steps):
         return None
     smallest = terms[-1][1]
     total: Any = 0
@@ -93,6 +98,8 @@ def _unit_behind(text: str) -> tuple[str, str]:
     if not found:
         return text, ""
     head, unit = found["head"], found["unit"]
+    if re.search(r"\d", re.sub(r"\^\s*\{?\s*-?\d\s*\}?", "", unit)):
+        return text, ""  # "divisible by 4", "remainder 2"
     bare = re.match(r"(\s*)([A-Za-z]+)(?![A-Za-z])", unit)
     # "2ab", "3xy^2" and "3 xy" are products; "5cm" is not.
     apart = bare and (bare[1] or not head or head[-1].isspace())
@@ -131,6 +138,8 @@ def _same_without_unit(gold: Quantity, pred: Quantity) -> bool:
     with_unit, without = (gold, pred) if gold.unit else (pred, gold)
     if (unit.name is None and not with_unit.numeric) or units.qualifies(unit):
         return False
+    if pred.unit is not None and unit.words in (("K",), ("M",), ("B",)):
+        return False  # thousand, million, billion as often as kelvin and molar
     if algebra.equal(with_unit.value, without.value):
         return True
     if unit.name == units.PERCENT:

@@ -30,6 +30,7 @@ from calset.builder.grading.answers.values import (
 _AND_OR = r"\\text\s*\{\s*,?\s*(?:and|or|and/or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
 _OR = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\vee(?![A-Za-z])|\\cup(?![A-Za-z])")
 _LIST = re.compile(rf"\s*(?:,\s*(?:{_AND_OR})|;\s*(?:{_AND_OR})|[,;]|{_AND_OR}|\\\\)\s*")
+_PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _SEMICOLON = re.compile(r"\s*;\s*")
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![A-Za-z])|<=|>=|!=|[<>=]")
 _OPERATORS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!="}
@@ -50,6 +51,10 @@ _FOR_ALL = re.compile(
 )
 
 
+_SAID = {
+    "for", "all", "any", "every", "each", "where", "is", "are", "an", "with", "integer", "integers", "real", "number",
+    "numbers", "positive", "nonnegative", "natural", "text", "mathbb", "in", "forall", "and", "the",
+}  # fmt: skip
 _MEMBER = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?\s*\\in\s*(?![A-Za-z\\]*mathbb\{[NZQ]\})")
 _APPROXIMATELY = re.compile(r"\s*\\(?:approx|simeq|doteq|thickapprox)(?![A-Za-z])\s*")
 _RATIO = re.compile(r"[^:=]+(?::[^:=]+)+")
@@ -99,10 +104,11 @@ def _ranged(text: str) -> Value | None:
         return _family(found[1], found[2]) if found and apart else None
     ranges = [part for part in parts if _RANGE.fullmatch(part.strip())]
     kept = [part for part in parts if part not in ranges]
-    return _family(", ".join(kept), ranges[0]) if kept and ranges else None
+    return _family(", ".join(kept), ranges[0]) if kept and len(ranges) == 1 else None
 
 
-def _family(value: str, said: str) -> Family:
+def _family(value: str, said: str) -> Family | None:
+    """A family, if what is said is about a letter of the value."""
     words = set(re.findall(r"[a-z]+", said.casefold()))
     found = re.search(r"\\mathbb\{([NZQRC])\}\s*([\^_]?\s*\{?\s*[*+\d]?)", said)
     if found:
@@ -111,13 +117,14 @@ def _family(value: str, said: str) -> Family:
     else:
         domain = "R" if "real" in words else "Z" if words & {"integer", "integers"} else ""
         domain = "N+" if domain == "Z" and "positive" in words else domain
-        domain = "N" if (domain == "Z" and words & {"nonnegative", "natural"}) or "natural" in words else domain
+        domain = "N" if (domain == "Z" and "nonnegative" in words) or "natural" in words else domain
+        domain += "".join(f" {word}" for word in sorted(words - _SAID) if len(word) > 1)
     letters = re.findall(r"(?<![A-Za-z\\{])[a-zA-Z](?![A-Za-z}])", re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", said))
-    return Family(
-        value.strip().rstrip(",;( ").strip(),
-        "".join(letter for letter in letters if letter != "a" or len(letters) == 1),
-        domain,
-    )
+    named = "".join(letter for letter in letters if letter != "a" or len(letters) == 1)
+    value = value.strip().rstrip(",;( ").strip()
+    if not any(re.search(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", value) for letter in named):
+        return None
+    return Family(value, named, domain)
 
 
 def _system(text: str) -> Value | None:
@@ -147,8 +154,8 @@ def _several(text: str) -> Value | None:
         return compound
     if (union := _union(text)) is not None:
         return union
-    if text.count(r"\pm") + text.count(r"\mp") == 1 and not _RELATION.search(text) and not re.search(r"[,;]", text):
-        return Group(tuple(read(re.sub(r"\\(?:pm|mp)(?![A-Za-z])", s, text)) for s in (" +", " -")))
+    if len(signed := _signed(text)) == 2 and not re.search(r"[,;]", text):
+        return Group(tuple(map(read, signed)))
     if r"\dots" in text:
         return None
     if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
@@ -162,8 +169,16 @@ def _several(text: str) -> Value | None:
         return None
     if any(_RELATION.fullmatch(part) for part in parts):
         return None
+    parts = [signed for part in parts for signed in _signed(part)]
     both = re.search(r"(?<![A-Za-z])and(?![A-Za-z])", money)
     return Group(tuple(map(read, parts)), "", "and" if both else "")
+
+
+def _signed(part: str) -> list[str]:
+    """``\\pm 2`` as two parts."""
+    if len(_PLUS_MINUS.findall(part)) != 1 or _RELATION.search(part):
+        return [part]
+    return [_PLUS_MINUS.sub(sign, part) for sign in (" +", " -")]
 
 
 def _bracketed(text: str) -> Value | None:
@@ -203,7 +218,7 @@ def _member(text: str) -> Value | None:
         return None
     value = read(text[found.end() :])
     pieces = pieces_of(value)
-    return Pieces(pieces.pieces, text_key(text.partition(r"\in")[0].strip())) if pieces else value
+    return Pieces(pieces.pieces, text_key(text.partition(r"\in")[0].strip())) if pieces else None
 
 
 def _union(text: str) -> Value | None:
@@ -226,9 +241,11 @@ def _union(text: str) -> Value | None:
     if all(isinstance(value, (Relation, Quantity)) and getattr(value, "op", "=") == "=" for value in values):
         return None  # several values
     found = [pieces_of(value) for value in values]
-    if any(pieces is None for pieces in found):
+    letters = {pieces.letter for pieces in found if pieces is not None} - {None}
+    if any(pieces is None for pieces in found) or len(letters) > 1:
         return None
-    return Pieces(tuple(piece for pieces in found if pieces is not None for piece in pieces.pieces))
+    pieces = tuple(piece for pieces in found if pieces is not None for piece in pieces.pieces)
+    return Pieces(pieces, next(iter(letters), None))
 
 
 def _about(text: str) -> Value | None:
@@ -253,7 +270,9 @@ def _related(text: str) -> Value | None:
     if any(re.search(r"\\text\s*\{[^{}]*\w{3}|(?<![A-Za-z\\{_])[A-Za-z]{5}", side) for side in sides[1:-1]):
         return Text(text_key(text), False, "it holds words")
     if set(operators) == {"="}:
-        return Relation(sides[0], "=", sides[-1])
+        return Relation(
+            sides[0], "=", sides[-1], tuple(side for side in sides[1:-1] if re.fullmatch(r"[A-Za-z]", side))
+        )
     if len(sides) == 2:
         return Relation(sides[0], operators[0], sides[1])
     if len(sides) == 3 and {operators[0][0], operators[1][0]} in ({"<"}, {">"}):

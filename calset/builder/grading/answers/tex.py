@@ -33,7 +33,7 @@ _SAME = {
 }  # fmt: skip
 _GONE = ("displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "left", "right", "mleft", "mright", "middle")
 _GONE += tuple(size + side for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m"))
-_SPACES = ("quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "nobreakspace", "hspace*", "newline")
+_SPACES = ("enspace", "thinspace", "medspace", "thickspace", "nobreakspace", "hspace*", "newline")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _TEXTUAL = (
     r"\\(?:text(?:normal|rm|bf|it|sf|tt|up)?|mathrm|mathbf|mathit|mathsf"
@@ -95,6 +95,7 @@ _OPEN, _CLOSE = (
 
 def normal(text: str) -> str:
     """One spelling of an answer: no outer delimiters, one name per command, plain digits, text groups as `\\text{}`."""
+    text = re.sub(r"(?<=\d)\s*\u2013\s*(?=\d)", r"\\text{ to }", text)  # 3–5 is a range
     text = unicodedata.normalize("NFC", plain_digits(visible(text)))
     text = plain_fractions(text, r"\frac{%s}{%s}")
     text = _undelimited(_SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text))
@@ -118,7 +119,11 @@ def normal(text: str) -> str:
     text = re.sub(r"\\angle\s*([A-Z])([A-Z])([A-Z])(?![A-Za-z])", _angle, text)
     text = re.sub(r"(?<![\w)}\]])([\[\]])([^\[\](){}]+,[^\[\](){}]+)([\[\]])(?![\w(])", _interval, text)
     text = _COMMAND.sub(_command, text)
+    text = re.sub(r"(?<=[\w})])\s*\\q?quad\s*(?=[\w\-]|\\(?:frac|sqrt|pi)(?![A-Za-z]))", ", ", text)
     text = re.sub(r"(?<!\\)\\[,;:!> \n]|~", " ", text)
+    text = re.sub(r"^(?:\\text\s*\{\s*)?(?:negative|minus)\s*\}?\s*(?=[\d\\$])", "-", text)
+    if (found := re.fullmatch(r"\\text\s*\{([^{}]*,[^{}]*)\}", text)) is not None:
+        text = found[1]
     text = re.sub(r"(?<=\d)\s*(?:\\text\s*\{\s*([kM])\s*\})?\s*\\Omega\s*$", r" \\text{\1ohm}", text)
     text = re.sub(r"\.\.\.+", r"\\dots ", text)
     text = re.sub(
@@ -140,6 +145,7 @@ def normal(text: str) -> str:
     text = re.sub(r"(?<![\d.])(\d*)\.(\d*?)(\d)\3\3+\s*(?:\\dots|\.\.\.)(?![A-Za-z])", r"\1.\2\\overline{\3}", text)
     text = _REPEATING.sub(_repeating, text)
     text = re.sub(r"(?<=\d)\.(?![\d.])", "", text)
+    text = re.sub(r"\\q?quad(?![A-Za-z])", " ", text)
     return _MIXED.sub(_mixed, re.sub(r"\s+", " ", text)).strip()
 
 
@@ -202,7 +208,7 @@ def _undelimited(text: str) -> str:
     before = None
     while text != before:
         before = text
-        text = re.sub(r"(?<!\\)[.,;。\s]+$", "", text.strip(" \t\r\n*`")).strip()
+        text = re.sub(r"(?<![\\.])(?:[,;。\s]|\.(?!\.))+$", "", text.strip(" \t\r\n*`")).strip()
         if found := _DELIMITED.match(text):
             text = found[2]
         if len(text) > 1 and text[0] == text[-1] and text[0] in '"“”' and text.count(text[0]) == 2:
@@ -292,7 +298,7 @@ def _chosen_before(found: re.Match[str]) -> str:
 def _choice(letter: str, n: int, k: int) -> str:
     """``C_{10}^3``, the binomial coefficient, and ``A_5^2``, its ordered kin; empty where the numbers say otherwise."""
     if n < k:
-        n, k = k, n  # also written the other way round
+        return ""
     return rf"\binom{{{n}}}{{{k}}}" if letter == "C" else rf"\frac{{{n}!}}{{({n}-{k})!}}"
 
 

@@ -41,6 +41,22 @@ SHORT = {
     "kN", "mA", "Mg", "mW", "GW", "TW", "nF", "pF", "mV", "kV", "dB", "AU", "ly", "pc", "bit", "bits", "ha", "kmh",
     "kmph", "yr", "yrs", "gm", "rs", "Rs",
 }  # fmt: skip
+_COUNTED = {
+    "point",
+    "count",
+    "unit",
+    "dot",
+    "bag",
+    "barn",
+    "chain",
+    "hand",
+    "link",
+    "mark",
+    "rod",
+    "slug",
+    "span",
+    "stone",
+}
 _LETTERS = set("msghlLNJWVACKTFHMtΩ")
 _LONG_ENOUGH = {"day", "bar", "erg", "mol", "rod", "ton", "rpm"}
 _SKIPPED = {"the", "a", "an", "of", "about", "in", "total", "exactly", "approximately", "each", "is", "are"}
@@ -64,7 +80,10 @@ def unit_of(text: str) -> Unit:
     plain = re.sub(r"\^\s*\{\s*(-?\d+)\s*\}|\^\s*(-?\d)", lambda m: f"**{m[1] or m[2]}", plain)
     plain = " ".join(re.sub(r"°\s+(?=[CF]\b)", "°", plain).replace("^", "**").split()).strip(" .,;")
     # mg and Mg, mW and MW: a short word has its case.
-    found = (word if len(word) <= 2 else word.casefold() for word in re.findall(r"[^\W\d_]+|[°%$€£¥₹¢]", plain))
+    found = (
+        word if len(word) <= 3 and word[1:] != word[1:].casefold() or len(word) <= 2 else word.casefold()
+        for word in re.findall(r"[^\W\d_]+|[°%$€£¥₹¢]", plain)
+    )
     words = tuple(map(singular, found))
     words = tuple(word for word in words if word not in _SKIPPED) or words
     return Unit(_pint_name(plain), words)
@@ -90,12 +109,22 @@ _QUALIFIERS = {
     "or", "and", "more", "less", "fewer", "least", "most", "not", "no", "never", "rejected", "extraneous",
     "invalid", "false", "wrong", "incorrect", "if", "when", "unless", "except", "than", "plus", "minus", "to",
     "times", "approximately", "both", "neither", "either", "above", "below", "under", "over", "up", "odd", "even",
+    "squared", "cubed", "factorial", "mod", "modulo", "tens", "score", "gross", "pair", "couple", "zero", "doubled",
+    "tripled", "halved", "remainder", "base", "binary", "octal", "decimal", "hexadecimal", "half", "halve",
+    "quarter", "third", "bn", "mn", "tn", "mil", "prime", "composite", "missing", "unknown", "maybe",
+}  # fmt: skip
+_FRACTION = re.compile(r".*(?:[a-z]th|illion)")  # tenths, hundredths, quintillion
+# One of two that exclude each other.
+_DIRECTIONS = {
+    "north", "south", "east", "west", "left", "right", "up", "down", "increase", "decrease", "profit", "loss", "gain",
+    "clockwise", "counterclockwise", "anticlockwise", "more", "less", "older", "younger", "win", "lose",
 }  # fmt: skip
 
 
 def qualifies(unit: Unit) -> bool:
     """Return True if words say something of a number that it does not say without them: ``or more``, ``(rejected)``."""
-    return unit.name is None and not _QUALIFIERS.isdisjoint(unit.words)
+    said = any(word in _SINGULAR_QUALIFIERS or _FRACTION.fullmatch(word) for word in unit.words)
+    return unit.name is None and said
 
 
 def beside(unit: Unit) -> Unit:
@@ -105,6 +134,9 @@ def beside(unit: Unit) -> Unit:
 
 def same_words(one: Unit, two: Unit) -> bool:
     """Return True if all words of one are among the other's: ``apples`` and ``red apples``."""
+    more = set(one.words) ^ set(two.words)
+    if any(word in _SINGULAR_QUALIFIERS or word in _DIRECTIONS or _FRACTION.fullmatch(word) for word in more):
+        return False
     return set(one.words) <= set(two.words) or set(two.words) <= set(one.words)
 
 
@@ -129,6 +161,9 @@ def factor_between(one: Unit, two: Unit) -> Fraction | None:
 
 def singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+_SINGULAR_QUALIFIERS = set(map(singular, _QUALIFIERS))
 
 
 def _pint_name(text: str) -> str | None:
@@ -157,6 +192,8 @@ def _pint_name(text: str) -> str | None:
 @lru_cache(maxsize=512)
 def _is_unit(word: str) -> bool:
     """pint takes "cats" for centi-technical-atmospheres: a short word must be listed, a long one spelt out."""
+    if word.removesuffix("s") in _COUNTED:
+        return False
     if word[:1] in "µμ":
         return word[1:] in _LETTERS
     if len(word) <= 3 and word.casefold() not in _LONG_ENOUGH:

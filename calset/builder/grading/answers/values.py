@@ -50,11 +50,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """``left op right``; ``op`` is one of ``= != < <= > >=``. Of a chain a = b = c the first and the last side."""
+    """``left op right``; ``op`` is one of ``= != < <= > >=``. Of a chain a = b = c the first and the last side, and
+    further names between them."""
 
     left: str
     op: str
     right: str
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +100,23 @@ Value = Text | Quantity | Group | Relation | Congruence | Pieces | Family
 
 def text_key(text: str) -> tuple[str, ...]:
     """The tokens by which texts are compared: case counts, but not in words of three letters and more."""
-    text = re.sub(r"(?<![A-Za-z\\])[A-Za-z]{3,}", lambda word: word[0].casefold(), text)
+    text = re.sub(r"(?<![A-Za-z\\])[A-Za-z][a-z]{2,}(?![A-Za-z])", lambda word: word[0].casefold(), text)
     return tuple(tokens(text))
 
 
 def is_name(text: str) -> bool:
     r"""A letter, a letter with an index or a prime, ``f(x)``, ``|AB|``, words: what an answer may be called."""
     text = text.strip()
+    if re.search(r"\\text\s*\{[^{}]*\b(?:not|no|never|isn't)\b", text):
+        return False
+    text = re.sub(r"^\\(?:sin|cos|tan)(?![A-Za-z])\s*", "", text)  # "\cos B = 3/5" names what was asked for
     return bool(
         re.fullmatch(r"\\?[A-Za-z]+(?:_\{?[\w,]+\}?)?'*(?:\([A-Za-z,\s\d]*\))?", text)
         or re.fullmatch(
             r"\|?\s*(?:\\(?:overline|vec|overrightarrow|text|angle|hat|bar|triangle)\s*)?\{?[A-Za-z\s]+\}?\s*\|?", text
         )
         or re.fullmatch(r"\\text\s*\{[^{}]*\}(?:_\{?\w+\}?)?", text)
+        or re.fullmatch(r"[A-Za-z](?:_\w)?(?:\s*[+-]\s*[A-Za-z](?:_\w)?)+", text)  # "m + n"
         or re.fullmatch(
             r"(?:[A-Za-z](?:_\{?\w+\}?)?'*|\\frac|\\(?:alpha|beta|theta|pi|lambda|mu|triangle|angle|partial|Delta"
             r"|complement|cap|cup)(?![A-Za-z])|[\s:/{}(),|_])+",

@@ -3,7 +3,8 @@ r"""What an answer says, read whole: labelled pairs of a reference and a respons
 ``data/reported_pairs.jsonl`` are verdicts that were wrong on commit 9b80513. ``data/published_pairs.jsonl`` were
 written and labelled by somebody who knew no grader's code, in the styles of published question sets and models, before
 any grader ran on them; the rules were changed with an eye on those marked "tuning" alone. ``data/attack_pairs.jsonl`` were
-written afterwards to break the rules.
+written afterwards to break the rules, half of them by somebody who had read the code; ``known`` is the verdict where it
+stays another than wanted.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ def graded() -> dict[str, list[tuple[dict[str, Any], Outcome]]]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_each_verdict_is_as_wanted(graded, name: str):
+def test_each_verdict_is_as_wanted_or_known(graded, name: str):
     missed = [
         (row["kind"], row["grader"], row["answer"], row["response"], outcome)
         for row, outcome in graded[name]
-        if (outcome.verdict == "correct") != (row["want"] == "correct")
+        if "known" not in row and (outcome.verdict == "correct") != (row["want"] == "correct")
     ]
     assert missed == []
+    assert [pair for pair in graded[name] if "known" in pair[0] and pair[1].verdict != pair[0]["known"]] == []
 
 
 def test_no_answer_is_an_error_of_the_grader(graded):
@@ -57,7 +59,9 @@ def test_no_answer_is_an_error_of_the_grader(graded):
 
 
 def test_the_lists_hold_what_they_say():
-    assert [len(rows(name)) >= n for name, n in zip(FILES, (120, 300, 200), strict=True)] == [True] * 3
+    assert [len(rows(name)) >= n for name, n in zip(FILES, (120, 500, 1_200), strict=True)] == [True] * 3
+    assert sum("known" in row for name in FILES for row in rows(name)) <= 60
+    assert not any("known" in row for name in FILES[:2] for row in rows(name))
     published = rows("published_pairs")
     assert {row["grader"] for row in published} == {"math", "exact", "choice"}
     assert min(sum(row["want"] == want for row in published) for want in ("correct", "wrong")) >= 150

@@ -1,10 +1,10 @@
 r"""What an answer says, read whole: labelled pairs of a reference and a response, and laws that need no label.
 
 ``data/reported_pairs.jsonl`` are verdicts that were wrong on commit 9b80513. ``data/published_pairs.jsonl`` were
-written and labelled by somebody who knew no grader's code, in the styles of published question sets and models, before
-any grader ran on them; the rules were changed with an eye on those marked "tuning" alone. ``data/attack_pairs.jsonl`` were
-written afterwards to break the rules, half of them by somebody who had read the code; ``known`` is the verdict where it
-stays another than wanted.
+written and labelled by somebody who knew no grader's code, in the styles of published question sets and models,
+before any grader ran on them; the rules were changed with an eye on those marked "tuning" alone.
+``data/attack_pairs.jsonl`` were written afterwards to break the rules, half of them by somebody who had read the code;
+``known`` is the verdict where it stays another than wanted.
 """
 
 from __future__ import annotations

@@ -27,26 +27,25 @@ _WRAPPED = re.compile(
 # Only looked at, not taken: one line may hold several statements, and the last counts.
 _LABEL = re.compile(
     r"(?i)(?:\b(?:answer|option|choice)s?|答案|故选|应选|选择|答え|ответ|respuesta|réponse|antwort|resposta|risposta)"
-    r"[*_\"']*\s*(?:(?:is|was|would be|should be|must be|has to be|will be|=)(?![A-Za-z])|为|是|:|：|(?<=[选择]))\s*[:：]?[\s*_]*"
-    r"(?:(?:therefore|thus|clearly|then|definitely|most likely|probably|the|letter|option|choice"
-    r"|answer)\s*:?\s+)*(?=(?P<said>[^\n]{1,300}))"
+    r"[*_\"']*\s*(?:(?:is|was|would be|should be|must be|has to be|will be|=)(?![A-Za-z])|为|是|:|：|(?<=[选择]))"
+    r"\s*[:：]?[\s*_]*(?:(?:therefore|thus|clearly|then|definitely|most likely|probably|the|letter|option|choice|answer)"
+    r"\s*:?\s+)*(?=(?P<said>[^\n]{1,300}))"
 )
 _VERB = re.compile(
-    r"\b(?:(?i:choose|chose|pick|select|go with|going with|settle on|opt for|actually,?|rather,?)\s+(?:(?i:the|option|answer|choice"
-    r"|letter)\s+)*"
-    r"|(?i:must be|has to be|should be|it is|it's)\s+(?:(?i:option|answer|choice"
-    r"|letter)\s+)*)(?=(?P<said>\(?\**[A-J]\b[^\n]{0,300}))"
+    r"\b(?:(?i:choose|chose|pick|select|go with|going with|settle on|opt for|actually,?|rather,?)\s+"
+    r"(?:(?i:the|option|answer|choice|letter)\s+)*|(?i:must be|has to be|should be|it is|it's)\s+"
+    r"(?:(?i:option|answer|choice|letter)\s+)*)(?=(?P<said>\(?\**[A-J]\b[^\n]{0,300}))"
 )
 _REVERSED = re.compile(
-    r"(?:^|[\s(*\"“])(?P<said>[A-J])[)*.\"”]*\s+(?:is|must be|has to be|should be)\s+(?:therefore\s+|thus\s+"
-    r"|clearly\s+)?"
-    r"(?:(?:the|our|my)\s+)?(?:(?:final|only)\s+)?(?:correct|right|best|answer)\b(?!\s+(?:about|that|in|to))",
+    r"(?:^|[\s(*\"“])(?P<said>[A-J])[)*.\"”]*\s+(?:is|must be|has to be|should be)\s+"
+    r"(?:therefore\s+|thus\s+|clearly\s+)?(?:(?:the|our|my)\s+)?(?:(?:final|only)\s+)?(?:correct|right|best|answer)\b(?!\s+(?:about|that|in|to))",
     re.M,
 )
 _DENIED = re.compile(r"(?i)\W*(?:not|isn't|cannot|can't|never|neither)\b")
 # "A or B is correct", "do not choose B", "if B is correct".
 _HEDGED = re.compile(
-    r"(?i)\b(?:or|and|nor|if|whether|unless|nobody says|no one says|not true that|(?:not|never|n't|cannot)\s+\w+)[\s(*]*$"
+    r"(?i)\b(?:or|and|nor|if|whether|unless|nobody says|no one says|not true that|(?:not|never|n't|cannot)\s+\w+)"
+    r"[\s(*]*$"
 )
 _DENIED_BEHIND = re.compile(
     r"(?i)[(\[]?[A-J][)\]]?\s*[:.,–—-]?\s*(?:(?:is|as|seems|looks)\s+)?(?:incorrect|wrong|false|not|impossible)\b"

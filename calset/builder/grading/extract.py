@@ -178,9 +178,9 @@ def stated_in_words(response: str, start: int = 0) -> Stated | None:
             found.append(Stated(_trimmed(match["answer"]), match.start()))
     last = max(found or said, key=lambda statement: statement.at, default=None)
     for statement in said:  # "The answer is 3. No, the answer is not 3."
-        if last and statement.at > last.at and (no := _DENIED.match(statement.text)):
-            if statement.text[no.end() :].strip() == last.text:
-                return statement
+        no = _DENIED.match(statement.text)
+        if last and no and statement.at > last.at and statement.text[no.end() :].strip() == last.text:
+            return statement
     return last
 
 

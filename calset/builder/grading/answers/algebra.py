@@ -68,7 +68,7 @@ def equal(left: Any, right: Any) -> bool:
     if not symbols:
         return _same_constant(left, right)
     left, right = (side if side.has(sympy.oo) else side.doit() for side in (left, right))  # finite sums, integrals
-    parts = {part for side in (left, right) for part in sympy.preorder_traversal(side)}
+    parts: set[Any] = {part for side in (left, right) for part in sympy.preorder_traversal(side)}
     jumps = any(type(part).__name__ in _PIECEWISE or (part.is_Pow and not part.exp.is_integer) for part in parts)
     valid = 0
     for size, point in _points(symbols, 7 if jumps else 4):

@@ -81,7 +81,7 @@ def unit_of(text: str) -> Unit:
     plain = " ".join(re.sub(r"°\s+(?=[CF]\b)", "°", plain).replace("^", "**").split()).strip(" .,;")
     # mg and Mg, mW and MW: a short word has its case.
     found = (
-        word if len(word) <= 3 and word[1:] != word[1:].casefold() or len(word) <= 2 else word.casefold()
+        word if (len(word) <= 3 and word[1:] != word[1:].casefold()) or len(word) <= 2 else word.casefold()
         for word in re.findall(r"[^\W\d_]+|[°%$€£¥₹¢]", plain)
     )
     words = tuple(map(singular, found))

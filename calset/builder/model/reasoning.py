@@ -7,13 +7,15 @@ text again. Must not know: engines, graders, the catalog.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calset.builder.model.templates import render
+from calset.errors import InputError
 
 # Each pair as the model's vendor or vLLM's parser of that model spells it (docs/models.md names the sources).
 MARKS: dict[str, tuple[str, str]] = {
@@ -23,6 +25,18 @@ MARKS: dict[str, tuple[str, str]] = {
     "gemma": ("<|channel>", "<channel|>"),  # Gemma 4; the word "thought" after the mark is counted as thinking
     "cohere": ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
     "minimax": ("<mm:think>", "</mm:think>"),  # MiniMax-M3
+}
+# Marks that files have and no model here is known by: of data sets, of prompts that ask for them, of other tokenizers.
+FOREIGN: dict[str, tuple[str, str]] = {
+    "begin_of_thought": ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThoughts-114k, Sky-T1
+    "thinking": ("<thinking>", "</thinking>"),
+    "thought": ("<thought>", "</thought>"),
+    "reasoning": ("<reasoning>", "</reasoning>"),
+    "reason": ("<reason>", "</reason>"),
+    "scratchpad": ("<scratchpad>", "</scratchpad>"),
+    "kimi": ("◁think▷", "◁/think▷"),  # Kimi-VL
+    "s1": ("<|im_start|>think", "<|im_start|>answer"),  # s1
+    "channels": ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss, in another tokenizer
 }
 FINAL = "final"  # the harmony channel whose message is the answer
 
@@ -61,7 +75,7 @@ class ReasoningFormat:
     """How a model marks its thinking: a pair of marks, harmony channels, or not at all (``none``).
 
     ``open_id`` and ``close_id`` are None where the tokenizer has no token for either mark: the marks are then looked
-    for in the text.
+    for in the text, in any spelling (``< Think >``) where ``any_case``.
 
     Raises:
         ValueError: one id without the other.
@@ -75,6 +89,7 @@ class ReasoningFormat:
     opened_by_template: bool = False  # the prompt ends inside the thinking (R1 style): the completion only closes it
     channels: Channels | None = None
     prompt_channel: str | None = None  # harmony: the prompt ends inside a message of this channel
+    any_case: bool = False
 
     def __post_init__(self) -> None:
         if (self.open_id is None) != (self.close_id is None):
@@ -139,6 +154,29 @@ def detect(
         close_id=vocabulary[close_mark] if single else None,
         opened_by_template=opening.rfind(open_mark) > opening.rfind(close_mark),
     )
+
+
+def named(name: str, own: ReasoningFormat, tokenizer: Any) -> ReasoningFormat:
+    """Return the reasoning format of this name, for completions that are not in the model's own.
+
+    Args:
+        own: the model's, which a name may name too.
+
+    Raises:
+        InputError: no format has this name.
+    """
+    if name == own.name:
+        return own
+    if name == "none":
+        return ReasoningFormat()
+    marks = (MARKS | FOREIGN).get(name)
+    if marks is None:
+        listed = ", ".join(("none", *MARKS, *FOREIGN))
+        raise InputError(f"unknown reasoning format {name!r}; there are {listed}, and {own.name}, the model's own")
+    vocabulary = tokenizer.get_vocab()
+    if all(mark in vocabulary for mark in marks):
+        return ReasoningFormat(name, *marks, *(vocabulary[mark] for mark in marks))
+    return ReasoningFormat(name, *marks, any_case=True)
 
 
 def _channels(vocabulary: Mapping[str, int]) -> Channels | None:
@@ -236,10 +274,16 @@ def _split_ids(ids: Sequence[int], form: ReasoningFormat, decode: Decode) -> Par
 
 
 def _split_text(ids: Sequence[int], form: ReasoningFormat, decode: Decode) -> Parts:
-    """Marks of several tokens. One may share its last token with the text behind it (``>\\n``), so they are found in
-    the text, and the few that count are brought to token offsets by bisection over decoded prefixes."""
     text = decode(ids)
-    begin, last, thinking = _walk(_text_marks(text, form), form.opened_by_template)
+    pair = _spelled(form.name, form.open_mark, form.close_mark) if form.any_case else None
+    marks = _text_marks(text, form) if pair is None else _spelled_marks(text, pair)
+    return _cut(ids, text, marks, form.opened_by_template, decode)
+
+
+def _cut(ids: Sequence[int], text: str, marks: Iterable[tuple[int, int, bool]], opened: bool, decode: Decode) -> Parts:
+    """Cut at marks of several tokens. One may share its last token with the text behind it (``>\\n``), so they are
+    found in the text, and the few that count are brought to token offsets by bisection over decoded prefixes."""
+    begin, last, thinking = _walk(marks, opened)
     prefixes = range(len(ids) + 1)
 
     def after(at: int) -> int:
@@ -270,6 +314,93 @@ def _text_marks(text: str, form: ReasoningFormat) -> Iterator[tuple[int, int, bo
         start = opening if opens else closing
         at = start + len(form.open_mark if opens else form.close_mark)
         yield start, at, opens
+
+
+# --- marks of other formats --------------------------------------------------------------------------------------
+
+
+def _spelled(name: str, *marks: str) -> re.Pattern[str]:
+    """Both marks of a format in any case, with blanks inside; quoted by a backtick they are talk about marks."""
+    opening, closing = (_loosely(mark) for mark in marks)
+    return re.compile(rf"(?<!`)(?:(?P<{name}>{opening})|(?P<not_{name}>{closing}))", re.IGNORECASE)
+
+
+def _loosely(mark: str) -> str:
+    if tag := re.fullmatch(r"<(/?)([a-z:]+)>", mark):
+        return rf"<\s*{tag[1]}\s*{tag[2]}(?:\s[^<>]{{0,80}})?>"
+    return re.escape(mark)
+
+
+def _spelled_marks(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, int, bool]]:
+    """The marks in a text; inside thinking only the mark that closes it counts."""
+    inside = None
+    for found in pattern.finditer(text):
+        kind = str(found.lastgroup)
+        if inside is None:
+            inside = None if kind.startswith("not_") else kind
+            yield found.start(), found.end(), inside is not None
+        elif kind == f"not_{inside}":
+            inside = None
+            yield found.start(), found.end(), False
+
+
+_ANY = re.compile(
+    # The first characters of all marks: where none of them stands, one look is enough.
+    rf"(?=[<\[◁])(?:{'|'.join(_spelled(n, *marks).pattern for n, marks in (MARKS | FOREIGN).items())})",
+    re.IGNORECASE,
+)
+
+
+def holds_marks(text: str) -> bool:
+    """Return True if a text holds a thinking mark of any known format."""
+    return _ANY.search(text) is not None
+
+
+def _holds_own(text: str, form: ReasoningFormat) -> bool:
+    if form.channels is not None:
+        return "<|channel|>" in text
+    if form.any_case:
+        return _spelled(form.name, form.open_mark, form.close_mark).search(text) is not None
+    return bool(form.open_mark) and (form.open_mark in text or form.close_mark in text)
+
+
+def split_any(
+    completion_ids: Sequence[int], form: ReasoningFormat, decode: Decode, spell: Decode
+) -> tuple[Parts, str | None]:
+    """Cut a completion as ``split`` does, and where it marks its thinking in another format, as that one does.
+
+    A thought that other marks open and nothing closes has no answer. Other marks count at the start of what the model's
+    own marks leave as the answer and, where the completion has none of its own, anywhere: but if the prompt has opened
+    the thinking, they must come first, since a thought may hold any text.
+
+    Args:
+        spell: ids to text, special tokens and all: what is a mark elsewhere may be a special token here.
+
+    Returns:
+        The parts, and the name of the other format where there was one.
+    """
+    parts, text = split(completion_ids, form, decode), spell(completion_ids)
+    at = 0
+    if _holds_own(text, form):
+        if parts.answer_start < 0:
+            return parts, None
+        at = parts.answer_start
+        text = spell(completion_ids[at:])
+    first = _ANY.search(text)
+    if first is None or ((at or form.opened_by_template) and text[: first.start()].strip()):
+        return parts, None
+    name = str(first.lastgroup)
+    if name.startswith("not_") and (at or form.opened_by_template):
+        return parts, None
+    ids = completion_ids[at:]
+    found = _cut(ids, text, _spelled_marks(text, _ANY), False, spell)
+    response = found.response
+    if found.answer_start >= 0:  # without special tokens
+        tail = ids[found.answer_start :]
+        response = response[: max(0, len(response) - len(spell(tail)))] + decode(tail)
+    begins = parts.reasoning_start if at and parts.reasoning_start >= 0 else at + max(0, found.reasoning_start)
+    answer = -1 if found.answer_start < 0 else at + found.answer_start
+    return Parts(begins, at + found.reasoning_end, answer, response), name.removeprefix("not_")
 
 
 @dataclass(slots=True)

@@ -137,7 +137,7 @@ def _named(value: Any) -> str:
 def _word(text: str) -> str:
     """A reason without case, spaces, signs and the name of its enumeration: ``<FinishReason.MAX_TOKENS: 2>``."""
     text = text.strip().strip("'\"")
-    if enumerated := re.fullmatch(r"<?[A-Za-z_]\w*\.([A-Za-z_]\w*)(?::[^>]*)?>?", text):
+    if enumerated := re.fullmatch(r"<?[A-Za-z_]\w*\.([A-Za-z_][\w\s-]*)(?::[^>]*)?>?", text):
         text = enumerated[1]
     word = re.sub(r"[\s_\-]+", "", text.casefold())
     return re.sub(r"^(?:finish|stop)reason(?=.)", "", word)

@@ -121,12 +121,12 @@ def _drafts(row: Row, columns: Columns, leave_out: LeaveOut) -> Iterator[Draft]:
     base = _base(row, columns)
     if columns.completion:
         base = _with_question(base, row)
-        if base.question is None and (prompt := _text(row, "prompt")) is None:
+        if base.question is None:
+            base = replace(base, prompt_text=_text(row, "prompt"))
+        if base.question is None and base.prompt_text is None:
             raise RowError(
                 f"has no question in {', '.join(QUESTIONS)}, messages or prompt: name its column (--question)"
             )
-        elif base.question is None:
-            base = replace(base, prompt_text=prompt)
         yield from _each(row, base, _named(row, columns), leave_out, apart=bool(columns.thinking))
     elif ids := _ids(row):
         base = _with_question(base, row, again=columns.question is None)
@@ -219,7 +219,7 @@ def _named(row: Row, columns: Columns) -> list[_Item]:
         value, objects = _column(row, name, "completion")
         thought = None
         if thinking:
-            apart, around = _column(row, thinking[i] if len(thinking) > 1 else thinking[0], "thinking")
+            apart, around = _column(row, thinking[min(i, len(thinking) - 1)], "thinking")
             thought, objects = thought_of(apart), [*objects, *around]
         found = structure(value) if messages_of(value) is None and not is_parts(value) else value
         if isinstance(found, list) and found and not thinking:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -280,7 +280,7 @@ def _split_text(ids: Sequence[int], form: ReasoningFormat, decode: Decode) -> Pa
     return _cut(ids, text, marks, form.opened_by_template, decode)
 
 
-def _cut(ids: Sequence[int], text: str, marks: Iterable[tuple[int, int, bool]], opened: bool, decode: Decode) -> Parts:
+def _cut(ids: Sequence[int], text: str, marks: Iterator[tuple[int, int, bool]], opened: bool, decode: Decode) -> Parts:
     """Cut at marks of several tokens. One may share its last token with the text behind it (``>\\n``), so they are
     found in the text, and the few that count are brought to token offsets by bisection over decoded prefixes."""
     begin, last, thinking = _walk(marks, opened)

@@ -143,7 +143,10 @@ def test_no_cut_trace_of_an_import_is_correct_and_unknown_reasons_are_reported(t
 
 def test_token_ids_with_sglangs_finish_reason_stay_cut(tmp_path: Path) -> None:
     ids = {"input_ids": [1, 311, 19, 20, 21], "num_prompt_tokens": 2}
-    rows = [{**ids, "finish_reason": {"type": "length", "length": 3}}, {**ids, "meta_info": {"finish_reason": "length"}}]
+    rows = [
+        {**ids, "finish_reason": {"type": "length", "length": 3}},
+        {**ids, "meta_info": {"finish_reason": "length"}},
+    ]
     _, traces = run(tmp_path, rows)
     assert [t["finish_reason"] for t in traces] == ["length"] * 2
 

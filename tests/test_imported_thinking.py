@@ -11,7 +11,8 @@ import pytest
 from conftest import fewer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_import import ASKED, OPENR1, info, r1_style, run  # noqa: F401
+from test_import import ASKED, OPENR1, run
+from test_import import r1_style as r1_style  # a fixture
 
 from calset import bundled
 from calset.builder.importing.layouts import Columns, Draft, RowError, drafts
@@ -37,7 +38,8 @@ APART: list[dict[str, Any]] = [
     answer(content="3", reasoning_details=json.dumps([{"type": "reasoning.text", "text": "1 + 2"}])),
     answer(content="3", reasoningContent={"reasoningText": {"text": "1 + 2", "signature": "x"}}),
     answer(content=[{"type": "thinking", "thinking": "1 + 2", "signature": "x"}, {"type": "text", "text": "3"}]),
-    answer(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "1 + 2"}]}, {"type": "text", "text": "3"}]),
+    answer(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "1 + 2"}]},
+                    {"type": "text", "text": "3"}]),
     answer(content=[{"type": "reasoning", "text": "1 + 2"}, {"type": "text", "text": "3"}]),
     answer(content=[{"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "1 + 2"}]},
                     {"type": "output_text", "text": "3"}]),
@@ -73,7 +75,11 @@ def test_thinking_apart_becomes_the_models_own_and_is_counted(tmp_path: Path) ->
         ({**answer(content="3"), "reasoning": "off"}, "3", None),
         ({**answer(content="3"), "reasoning": {"effort": "high", "summary": None}}, "3", None),
         ({**answer(content="3"), "thinking": True}, "3", None),
-        ({**answer(content="<think>1 + 2</think>3"), "reasoning": "A person's own words"}, "<think>1 + 2</think>3", None),
+        (
+            {**answer(content="<think>1 + 2</think>3"), "reasoning": "A person's own words"},
+            "<think>1 + 2</think>3",
+            None,
+        ),
     ],
 )
 def test_a_switch_or_a_remark_is_no_thinking(row: dict[str, Any], text: str, reasoning: str | None) -> None:
@@ -106,7 +112,7 @@ def test_the_same_thinking_in_both_places_is_written_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("style", ["plain", "r1"])
-def test_thinking_without_an_answer_is_not_closed(tmp_path: Path, r1_style: Path, style: str) -> None:  # noqa: F811
+def test_thinking_without_an_answer_is_not_closed(tmp_path: Path, r1_style: Path, style: str) -> None:
     rows = [{**answer(content=text, reasoning_content="maybe \\boxed{3}", **end), "answer": "3"}
             for text in (None, "") for end in ({}, {"finish_reason": "length"}, {"finish_reason": "stop"})]  # fmt: skip
     _, traces = run(tmp_path, rows, model=r1_style if style == "r1" else bundled.MODEL)
@@ -131,7 +137,12 @@ thoughts = st.text(st.sampled_from("ab 1+2=3\n{}\\boxed"), max_size=12)
 
 
 @pytest.fixture(scope="module")
-def plain_and_r1(r1_style: Path) -> list[Tokenization]:  # noqa: F811
+def info() -> ModelInfo:
+    return inspect(bundled.MODEL)
+
+
+@pytest.fixture(scope="module")
+def plain_and_r1(r1_style: Path) -> list[Tokenization]:
     return [Tokenization(inspect(bundled.MODEL)), Tokenization(inspect(r1_style))]
 
 
@@ -165,7 +176,9 @@ def test_a_finished_thought_in_any_marks_is_parted_from_its_answer(
 @pytest.mark.parametrize("before", ["Sure! ", "The answer is \\boxed{3}. "])
 @pytest.mark.parametrize("name", sorted(FOREIGN))
 def test_a_thought_that_opens_later_and_never_ends_is_no_answer_either(
-    info: ModelInfo, name: str, before: str  # noqa: F811
+    info: ModelInfo,
+    name: str,
+    before: str,
 ) -> None:
     found = Tokenization(info)(Draft(question="q", text=f"{before}{FOREIGN[name][0]} is it \\boxed{{3}}"))
     assert found.parts.answer_start == -1
@@ -173,7 +186,7 @@ def test_a_thought_that_opens_later_and_never_ends_is_no_answer_either(
     assert again.parts.answer_start == -1
 
 
-def test_other_marks_inside_a_thought_or_quoted_do_not_count(info: ModelInfo, r1_style: Path) -> None:  # noqa: F811
+def test_other_marks_inside_a_thought_or_quoted_do_not_count(info: ModelInfo, r1_style: Path) -> None:
     recover = Tokenization(info)
     for text in ("<think>I use <thinking> here</think>3", "<think>a</think>In `<thinking>` one thinks: 3"):
         found = recover(Draft(question="q", text=text))
@@ -209,7 +222,7 @@ def test_a_named_format_is_written_around_thinking_that_stands_apart(tmp_path: P
     assert trace["response"].strip() == "3"
 
 
-def test_no_format_grades_the_whole_text(tmp_path: Path, r1_style: Path) -> None:  # noqa: F811
+def test_no_format_grades_the_whole_text(tmp_path: Path, r1_style: Path) -> None:
     rows = [{**OPENR1, "generations": ["1 + 2, so \\boxed{3}"]}]
     _, (trace,) = run(tmp_path, rows, model=r1_style)
     assert trace["verdict"] == "truncated"  # the prompt opens a thought that the text does not close
@@ -219,6 +232,6 @@ def test_no_format_grades_the_whole_text(tmp_path: Path, r1_style: Path) -> None
 
 
 def test_an_unknown_format_lists_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown reasoning format 'nope'; there are none, think, .*begin_of_thought"):
+    with pytest.raises(InputError, match=r"unknown reasoning format 'nope'; there are none, think, .*begin_of_thought"):
         run(tmp_path, [{**ASKED, "generations": ["x"]}], reasoning="nope")
     assert not (tmp_path / "c.duckdb").exists()

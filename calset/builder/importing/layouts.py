@@ -221,9 +221,8 @@ def _named(row: Row, columns: Columns) -> list[_Item]:
         if thinking:
             apart, around = _column(row, thinking[min(i, len(thinking) - 1)], "thinking")
             thought, objects = thought_of(apart), [*objects, *around]
-        found = structure(value) if messages_of(value) is None and not is_parts(value) else value
-        if isinstance(found, list) and found and not thinking:
-            items += [_Item(name, item, objects) for item in found]
+        if isinstance(value, list) and value and not (thinking or is_parts(value) or messages_of(value)):
+            items += [_Item(name, item, objects) for item in value]
         else:
             items.append(_Item(name, value, objects, thought))
     return items

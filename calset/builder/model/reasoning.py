@@ -286,13 +286,17 @@ def _cut(ids: Sequence[int], text: str, marks: Iterator[tuple[int, int, bool]], 
     begin, last, thinking = _walk(marks, opened)
     prefixes = range(len(ids) + 1)
 
+    def length(k: int) -> int:
+        """Characters of a prefix; one whose bytes are not all there is none yet."""
+        return len(decode(ids[:k]).rstrip("\ufffd"))
+
     def after(at: int) -> int:
         """The first offset whose prefix holds all of text[:at]."""
-        return min(bisect_left(prefixes, at, key=lambda k: len(decode(ids[:k]))), len(ids)) if at > 0 else 0
+        return min(bisect_left(prefixes, at, key=length), len(ids)) if at > 0 else 0
 
     def before(at: int) -> int:
         """The last offset whose prefix holds nothing of text[at:]."""
-        return max(bisect_right(prefixes, at, key=lambda k: len(decode(ids[:k]))) - 1, 0)
+        return max(bisect_right(prefixes, at, key=length) - 1, 0)
 
     reasoning_start = after(begin) if begin >= 0 else -1
     if thinking:

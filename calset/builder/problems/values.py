@@ -85,7 +85,7 @@ def reference_of(value: Any) -> str | None:
         Unreadable: several answers, or no text.
     """
     while isinstance(value, (list, tuple)):
-        there = [item for item in value if item is not None]
+        there = [item for item in value if item is not None and not (isinstance(item, float) and math.isnan(item))]
         if any(item != there[0] for item in there):
             raise Unreadable(f"a list of {len(there)}")
         value = there[0] if there else None

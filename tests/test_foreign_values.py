@@ -212,6 +212,11 @@ def test_one_null_among_generations_costs_only_itself(tmp_path: Path) -> None:
     assert report.bad[0].why == "has no text in generations (2 of 6)"
 
 
+def test_generations_may_be_an_object_of_lists() -> None:
+    row = {**ASKED, "generations": {"text": [GOOD, "4"], "finish_reason": ["stop", "length"]}}
+    assert [(d.text, d.end and d.end.reason) for d in drafts(row, Columns())] == [(GOOD, "stop"), ("4", "length")]
+
+
 # --- choices -------------------------------------------------------------------------------------------------------
 
 ARC = {"text": ["Rome", "Paris"], "label": ["A", "B"]}

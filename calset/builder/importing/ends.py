@@ -16,17 +16,19 @@ from typing import Any, NamedTuple
 from calset.builder.problems.values import structure
 
 # Spelled as `_word` leaves them. vLLM, SGLang and OpenAI; then TGI, Anthropic, Bedrock, Gemini, Cohere, Mistral,
-# llama.cpp, Ollama, watsonx, DeepSeek and OpenAI's Responses.
+# llama.cpp, Ollama, watsonx, DeepSeek, TensorRT-LLM and OpenAI's Responses.
 _MEANINGS = {
-    "stop": "stop eos eostoken endturn stopsequence complete completed endoftext word",
+    "stop": "stop eos eostoken eosid endturn endofturn stopsequence stoptoken stopstring stopword stopwords endid "
+    "endoftext complete completed finished finishedstopped word",
     "length": "length maxtokens maxlength maxnewtokens maxoutputtokens maxcompletiontokens modellength tokenlimit "
     "limit errorlimit contextlength contextlengthexceeded modelcontextwindowexceeded incomplete truncated notfinished "
-    "unfinished",
+    "unfinished finishedlengthcapped",
     "repetition": "repetition",
-    "abort": "abort aborted cancel canceled cancelled usercancel timeout timelimit contentfilter contentfiltered "
-    "guardrailintervened refusal safety imagesafety recitation blocklist prohibitedcontent spii language toolcalls "
-    "toolcall tooluse functioncall pauseturn insufficientsystemresource errortoxic load unload",
-    "error": "error failed failure malformedfunctioncall",
+    "abort": "abort aborted cancel canceled cancelled usercancel timeout timedout timelimit contentfilter "
+    "contentfiltered guardrailintervened refusal safety imagesafety recitation blocklist prohibitedcontent spii "
+    "language toolcalls toolcall tooluse functioncall pauseturn insufficientsystemresource errortoxic load unload "
+    "finishedaborted finishedignored",
+    "error": "error failed failure malformedfunctioncall finishederror",
 }
 KNOWN = {word: reason for reason, words in _MEANINGS.items() for word in words.split()}
 # What a row that has nothing to say writes.
@@ -35,9 +37,9 @@ _NOTHING = {"", "none", "null", "nan", "unspecified"}
 _ORDER = ("error", "abort", "length", "repetition", "stop")
 
 REASONS = ("finish_reason", "finish_reasons", "stop_reason", "stop_reasons", "done_reason", "stop_type", "finishReason",
-           "stopReason")  # fmt: skip
+           "stopReason", "finish_details")  # fmt: skip
 CUT = ("is_truncated", "truncated", "stopped_limit")  # flags of a cut completion
-WHOLE = ("is_reasoning_complete", "is_finished", "is_complete")  # and of one that is not
+WHOLE = ("is_reasoning_complete", "is_finished", "finished", "is_complete", "is_completed")  # and of one that is not
 INSIDE = ("meta_info", "response_metadata", "generation_info", "incomplete_details")  # objects that hold reasons
 FIELDS = (*REASONS, *CUT, *WHOLE, *INSIDE)
 # vLLM: the token id or the text that a completion stopped at; it stands beside a finish reason.
@@ -102,7 +104,7 @@ def _read(field: str, value: Any) -> Iterator[tuple[str | None, str]]:
         return
     if field in CUT or field in WHOLE:
         said = _flag(value)
-        if said is None and _word(str(value)) not in _NOTHING:
+        if said is None and field.startswith("is_") and _word(str(value)) not in _NOTHING:
             yield None, f"{field} {value}"[:80]
         elif said is not None and said == (field in CUT):
             yield "length", ""

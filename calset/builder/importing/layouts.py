@@ -22,6 +22,7 @@ from calset.builder.problems.messages import (
     Question,
     Said,
     is_parts,
+    items_of,
     messages_of,
     question_of,
     said_of,
@@ -134,7 +135,7 @@ def _drafts(row: Row, columns: Columns, leave_out: LeaveOut) -> Iterator[Draft]:
         yield replace(base, prompt_ids=ids[0], completion_ids=ids[1], whole_text=said, end=end_of([row]))
     elif row.get("generations") is not None:
         base = base if base.question else _asked(base, _chat(row), columns)
-        texts = structure(row["generations"])
+        texts = items_of(structure(row["generations"]))
         if not isinstance(texts, (list, tuple)) or not texts:
             raise RowError("has no list in generations")
         yield from _each(row, base, [_Item("generations", text) for text in texts], leave_out)

@@ -33,7 +33,10 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "thought": ("<thought>", "</thought>"),
     "reasoning": ("<reasoning>", "</reasoning>"),
     "reason": ("<reason>", "</reason>"),
+    "thoughts": ("<thoughts>", "</thoughts>"),
+    "cot": ("<cot>", "</cot>"),
     "scratchpad": ("<scratchpad>", "</scratchpad>"),
+    "longcat": ("<longcat_think>", "</longcat_think>"),  # LongCat-Flash-Thinking
     "kimi": ("◁think▷", "◁/think▷"),  # Kimi-VL
     "s1": ("<|im_start|>think", "<|im_start|>answer"),  # s1
     "channels": ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss, in another tokenizer
@@ -330,7 +333,7 @@ def _spelled(name: str, *marks: str) -> re.Pattern[str]:
 
 
 def _loosely(mark: str) -> str:
-    if tag := re.fullmatch(r"<(/?)([a-z:]+)>", mark):
+    if tag := re.fullmatch(r"<(/?)([a-z:_]+)>", mark):
         return rf"<\s*{tag[1]}\s*{tag[2]}(?:\s[^<>]{{0,80}})?>"
     return re.escape(mark)
 

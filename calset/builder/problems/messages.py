@@ -47,8 +47,8 @@ def messages_of(value: Any) -> list[Message] | None:
         Unreadable: a list with something else among the messages.
     """
     value = structure(value)
-    if isinstance(value, Mapping):
-        value = _rows(value)
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        value = items_of(value) if any(isinstance(value.get(n), (list, tuple)) for n in ("role", "from")) else [value]
     if not isinstance(value, (list, tuple)) or not value:
         return None
     turns = [_turn(item) for item in value]
@@ -56,16 +56,33 @@ def messages_of(value: Any) -> list[Message] | None:
         return None
     if None in turns:
         raise Unreadable("a message that is no object")
-    return [turn for turn in turns if turn is not None]
+    return _folded([turn for turn in turns if turn is not None])
 
 
-def _rows(value: Mapping[str, Any]) -> list[Any]:
-    """The messages of an object of lists (``{"role": [...], "content": [...]}``), or the one message that it is."""
+def _folded(turns: Sequence[dict[str, Any]]) -> list[Message]:
+    """With thinking that is a turn of its own (OpenAI's Responses) in the answer that follows it."""
+    found: list[Message] = []
+    thoughts: list[str] = []
+    for turn in turns:
+        if str(turn["role"] or turn.get("type")) in _THINKING_PARTS:
+            thoughts.append(thought_of(turn) or "")
+        elif thoughts and turn["role"] == "assistant":
+            found.append({**turn, "reasoning": "\n\n".join([*thoughts, thinking_apart(turn) or ""]).strip() or None})
+            thoughts = []
+        else:
+            found.append(turn)
+    if thoughts:
+        found.append({"role": "assistant", "content": None, "reasoning": "\n\n".join(thoughts)})
+    return found
+
+
+def items_of(value: Any) -> Any:
+    """Return the objects of an object of lists (``{"role": [...], "content": [...]}``); any other value as it is."""
+    if not isinstance(value, Mapping):
+        return value
     lists = {name: item for name, item in value.items() if isinstance(item, (list, tuple))}
-    role = next((lists[name] for name in ("role", "from") if name in lists), None)
-    if role is None:
-        return [value] if "role" in value or "from" in value else []
-    return [{name: item[i] for name, item in lists.items() if i < len(item)} for i in range(len(role))]
+    longest = max(map(len, lists.values()), default=0)
+    return [{name: item[i] for name, item in lists.items() if i < len(item)} for i in range(longest)] or value
 
 
 def _turn(item: Any) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from calset import bundled
 from calset.builder.importing.layouts import Columns, Draft, RowError, drafts
 from calset.builder.model.info import inspect
 from calset.builder.problems import load_problems, open_problems
+from calset.builder.problems.columns import Columns as ProblemColumns
 from calset.builder.problems.values import Unreadable, look_up, reference_of, text_of
 from calset.catalog.catalog import Catalog
 from calset.errors import BuildWarning, InputError
@@ -244,6 +245,18 @@ def test_choices_are_kept_and_graded_by(tmp_path: Path, choices: Any, answer: st
     assert problem.answer in "AB"
 
 
+def test_a_dataset_on_the_hub_keeps_its_choices_and_reads_no_other_nested_column() -> None:
+    columns = ProblemColumns("question", "answerKey", short=True)
+    names = {"question": False, "answerKey": False, "choices": True, "traces": True, "id": False}
+    assert columns.choose(names, "arc") == ["question", "answerKey", "choices", "id"]
+    draft = columns.draft({"question": "q", "answerKey": "2", "choices": {"text": ["a", "b"], "label": ["1", "2"]}})
+    assert draft is not None
+    assert (draft.answer, draft.metadata) == ("B", {"choices": ["a", "b"]})
+    draft = columns.draft({"question": "q", "answerKey": "2", "choices": ["x"] * 40})
+    assert draft is not None
+    assert draft.metadata == {}
+
+
 def test_what_is_called_choices_and_is_none_is_left_alone(tmp_path: Path) -> None:
     (draft,) = drafts({**ASKED, "generations": [GOOD], "choices": [{"message": SAID}]}, Columns())
     assert "choices" not in draft.metadata
@@ -385,6 +398,15 @@ def test_any_column_or_path_can_be_the_completion(
     found = list(drafts(row, Columns(completion=columns)))
     assert [draft.text for draft in found] == texts
     assert {draft.question for draft in found} == {USER["content"]}
+
+
+@pytest.mark.parametrize("said", ['[{"type": "string"}]', '["42"]', "[1, 2]", '{"a": 1}', '{"text": "x"}'])
+def test_an_answer_that_is_json_stays_text(said: str) -> None:
+    rows = [{"messages": [USER, {"role": "assistant", "content": said}]}, {**ASKED, "generations": [said]},
+            {"prompt": "q", "completion": said}, {**ASKED, "out": said}]  # fmt: skip
+    for row in rows:
+        (draft,) = drafts(row, Columns(completion=("out",) if "out" in row else ()))
+        assert draft.text == said
 
 
 def test_what_stands_on_the_way_to_a_completion_says_how_it_ended() -> None:

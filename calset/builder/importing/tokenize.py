@@ -69,12 +69,15 @@ class Tokenization:
         completion_ids = draft.completion_ids or self._encode(self._completion(draft, prompt_ids))
         if not completion_ids:
             raise RowError("has an empty completion")
-        parts, other = self._split(completion_ids)
-        finish_reason = self._finish_reason(draft, completion_ids, parts)
-        if not draft.completion_ids and finish_reason == "stop":
+        from_text, finish_reason = not draft.completion_ids, draft.end and draft.end.reason
+        if from_text and finish_reason == "stop":
             completion_ids = self._ended(completion_ids)
-            parts, other = self._split(completion_ids)
-        from_text = not draft.completion_ids
+        parts, other = self._split(completion_ids)
+        if finish_reason is None:
+            finish_reason = self._finish_reason(draft, completion_ids, parts)
+            if from_text and finish_reason == "stop":
+                completion_ids = self._ended(completion_ids)
+                parts, other = self._split(completion_ids)
         return Tokenized(question, system_prompt, prompt_ids, completion_ids, parts, finish_reason, from_text, other)
 
     # -- the prompt --
@@ -186,9 +189,7 @@ class Tokenization:
         return split(completion_ids, info.reasoning, info.decode), None
 
     def _finish_reason(self, draft: Draft, completion_ids: Sequence[int], parts: Parts) -> str:
-        """As the file says; else by the end token, the limit, or whether there is an answer after the thinking."""
-        if draft.end is not None:
-            return draft.end.reason
+        """By the end token, the limit, or whether there is an answer after the thinking: the file does not say."""
         if completion_ids[-1] in self._info.eos_token_ids:
             return "stop"
         if draft.max_tokens is not None:

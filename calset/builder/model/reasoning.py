@@ -363,9 +363,12 @@ def holds_marks(text: str) -> bool:
     return _ANY.search(text) is not None
 
 
-def _holds_own(text: str, form: ReasoningFormat) -> bool:
+def _holds_own(ids: Sequence[int], form: ReasoningFormat, spell: Decode) -> bool:
     if form.channels is not None:
-        return "<|channel|>" in text
+        return form.channels.channel in ids
+    if form.open_id is not None:
+        return form.open_id in ids or form.close_id in ids
+    text = spell(ids)
     if form.any_case:
         return _spelled(form.name, form.open_mark, form.close_mark).search(text) is not None
     return bool(form.open_mark) and (form.open_mark in text or form.close_mark in text)
@@ -386,13 +389,12 @@ def split_any(
     Returns:
         The parts, and the name of the other format where there was one.
     """
-    parts, text = split(completion_ids, form, decode), spell(completion_ids)
-    at = 0
-    if _holds_own(text, form):
+    parts, at = split(completion_ids, form, decode), 0
+    if _holds_own(completion_ids, form, spell):
         if parts.answer_start < 0:
             return parts, None
         at = parts.answer_start
-        text = spell(completion_ids[at:])
+    text = spell(completion_ids[at:])
     first = _ANY.search(text)
     if first is None or ((at or form.opened_by_template) and text[: first.start()].strip()):
         return parts, None

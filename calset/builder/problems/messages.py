@@ -17,6 +17,7 @@ CONTENTS = ("content", "value", "parts")
 # Keys and types under which an answer's thinking stands: vLLM's and DeepSeek's, OpenRouter's, Anthropic's, Bedrock's.
 THINKING = ("reasoning", "reasoning_content", "thinking", "reasoning_details", "reasoningContent")
 _THINKING_PARTS = {*THINKING, "reasoning_text", "summary_text", "thought"}
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _HIDDEN = ("data", "redactedContent", "encrypted_content")  # thinking that only its server can read
 _INSIDE = (*THINKING, "text", "reasoningText", "content", "summary")  # where an object of thinking keeps its text
 # A column of such a name may say whether, or how long, the model was to think.
@@ -123,9 +124,14 @@ def said_of(turn: Message) -> Said:
 
 
 def is_parts(content: Any) -> bool:
-    """Return True if the value is a list of a message's parts, or JSON text of one; other JSON is an answer's text."""
+    """Return True if the value is a list of a message's parts, or JSON text of parts of a known type.
+
+    Other JSON is what an answer says.
+    """
     found = structure(content)
-    return isinstance(found, list) and bool(found) and all(isinstance(p, Mapping) and "type" in p for p in found)
+    if not isinstance(found, list) or not found or not all(isinstance(p, Mapping) and "type" in p for p in found):
+        return False
+    return not isinstance(content, str) or all(p["type"] in _TEXT_PARTS or _thinks(p) for p in found)
 
 
 def _thinks(part: Message) -> bool:

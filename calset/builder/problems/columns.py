@@ -124,7 +124,7 @@ def read_problems(
 
         def leave_out(number: int, why: str, at: str = label) -> None:
             if bad is None:
-                raise InputError(f"{at}:{number} {why}")
+                raise InputError(f"{at}:{number} {why}; skip_bad= leaves such rows out")
             bad.add(f"{at}:{number}", why)
 
         rows = read_rows(
@@ -190,9 +190,7 @@ def _reference(value: Any, column: str) -> str:
 
 
 def _unread(what: str | Unreadable, column: str, needs: str) -> Unreadable:
-    return Unreadable(
-        f"holds {what} in column {column!r}; each problem needs {needs} there (skip_bad= leaves such rows out)"
-    )
+    return Unreadable(f"holds {what} in column {column!r}; each problem needs {needs} there")
 
 
 def _top(column: str, names: Iterable[str]) -> str:

@@ -211,6 +211,10 @@ def test_one_null_among_generations_costs_only_itself(tmp_path: Path) -> None:
     assert sorted(t["verdict"] for t in traces) == ["correct", "incorrect"]
     assert report.bad[0].where.endswith("traces.jsonl:1")
     assert report.bad[0].why == "has no text in generations (2 of 6)"
+    (tmp_path / "c.duckdb").unlink()
+    report, _ = run(tmp_path, [*rows, {**OPENR1, "generations": [None, "", None]}])
+    assert (report.n_traces, report.n_bad) == (2, 5)  # a row of nothing else is one bad row
+    assert report.bad[-1].why == "has no text in generations (1 of 3)"
 
 
 def test_generations_may_be_an_object_of_lists() -> None:
@@ -382,6 +386,7 @@ def test_the_command_line_leaves_bad_rows_out_and_names_them(tmp_path: Path) -> 
         ({**ASKED, "out": {"text": [GOOD, "4"]}}, ("out.text",), [GOOD, "4"]),
         ({**ASKED, "a": GOOD, "b": "4"}, ("a", "b"), [GOOD, "4"]),
         ({**ASKED, "a": GOOD, "b": None}, ("a", "b"), [GOOD]),
+        ({**ASKED, "b": GOOD}, ("a", "b"), [GOOD]),
         ({**ASKED, "r": {"choices": [{"message": SAID}]}}, ("r.choices.0.message",), [GOOD]),
         ({**ASKED, "r": {"choices": [{"message": SAID}]}}, ("r.choices",), [GOOD]),
         ({**ASKED, "r": json.dumps({"choices": [{"message": SAID}]})}, ("r.choices.0.message.content",), [GOOD]),

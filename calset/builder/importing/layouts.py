@@ -216,8 +216,10 @@ def _named(row: Row, columns: Columns) -> list[_Item]:
     if len(thinking) not in (0, 1, len(named)):
         raise RowError(f"has {len(named)} columns of completions and {len(thinking)} of thinking: name one for each")
     items = []
+    if not any(_is_there(row, name) for name in named):
+        _column(row, named[0], "completion")
     for i, name in enumerate(named):
-        value, objects = _column(row, name, "completion")
+        value, objects = walk(row, name)
         thought = None
         if thinking:
             apart, around = _column(row, thinking[min(i, len(thinking) - 1)], "thinking")
@@ -237,7 +239,7 @@ def _each(
     Args:
         apart: the user named the column of the thinking, so no other one is looked for.
     """
-    good, why = 0, ""
+    good, bad = 0, []
     for place, item in enumerate(items):
         try:
             said, inside = _said(item.value, item.column, empty=item.thinking is not None)
@@ -251,10 +253,11 @@ def _each(
             good += 1
         except (RowError, Unreadable) as error:
             why = str(error) if isinstance(error, RowError) else f"holds {error} in {item.column}"
-            if len(items) > 1:
-                leave_out(f"{why} ({place + 1} of {len(items)})")
-    if not good:
-        raise RowError(why)
+            bad.append(f"{why} ({place + 1} of {len(items)})" if len(items) > 1 else why)
+    if not good:  # then the row is one bad row
+        raise RowError(bad[0])
+    for why in bad:
+        leave_out(why)
 
 
 def _said(value: Any, name: str, *, empty: bool = False) -> tuple[Said, list[Mapping[str, Any]]]:
@@ -376,9 +379,13 @@ def _answer(row: Row, named: str | None) -> tuple[str | None, str | None]:
 
 
 def _column(row: Row, name: str, option: str) -> tuple[Any, list[Mapping[str, Any]]]:
-    if name not in row and name.partition(".")[0] not in row:
+    if not _is_there(row, name):
         raise RowError(f"has no column {name!r} (--{option})")
     return walk(row, name)
+
+
+def _is_there(row: Row, name: str) -> bool:
+    return name in row or name.partition(".")[0] in row
 
 
 def _required(row: Mapping[str, Any], name: str) -> str:

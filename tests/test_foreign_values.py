@@ -165,6 +165,11 @@ def test_a_conversation_is_read_in_every_shape(chat: Any, column: str) -> None:
     assert (draft.question, draft.text) == (USER["content"], GOOD)
 
 
+def test_messages_as_python_prints_them_are_named() -> None:
+    with pytest.raises(RowError, match="has messages that are text, and not JSON of messages"):
+        list(drafts({"messages": str([USER, SAID])}, Columns()))
+
+
 def test_a_conversation_of_parquet_maps_is_read(tmp_path: Path) -> None:
     schema = pa.schema([("messages", pa.list_(pa.map_(pa.string(), pa.string())))])
     row = {"messages": [list(USER.items()), list(SAID.items())]}

@@ -18,7 +18,7 @@ from calset import bundled
 from calset.builder.importing.layouts import Columns, Draft, RowError, drafts
 from calset.builder.importing.tokenize import Tokenization
 from calset.builder.model.info import ModelInfo, inspect
-from calset.builder.model.reasoning import FOREIGN, MARKS
+from calset.builder.model.reasoning import FOREIGN, MARKS, holds_marks
 from calset.catalog.catalog import Catalog
 from calset.errors import InputError
 
@@ -125,7 +125,14 @@ def test_thinking_without_an_answer_is_not_closed(tmp_path: Path, r1_style: Path
 
 # --- marks of other formats ----------------------------------------------------------------------------------------
 
-PAIRS = MARKS | FOREIGN
+# Named ones, and others of their kind.
+PAIRS = MARKS | FOREIGN | {
+    "a": ("<|think|>", "<|/think|>"), "b": ("<|thinking|>", "</thinking>"),
+    "c": ("<|start_of_thought|>", "<|end_thought|>"),
+    "d": ("&lt;think&gt;", "&lt;/think&gt;"), "e": ("<inner_thoughts>", "</inner_thoughts>"),
+    "f": ("<chain_of_thought>", "</chain_of_thought>"), "g": ('<thinking mode="slow">', "</thinking>"),
+    "h": ("<|begin_reasoning|>", "<|end_of_reasoning|>"),
+}  # fmt: skip
 
 
 def spelled(mark: str, chance: random.Random) -> str:
@@ -194,12 +201,18 @@ def test_other_marks_inside_a_thought_or_quoted_do_not_count(info: ModelInfo, r1
     for text in ("<think>I use <thinking> here</think>3", "<think>a</think>In `<thinking>` one thinks: 3"):
         found = recover(Draft(question="q", text=text))
         assert found.parts.response.endswith("3"), text
-        assert found.other_marks is None
+        assert found.other_mark is None
     nested = recover(Draft(question="q", text="<thinking>a <reasoning>b</reasoning> maybe \\boxed{7}"))
     assert nested.parts.answer_start == -1
     # The prompt has opened the thinking: what a cut thought holds is no answer.
     cut = Tokenization(inspect(r1_style))(Draft(question="q", text="so <scratchpad>1</scratchpad> \\boxed{7}"))
     assert cut.parts.answer_start == -1
+
+
+@pytest.mark.parametrize("piece", ["<", "< ", "<think", "<|", "<think ", "think", "<a", "&lt;", "[", "begin_of_"])
+def test_a_long_text_of_half_marks_is_looked_through_once(piece: str) -> None:
+    for text in (piece * 50_000, "<" + piece * 50_000, "<" + " " * 100_000 + piece):
+        assert not holds_marks(text)
 
 
 def test_other_marks_are_reported_and_can_be_named(tmp_path: Path) -> None:
@@ -208,7 +221,9 @@ def test_other_marks_are_reported_and_can_be_named(tmp_path: Path) -> None:
     rows = [{**OPENR1, "generations": [whole, f"{begin} maybe \\boxed{{3}}"]}]
     report, traces = run(tmp_path, rows)
     assert sorted(t["verdict"] for t in traces) == ["correct", "truncated"]
-    assert any("2 traces mark their thinking as begin_of_thought" in w and "--reasoning" in w for w in report.warnings)
+    assert any(
+        "2 traces mark their thinking with <|begin_of_thought|>" in w and "--reasoning" in w for w in report.warnings
+    )
     (found,) = (t for t in traces if t["verdict"] == "correct")
     assert "4" not in found["response"]
     assert found["n_reasoning_tokens"] > 0

@@ -306,8 +306,8 @@ class _Import:
             self._unknown_ends[draft.end.unknown] += 1
         if draft.unread_answer is not None and not reference:
             self._unread_answers[draft.unread_answer] += 1
-        if found.other_marks is not None:
-            self._other_marks[found.other_marks] += 1
+        if found.other_mark is not None:
+            self._other_marks[found.other_mark] += 1
 
     def _new_problem(self, draft: Draft, found: Tokenized, source: Source, where: str) -> Problem:
         answer = draft.answer or ""
@@ -454,13 +454,16 @@ class _Import:
                 f"{n} traces ended for a reason that calset does not know, {reason!r}: they are kept as aborted and "
                 "count for nothing"
             )
-        for name, n in self._other_marks.most_common(MAX_REASONS):
+        for mark, n in self._other_marks.most_common(MAX_REASONS):
             yield (
-                f"{n} traces mark their thinking as {name}, which is not how {self._info.model} marks it; it was found "
-                f"there. --reasoning {name} says so of all, --reasoning none that these marks are text"
+                f"{n} traces mark their thinking with {mark}, as {self._info.model} does not: what these marks enclose "
+                "was not graded. --reasoning FORMAT says how all traces mark it, --reasoning none that they do not"
             )
         for what, n in self._unread_answers.most_common(MAX_REASONS):
-            yield f"{n} traces have {what} for a reference answer and no verdict: --answer takes a path (COLUMN.0)"
+            yield (
+                f"{n} traces have {what} for a reference answer and no verdict: --answer takes another column, or a "
+                "path (COLUMN.0)"
+            )
         yield from filter(None, map(left_out, self._sources))
         if n := self._counts["from text"]:
             yield f"{n} traces were tokenised from their text: the tokens that the model sampled may have been others"

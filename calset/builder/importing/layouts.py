@@ -314,6 +314,8 @@ def _chat(row: Row) -> list[Message]:
             return turns
         if isinstance(row.get(name), list) and row[name]:
             raise RowError("has a message that is no object")
+        if isinstance(row.get(name), str) and row[name].strip():
+            raise RowError(f"has {name} that are text, and not JSON of messages")
     if not isinstance(row.get("prompt"), str) and (asked := messages_of(row.get("prompt"))) is not None:
         said = messages_of(row.get("completion"))
         return [*asked, *(said or [{"role": "assistant", "content": row.get("completion")}])]

@@ -23,8 +23,8 @@ _PLACE = "calset question placeholder"
 class Tokenized:
     """A trace's question, ids and end.
 
-    ``from_text``: the completion's ids were made here. ``other_marks``: the format of its thinking where that is not
-    the model's.
+    ``from_text``: the completion's ids were made here. ``other_mark``: what opens its thinking where that is not the
+    model's.
     """
 
     question: str
@@ -34,7 +34,7 @@ class Tokenized:
     parts: Parts
     finish_reason: str
     from_text: bool
-    other_marks: str | None = None
+    other_mark: str | None = None
 
 
 class Tokenization:

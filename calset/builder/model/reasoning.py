@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from calset.builder.model.templates import render
 from calset.errors import InputError
@@ -44,6 +44,10 @@ FOREIGN: dict[str, tuple[str, str]] = {
 FINAL = "final"  # the harmony channel whose message is the answer
 
 Decode = Callable[[Sequence[int]], str]
+
+
+def _spelled_out(name: str, opening: str, closing: str) -> str:
+    return rf"(?P<{name}>{re.escape(opening)})|(?P<not_{name}>{re.escape(closing)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,8 +282,7 @@ def _split_ids(ids: Sequence[int], form: ReasoningFormat, decode: Decode) -> Par
 
 def _split_text(ids: Sequence[int], form: ReasoningFormat, decode: Decode) -> Parts:
     text = decode(ids)
-    pair = _spelled(form.name, form.open_mark, form.close_mark) if form.any_case else None
-    marks = _text_marks(text, form) if pair is None else _spelled_marks(text, pair)
+    marks = _matched(_marks(text, (_kind(form.name),))) if form.any_case else _text_marks(text, form)
     return _cut(ids, text, marks, form.opened_by_template, decode)
 
 
@@ -325,37 +328,57 @@ def _text_marks(text: str, form: ReasoningFormat) -> Iterator[tuple[int, int, bo
 
 # --- marks of other formats --------------------------------------------------------------------------------------
 
-
-def _spelled(name: str, *marks: str) -> re.Pattern[str]:
-    """Both marks of a format in any case, with blanks inside; quoted by a backtick they are talk about marks."""
-    opening, closing = (_loosely(mark) for mark in marks)
-    return re.compile(rf"(?<!`)(?:(?P<{name}>{opening})|(?P<not_{name}>{closing}))", re.IGNORECASE)
-
-
-def _loosely(mark: str) -> str:
-    if tag := re.fullmatch(r"<(/?)([a-z:_]+)>", mark):
-        return rf"<\s*{tag[1]}\s*{tag[2]}(?:\s[^<>]{{0,80}})?>"
-    return re.escape(mark)
-
-
-def _spelled_marks(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, int, bool]]:
-    """The marks in a text; inside thinking only the mark that closes it counts."""
-    inside = None
-    for found in pattern.finditer(text):
-        kind = str(found.lastgroup)
-        if inside is None:
-            inside = None if kind.startswith("not_") else kind
-            yield found.start(), found.end(), inside is not None
-        elif kind == f"not_{inside}":
-            inside = None
-            yield found.start(), found.end(), False
-
-
-_ANY = re.compile(
-    # The first characters of all marks: where none of them stands, one look is enough.
-    rf"(?=[<\[◁])(?:{'|'.join(_spelled(n, *marks).pattern for n, marks in (MARKS | FOREIGN).items())})",
-    re.IGNORECASE,
+_PREFIX = r"(?:begin|start|end)_?(?:of_?)?"
+# A tag with a word of thinking in its name, in any case, with blanks, bars or attributes, or escaped for HTML:
+# <Think>, < thinking >, <|start_of_thought|>, </reasoning>, <seed:think>. Every repetition has a bound: a text of
+# nothing but blanks or letters takes no longer than another.
+_TAG = (
+    r"(?:<|&lt;)\|?\s{0,3}(?P<slash>/?)\s{0,3}"
+    r"(?P<tag>[a-z_:]{0,20}(?:think|thought|reason)[a-z_]{0,20}|(?:begin_|start_|end_)?(?:of_)?(?:scratchpad|cot))"
+    r"(?:\s[^<>]{0,80})?\s{0,3}\|?(?:>|&gt;)"
 )
+_UNTAGGED = {n: marks for n, marks in (MARKS | FOREIGN).items() if not re.fullmatch(_TAG, marks[0], re.IGNORECASE)}
+# Quoted by a backtick, a mark is talk about marks. The first characters of all marks: elsewhere one look is enough.
+_ANY = re.compile(
+    rf"(?<!`)(?=[<&\[◁])(?:{'|'.join(_spelled_out(n, *marks) for n, marks in _UNTAGGED.items())}|{_TAG})", re.IGNORECASE
+)
+
+
+class _Mark(NamedTuple):
+    start: int
+    end: int
+    opens: bool
+    kind: str  # what closes it is of the same kind
+
+
+def _marks(text: str, kinds: Collection[str] | None = None) -> Iterator[_Mark]:
+    """The thinking marks in a text, of all formats or of some kinds."""
+    for found in _ANY.finditer(text):
+        if found["tag"]:
+            name = found["tag"].lower()
+            opens, kind = not (found["slash"] or name.startswith("end_")), re.sub(f"^{_PREFIX}", "", name)
+        else:
+            kind = next(n for n in _UNTAGGED if found[n] or found[f"not_{n}"])
+            opens = bool(found[kind])
+        if kinds is None or kind in kinds:
+            yield _Mark(found.start(), found.end(), opens, kind)
+
+
+def _matched(marks: Iterable[_Mark]) -> Iterator[tuple[int, int, bool]]:
+    """The marks that count: inside thinking only the one that closes it does."""
+    inside = None
+    for start, end, opens, kind in marks:
+        if inside is None:
+            inside = kind if opens else None
+            yield start, end, opens
+        elif not opens and kind == inside:
+            inside = None
+            yield start, end, False
+
+
+def _kind(name: str) -> str:
+    """The kind of a named format's marks."""
+    return next(_marks((MARKS | FOREIGN)[name][0])).kind
 
 
 def holds_marks(text: str) -> bool:
@@ -370,7 +393,7 @@ def _holds_own(ids: Sequence[int], form: ReasoningFormat, spell: Decode) -> bool
         return form.open_id in ids or form.close_id in ids
     text = spell(ids)
     if form.any_case:
-        return _spelled(form.name, form.open_mark, form.close_mark).search(text) is not None
+        return any(_marks(text, (_kind(form.name),)))
     return bool(form.open_mark) and (form.open_mark in text or form.close_mark in text)
 
 
@@ -387,7 +410,7 @@ def split_any(
         spell: ids to text, special tokens and all: what is a mark elsewhere may be a special token here.
 
     Returns:
-        The parts, and the name of the other format where there was one.
+        The parts, and the first other mark where there was one.
     """
     parts, at = split(completion_ids, form, decode), 0
     if _holds_own(completion_ids, form, spell):
@@ -395,21 +418,20 @@ def split_any(
             return parts, None
         at = parts.answer_start
     text = spell(completion_ids[at:])
-    first = _ANY.search(text)
-    if first is None or ((at or form.opened_by_template) and text[: first.start()].strip()):
+    first = next(_marks(text), None)
+    if first is None:
         return parts, None
-    name = str(first.lastgroup)
-    if name.startswith("not_") and (at or form.opened_by_template):
+    if (at or form.opened_by_template) and (text[: first.start].strip() or not first.opens):
         return parts, None
     ids = completion_ids[at:]
-    found = _cut(ids, text, _spelled_marks(text, _ANY), False, spell)
+    found = _cut(ids, text, _matched(_marks(text)), False, spell)
     response = found.response
     if found.answer_start >= 0:  # without special tokens
         tail = ids[found.answer_start :]
         response = response[: max(0, len(response) - len(spell(tail)))] + decode(tail)
     begins = parts.reasoning_start if at and parts.reasoning_start >= 0 else at + max(0, found.reasoning_start)
     answer = -1 if found.answer_start < 0 else at + found.answer_start
-    return Parts(begins, at + found.reasoning_end, answer, response), name.removeprefix("not_")
+    return Parts(begins, at + found.reasoning_end, answer, response), text[first.start : first.end]
 
 
 @dataclass(slots=True)

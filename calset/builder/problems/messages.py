@@ -164,13 +164,22 @@ def thought_of(value: Any) -> str | None:
         inside = None if isinstance(found, str) else thought_of(found)
         return inside or (None if value.strip().lower() in (*_SWITCHES, "[]", "{}") else text_of(value))
     if isinstance(value, (list, tuple)):
-        return "\n\n".join(filter(None, map(thought_of, value))) or None
+        readable = [item for item in value if not _is_hidden(item)]
+        return "\n\n".join(filter(None, map(thought_of, readable or value))) or None
     if not isinstance(value, Mapping):
         return None
-    text = next((text for name in _INSIDE if (text := thought_of(value.get(name)))), None)
-    if text is None and any(value.get(name) for name in _HIDDEN):
+    if _is_hidden(value):
         raise Unreadable("encrypted thinking")
-    return text
+    return next((text for name in _INSIDE if (text := thought_of(value.get(name)))), None)
+
+
+def _is_hidden(value: Any) -> bool:
+    """An object of thinking whose text only its server can read; some stand beside the text."""
+    return (
+        isinstance(value, Mapping)
+        and any(value.get(name) for name in _HIDDEN)
+        and not any(value.get(name) for name in _INSIDE)
+    )
 
 
 def question_of(value: Any) -> Question:

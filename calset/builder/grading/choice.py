@@ -29,7 +29,8 @@ _LABEL = re.compile(
     r"(?i)(?:\b(?:answer|option|choice)s?|答案|故选|应选|选择|答え|ответ|respuesta|réponse|antwort|resposta|risposta)"
     r"[*_\"']*\s*(?:(?:is|was|would be|should be|must be|has to be|will be|=)(?![A-Za-z])|为|是|:|：|(?<=[选择]))"
     r"\s*[:：]?[\s*_]*"
-    r"(?:(?:therefore|thus|clearly|then|definitely|most likely|probably|the|letter|option|choice|answer)\s*:?\s+)*(?=(?P<said>[^\n]{1,300}))"
+    r"(?:(?:therefore|thus|clearly|then|definitely|most likely|probably|the|letter|option|choice|answer)\s*:?\s+)*"
+    r"(?=(?P<said>[^\n]{1,300}))"
 )
 _VERB = re.compile(
     r"\b(?:(?i:choose|chose|pick|select|go with|going with|settle on|opt for|actually,?|rather,?)\s+"

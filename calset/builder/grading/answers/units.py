@@ -208,7 +208,8 @@ def _is_unit(word: str) -> bool:
 def _registry() -> Any:
     import pint
 
-    registry: Any = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
+    exact: Any = Fraction
+    registry: Any = pint.UnitRegistry(non_int_type=exact, cache_folder=None)
     for line in ("dollar = [money_dollar]", "dollar_cent = dollar / 100", "euro = [money_euro]", "yen = [money_yen]"):
         registry.define(line)
     for line in ("pound_sterling = [money_pound]", "yuan = [money_yuan]", "rupee = [money_rupee]"):

@@ -40,6 +40,7 @@ class Joined(NamedTuple):
         return ", ".join(self.texts)
 
 
+MAX_JOINT_CHARS = 60  # between two boxes that stand together
 _BOX = re.compile(
     r"\\(?:boxed|fbox|framebox(?:\s*\[[^\]\n]{0,20}\]){0,2})(?:\s*\{|(?:\s+([A-Za-z])|\s*([0-9]))(?![0-9A-Za-z]))"
 )
@@ -124,7 +125,7 @@ def joined_boxes(text: str) -> Joined:
     begins, in_words = None, True
     for box, end in _boxes(text):
         if begins is not None:
-            if not _JOINT.fullmatch(text, end, begins):
+            if begins - end > MAX_JOINT_CHARS or not _JOINT.fullmatch(text, end, begins):
                 break
             in_words = in_words and bool(_IN_WORDS.search(text, end, begins))
         run.append(box.text.strip())

@@ -26,6 +26,7 @@ _KNOWN = frozenset(
 )
 _ENVIRONMENTS = {"matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "array", "smallmatrix"}
 MAX_EXACT_BITS = 2_000_000  # of a power that is worked out; a larger one is a name of its own
+MAX_NESTING = 16  # of brackets: latex2sympy takes a second for 20
 DIGITS = 100
 # Sizes of the points at which formulas are compared: a fraction, a whole number, and far out, where |x - 5| is x - 5.
 _SIZES = (2, 2, 0, 40, 900, 9_000, 0)
@@ -45,6 +46,8 @@ def read(text: str) -> Any:
     for command in re.findall(r"\\([A-Za-z]+)", text):
         if command not in _KNOWN:
             raise Unread(f"no meaning is given to \\{command}")
+    if _nesting(text) > MAX_NESTING:
+        raise Unread("its brackets nest too deep")
     for environment in re.findall(r"\\begin\s*\{([^{}]*)\}", text):
         if environment not in _ENVIRONMENTS:
             raise Unread(f"no meaning is given to {environment}")
@@ -53,6 +56,14 @@ def read(text: str) -> Any:
     ):
         raise Unread("it holds a sign that has no meaning here")
     return _found(_latex2sympy(_prepared(text)))
+
+
+def _nesting(text: str) -> int:
+    deepest = depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def equal(left: Any, right: Any) -> bool:

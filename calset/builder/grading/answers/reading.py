@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 from calset.builder.grading.answers import algebra, quantities
 from calset.builder.grading.answers.intervals import FLIPPED, all_but, pieces_of
@@ -61,6 +62,7 @@ _RATIO = re.compile(r"[^:=]+(?::[^:=]+)+")
 _CONGRUENCE = re.compile(r"(.+?)\\equiv(.+?)[\s(]*(?:\\[pb]mod|\\text\s*\{\s*mod\s*\}|mod)\s*\{?([^{})]+)\}?\s*\)?")
 
 
+@lru_cache(maxsize=512)  # parts are read by several readers, and theirs again
 def read(text: str) -> Value:
     """The value of a normal text; ``Text`` that is not whole where no reader takes it."""
     text = re.sub(r"(?<!\\)[.,;\s]+$", "", text.strip())
@@ -197,6 +199,8 @@ def _bracketed(text: str) -> Value | None:
         return Group(tuple(map(read, parts)), opened, closed)
     if opened == "{":
         return read(content) if content else None
+    if len(parts) == 1 and content and (opened, closed) == ("(", ")"):
+        return read(content)
     if len(parts) < 2 or not all(parts):
         return None
     if re.search(r"\\dots", content):

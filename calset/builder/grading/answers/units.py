@@ -179,6 +179,8 @@ def _pint_name(text: str) -> str | None:
     named = re.sub(r"(\w+)\s+squared\b", r"\1**2", named)
     named = re.sub(r"\s+per\s+|\bper\s+", "/", named)
     named = re.sub(r"(?<=[\w)])\s+(?=[A-Za-z])", "*", named)
+    if re.search(r"\*\*(?!-?\d(?![\d*]))|[()]|(?<!\*\*)(?<!\*\*-)\d", named):
+        return None  # pint works a power out
     if any(not _is_unit(word) for word in re.findall(r"[A-Za-z_µμ]+", named)):
         return None
     registry = _registry()

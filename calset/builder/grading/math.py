@@ -46,6 +46,8 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     extracted = extract(response)
     if extracted is None:
         return Outcome("no_answer", detail="no \\boxed{} and no stated answer")
+    if max(len(answer), len(extracted)) > 4 * MAX_ANSWER_CHARS:
+        return _too_long(answer, extracted)
     boxed = last_boxed(answer)
     gold = _spelt(answer if boxed is None else joined_boxes(answer).text or boxed)
     pred = _spelt(extracted)
@@ -56,15 +58,20 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     if not pred:
         return Outcome("no_answer", extracted, "the answer is empty")
     if max(len(gold), len(pred)) > MAX_ANSWER_CHARS:
-        if gold == pred:
-            return Outcome("correct", extracted[:MAX_ANSWER_CHARS])
-        long = "gold_unparsable" if len(gold) > MAX_ANSWER_CHARS else "pred_unparsable"
-        return Outcome(long, extracted[:MAX_ANSWER_CHARS], f"longer than {MAX_ANSWER_CHARS} characters")
+        return _too_long(gold, pred)
     boxes = joined_boxes(response)
     one, two = read_number(gold), read_number(pred)
     if one and two and not one.unit and not two.unit and not boxes.texts:
         return Outcome("correct" if one.value == two.value else "incorrect", extracted)
     return _compared(gold, pred, extracted, boxes)
+
+
+def _too_long(gold: str, pred: str) -> Outcome:
+    """The verdict of texts that are compared as they are."""
+    if gold.strip() == pred.strip():
+        return Outcome("correct", pred[:MAX_ANSWER_CHARS])
+    long = "gold_unparsable" if len(gold) > MAX_ANSWER_CHARS else "pred_unparsable"
+    return Outcome(long, pred[:MAX_ANSWER_CHARS], f"longer than {MAX_ANSWER_CHARS} characters")
 
 
 def extract(response: str) -> str | None:

@@ -95,6 +95,7 @@ _OPEN, _CLOSE = (
 
 def normal(text: str) -> str:
     """One spelling of an answer: no outer delimiters, one name per command, plain digits, text groups as `\\text{}`."""
+    text = re.sub(r"\s+", " ", text)
     text = re.sub(r"(?<=\d)\s*\u2013\s*(?=\d)", r"\\text{ to }", text)  # 3–5 is a range
     text = unicodedata.normalize("NFC", plain_digits(visible(text)))
     text = plain_fractions(text, r"\frac{%s}{%s}")
@@ -185,9 +186,14 @@ def bracketed(text: str) -> tuple[str, str, str] | None:
     closed = next((mark for mark in (r"\}", r"\rangle", ")", "]", "}") if text.endswith(mark)), None)
     if opened is None or closed is None or len(text) < len(opened) + len(closed):
         return None
-    inside = list(_depths(text))
     last = len(text) - len(closed)
-    if any(depth == 0 for depth in inside[len(opened) : last]) or (closed == "}" and text.endswith(r"\}")):
+    depth = position = 0
+    for token in _TOKEN.findall(text):
+        depth += (token in _OPEN or token == r"\begin") - (token in _CLOSE or token == r"\end")
+        position += len(token)
+        if depth <= 0 and position < len(text):
+            return None  # "(1)(2)"
+    if closed == "}" and text.endswith(r"\}"):
         return None
     return opened, text[len(opened) : last].strip(), closed
 

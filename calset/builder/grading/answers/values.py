@@ -118,8 +118,8 @@ def is_name(text: str) -> bool:
         or re.fullmatch(r"\\text\s*\{[^{}]*\}(?:_\{?\w+\}?)?", text)
         or re.fullmatch(r"[A-Za-z](?:_\w)?(?:\s*[+-]\s*[A-Za-z](?:_\w)?)+", text)  # "m + n"
         or re.fullmatch(
-            r"(?:[A-Za-z](?:_\{?\w+\}?)?'*|\\frac|\\(?:alpha|beta|theta|pi|lambda|mu|triangle|angle|partial|Delta"
-            r"|complement|cap|cup)(?![A-Za-z])|[\s:/{}(),|_])+",
+            r"(?>[A-Za-z](?:_(?:\{\w+\}|\w))?'*|\\frac|\\(?:alpha|beta|theta|pi|lambda|mu|triangle|angle|partial|Delta"
+            r"|complement|cap|cup)(?![A-Za-z])|[\s:/{}(),|_])++",
             text,
         )
         or re.fullmatch(r"[A-Z]\(\s*[A-Za-z\s,|><=\d]*\)", text)

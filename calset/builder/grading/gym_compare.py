@@ -1,0 +1,437 @@
+"""Checks of answers to reasoning-gym tasks that have one right value, which the tasks' own scorers do not always tell
+from a wrong one.
+
+A check gets the answer, the entry and the task's scorer, as in ``gym_checks``. The check alone gives full credit; the
+scorer only says how near a wrong answer is. The first line of a check's docstring is what docs/problems.md says of
+its tasks. Must not know: responses, verdicts, which tasks there are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from typing import Any
+
+from calset.builder.grading.formulas import Grammar, Unreadable, parse, value
+from calset.builder.grading.gym_checks import Score, UnreadableEntry, rows
+
+MAX_CHARS = 1_000  # of a number
+MAX_TEN_POWER = 400
+_DECIMALS = Grammar((("+", "-"), ("*", "/")), ("+", "-"), decimals=True)
+NEARLY = 0.99  # the most that a wrong answer scores
+
+_GROUPS = r"[0-9]{1,3}(?:(?P<gap>[, _\u00a0\u2009\u202f])[0-9]{3})(?:(?P=gap)[0-9]{3})*"
+_NUMBER = re.compile(
+    rf"(?:[A-Za-z]\s*=\s*)?(?P<sign>[-+]?)\s*(?P<currency>[$€£¥₹]?)\s*(?P<whole>{_GROUPS}|[0-9]+)?(?P<part>\.[0-9]*)?"
+    r"(?:[eE](?P<power>[-+]?[0-9]{1,4})|\s*(?:[×·*x]|\\times|\\cdot)\s*10\s*\^\s*\{?\s*(?P<ten>[-+]?[0-9]{1,4})\s*\}?)?"
+    r"(?:\s*/\s*(?P<below>[0-9]+))?\s*(?P<unit>%|°|[A-Za-z][A-Za-z ]*)?"
+)
+# Words that make another number of the one before them, or another answer.
+_NO_UNITS = frozenset(
+    [
+        "hundred",
+        "hundreds",
+        "thousand",
+        "thousands",
+        "k",
+        "million",
+        "millions",
+        "m",
+        "mn",
+        "billion",
+        "billions",
+        "b",
+        "bn",
+        "trillion",
+        "trillions",
+        "dozen",
+        "dozens",
+        "score",
+        "percent",
+        "pct",
+        "percentage",
+        "cent",
+        "cents",
+        "or",
+        "and",
+        "not",
+        "to",
+        "minus",
+        "plus",
+        "times",
+        "over",
+        "half",
+        "halves",
+        "third",
+        "thirds",
+        "quarter",
+        "quarters",
+        "e",
+        "i",
+        "j",
+        "x",
+        "pi",
+        "per",
+        "less",
+        "more",
+        "than",
+        "about",
+        "around",
+        "approximately",
+        "at",
+        "least",
+        "most",
+    ]
+)
+
+
+def number(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Compare a number's exact value with the reference answer's, any other answer whatever its case.
+
+    A number may have thousands separators, a currency sign, and a unit that the question names.
+    """
+    expected = read_number(str(entry["answer"]))
+    if expected is None:
+        return any_case(text, entry, score)
+    return _full(read_number(text, entry.get("question", "")) == expected, text, entry, score)
+
+
+def any_case(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Compare the text with the reference answer, whatever its case."""
+    return _full(_folded(text) == _folded(entry["answer"]), text, entry, score)
+
+
+def letters(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Compare the text with the reference answer, whatever its case and without spaces."""
+    return _full(_folded(text).replace(" ", "") == _folded(entry["answer"]).replace(" ", ""), text, entry, score)
+
+
+def words(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Compare the words between commas with the reference answer's."""
+    return _full(_words(text) == _words(entry["answer"]), text, entry, score)
+
+
+def board(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Compare the parts between spaces of each line with the reference answer's"""
+    return _full(rows(text) == rows(entry["answer"]), text, entry, score)
+
+
+def array(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Compare a list of numbers and texts, or a list of such lists, with the reference answer."""
+    expected = _list(entry["answer"])
+    if expected is None:
+        raise UnreadableEntry("the reference answer is no list")
+    return _full(_list(text) == expected, text, entry, score)
+
+
+def factors(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Read whole numbers and powers with signs of multiplication; compare them with the reference answer's.
+
+    The product itself may be there, too: ``12 = 2 × 2 × 3``.
+    """
+    expected = _factors(entry["answer"])
+    if expected is None:
+        raise UnreadableEntry("the reference answer is no product")
+    sides = [_factors(side) for side in text.split("=")]
+    if len(sides) > 2 or None in sides:
+        raise Unreadable("no product of whole numbers")
+    if len(sides) == 2:
+        product = [math.prod(expected)]
+        sides = [side for side in sides if side != product] or [product]
+    found = sides[0] if len(sides) == 1 else None
+    if found == expected:
+        return 1.0
+    return 0.5 if found is not None and math.prod(found) == math.prod(expected) else 0.01
+
+
+def complex_number(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Read a complex number (`-15 + 3i`) and compare it with the exact result."""
+    result = entry["metadata"].get("result")
+    if not (isinstance(result, Sequence) and len(result) == 2 and all(map(_is_number, result))):
+        raise UnreadableEntry("the result is no pair of numbers")
+    found = _complex(text)
+    if found is None:
+        raise Unreadable("no complex number")
+    expected = tuple(Fraction(str(part)) for part in result)
+    distance = max(abs(float(a - b)) for a, b in zip(found, expected, strict=True))
+    return 1.0 if found == expected else min(math.exp(-distance), NEARLY)
+
+
+def probability(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Compare a number, or one rounded to three digits or more, with the exact probability."""
+    reference, rational = read_number(entry["answer"]), entry["metadata"].get("rational")
+    exact = reference
+    if isinstance(rational, Mapping):
+        parts = [rational.get(name) for name in ("numerator", "denominator")]
+        if not all(isinstance(part, int) for part in parts) or not parts[1]:
+            raise UnreadableEntry("the rational probability is no pair of whole numbers")
+        exact = Fraction(*parts)
+    if reference is None or exact is None:
+        raise UnreadableEntry("the reference answer is no number")
+    sides = re.split(r"=|≈|\\approx", text)
+    if len(text) > MAX_CHARS or not all(read_number(side.strip().removesuffix("%")) is not None for side in sides):
+        raise Unreadable("no number")
+    return float(all(_is_probability(side.strip(), exact, reference) for side in sides))
+
+
+def simplified(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    r"""Read `a/b` or `\frac{a}{b}`; compare both numbers with those of the simplified fraction."""
+    found = re.fullmatch(
+        r"\$?\s*(?:([0-9]+)(?:\s*/\s*([0-9]+))?|\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})\s*\$?", text
+    )
+    if found is None or len(text) > MAX_CHARS:
+        raise Unreadable("no fraction")
+    expected = [entry["metadata"].get(f"simplified_{name}") for name in ("numerator", "denominator")]
+    parts = [int(found[1] or found[3]), int(found[2] or found[4] or 1)]
+    return 1.0 if parts == expected else 0.05
+
+
+def roots(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Read numbers between commas; compare all with the reference answer, to its four decimal places.
+
+    The reference answer is empty where there is no real solution.
+    """
+    expected = [read_number(part) for part in entry["answer"].split(",") if part.strip()]
+    if None in expected:
+        raise UnreadableEntry("the reference answer is no list of numbers")
+    if _folded(text).strip("\"'.") in _NO_ROOTS:
+        return float(not expected)
+    parts = re.sub(r"(?<![\w])[A-Za-z](?:_\{?[0-9]\}?)?\s*=\s*", "", re.sub(r"\s+(?:and|or)\s+", ",", text)).split(",")
+    found = [read_number(part) for part in parts]
+    if None in found:
+        raise Unreadable("no list of numbers")
+    pairs = zip(sorted(found), sorted(expected), strict=False)  # type: ignore[type-var]
+    right = len(found) == len(expected) and all(_rounds_to(a, b, 4) for a, b in pairs)
+    return _full(right, text, entry, score)
+
+
+_NO_ROOTS = frozenset(
+    ("", "none", "no solution", "no solutions", "no real solution", "no real solutions", "no real roots", "∅",
+     "there are no real solutions", "empty string", "[]")
+)  # fmt: skip
+
+
+def pooled(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Read a matrix of numbers; compare it exactly, averages to two decimal places."""
+    expected, found = (_numbers(part) for part in (entry["answer"], text))
+    if expected is None:
+        raise UnreadableEntry("the reference answer is no matrix of numbers")
+    if found is None:
+        raise Unreadable("no matrix of numbers")
+    places = 2 if entry["metadata"].get("pool_type") == "average" else MAX_TEN_POWER
+    right = [len(row) for row in found] == [len(row) for row in expected] and all(
+        _rounds_to(a, b, places)
+        for row, wanted in zip(found, expected, strict=True)
+        for a, b in zip(row, wanted, strict=True)
+    )
+    return _full(right, text, entry, score)
+
+
+def decimal(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Compare a number's exact value with the reference answer's, or ten digits and more with the exact result's."""
+    reference, found = read_number(entry["answer"]), read_number(text)
+    if reference is None:
+        raise UnreadableEntry("the reference answer is no number")
+    # The task rounds each step to the digits that it asks for, so its last digit is not always that of the exact value.
+    sum_asked = re.search(r"([-+*/(). 0-9]+)=\s*\?\s*$", entry["question"])
+    try:
+        exact = value(parse(sum_asked[1], _DECIMALS)) if sum_asked else reference
+    except (Unreadable, ZeroDivisionError):
+        exact = reference
+    return float(found is not None and (found in (reference, exact) or _is_rounding(text, exact, 10)))
+
+
+def significant(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Read a number (`1.23e-4`, `1.23 × 10^-4`) and hand its value to the task's scorer."""
+    found = read_number(text)
+    if found is None:
+        return 0.01
+    with localcontext(prec=60):
+        return float(score(f"{Decimal(found.numerator) / Decimal(found.denominator):e}", entry))
+
+
+def duration(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Read days and a time of day; compare the seconds."""
+    expected, found = (_duration(part) for part in (entry["answer"], text))
+    if expected is None:
+        raise UnreadableEntry("the reference answer is no duration")
+    right = found is not None and found[0] == expected[0] and found[1] >= expected[1]
+    return _full(right, text, entry, score)
+
+
+def geometry(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Read an angle, a length or a pair of coordinates; compare each number, rounded, with the reference answer."""
+    expected, found = (_coordinates(part) for part in (entry["answer"], text))
+    if expected is None:
+        raise UnreadableEntry("the reference answer holds no numbers")
+    if found is None:
+        raise Unreadable("no number and no pair of numbers")
+    places = [len(part) for part in re.findall(r"\.([0-9]+)", entry["answer"])]
+    right = len(found) == len(expected) == len(places) and all(
+        _rounds_to(a, b, n) for a, b, n in zip(found, expected, places, strict=True)
+    )
+    return _full(right, text, entry, score)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_number(text: str, question: str = "") -> Fraction | None:
+    """The exact value of a text that is one number and nothing else, apart from a unit that the question names."""
+    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text.strip())
+    text = re.sub("[\u2212\u2012\u2013]", "-", text)
+    found = _NUMBER.fullmatch(text) if len(text) <= MAX_CHARS else None
+    if found is None or not (found["whole"] or (found["part"] or "").strip(".")):
+        return None
+    power, below = int(found["power"] or found["ten"] or 0), int(found["below"] or 1)
+    if abs(power) > MAX_TEN_POWER or not below or not _is_unit(found["unit"], question):
+        return None
+    whole = re.sub(r"\D", "", found["whole"] or "") or "0"
+    value = Fraction(f"{whole}{found['part'] or ''}".rstrip(".")) * Fraction(10) ** power / below
+    return -value if found["sign"] == "-" else value
+
+
+def _is_unit(unit: str | None, question: str) -> bool:
+    """True if the question names each word of a unit, by its first letters: "12 apples" where it asks for an apple."""
+    if unit is None or unit == "°":
+        return True
+    named = set(re.findall("[a-z]+", question.lower().replace("$", " dollars ")))
+    stems = [(word, word.rstrip("s")[:5]) for word in unit.lower().split()]
+    return unit != "%" and all(
+        stem and word not in _NO_UNITS and any(other.startswith(stem) for other in named) for word, stem in stems
+    )
+
+
+def _full(right: bool, text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Full credit, or as much as the task's scorer gives, which is less."""
+    if right:
+        return 1.0
+    try:
+        partial = float(score(text, entry))
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
+        return 0.0
+    return min(partial, NEARLY) if partial >= 0 else 0.0  # NaN is neither
+
+
+def _rounded(value: Fraction, places: int) -> Fraction:
+    """Half away from zero."""
+    scaled = abs(value) * 10**places
+    whole = math.floor(scaled + Fraction(1, 2))
+    return Fraction(whole if value >= 0 else -whole, 10**places)
+
+
+def _rounds_to(value: Any, reference: Any, places: int) -> bool:
+    return value == reference or _rounded(value, places) == reference
+
+
+def _is_probability(text: str, exact: Fraction, reference: Fraction) -> bool:
+    percent = text.endswith("%")
+    text = text.removesuffix("%").strip()
+    exact, reference = (value * 100 if percent else value for value in (exact, reference))
+    found = read_number(text)
+    if found in (exact, reference):
+        return True
+    return _is_rounding(text, exact, 3)
+
+
+def _is_rounding(text: str, exact: Fraction, n_digits: int) -> bool:
+    """Return True if a decimal number is the exact value, rounded to at least so many significant digits."""
+    try:
+        written = Decimal(text)
+        _, digits, exponent = written.as_tuple()
+    except ArithmeticError:
+        return False
+    if not isinstance(exponent, int) or abs(exponent) > MAX_TEN_POWER or len(digits) < n_digits:
+        return False
+    return _rounded(exact, max(0, -exponent)) == Fraction(written)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip().strip("\"'") for word in text.strip().strip("[]").split(",")]
+
+
+def _list(text: str) -> Any:
+    """A list with its numbers as exact values, whether they are quoted or not; None for what is none."""
+    if len(text) > 100_000:
+        return None
+    for written in (text, text.replace("'", '"')):
+        try:
+            found = json.loads(written, parse_constant=str, parse_float=str, parse_int=str)
+        except (ValueError, RecursionError):
+            continue
+        return _exact(found) if isinstance(found, list) else None
+    return None
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_exact(item) for item in value]
+    found = read_number(value) if isinstance(value, str) and re.fullmatch(r"[-+0-9.eE]+", value) else None
+    return value if found is None else found
+
+
+def _factors(text: str) -> list[int] | None:
+    found: list[int] = []
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
+    for part in re.split(r"×|⋅|·|∙|\\times|\\cdot|(?<!\*)\*(?!\*)|[xX]", text):
+        match = re.fullmatch(r"\s*\(?\s*([0-9]{1,30})\s*(?:(?:\^|\*\*)\s*[{(]?\s*([0-9]{1,2})\s*[)}]?)?\s*\)?\s*", part)
+        if match is None:
+            return None
+        found += [int(match[1])] * int(match[2] or 1)
+    return sorted(found)
+
+
+def _complex(text: str) -> tuple[Fraction, Fraction] | None:
+    text = re.sub("[\u2212\u2012\u2013]", "-", "".join(text.split())).lower().replace("j", "i")
+    while len(text) > 1 and text[0] == "(" and text[-1] == ")":
+        text = text[1:-1]
+    part = r"[0-9]{1,60}(?:\.[0-9]{0,60})?"
+    found = re.fullmatch(rf"(?P<re>[-+]?{part}(?!\*?i)(?![0-9.]))?(?:(?P<im>[-+]?(?:{part})?)\*?i)?", text)
+    if found is None or not text:
+        return None
+    imaginary = found["im"]
+    if imaginary is None:
+        return Fraction(found["re"]), Fraction(0)
+    if found["re"] and imaginary[:1] not in ("+", "-"):
+        return None
+    return Fraction(found["re"] or 0), Fraction(f"{imaginary}1" if imaginary in ("", "+", "-") else imaginary)
+
+
+def _numbers(text: str) -> list[list[Fraction]] | None:
+    found = [[read_number(cell) for cell in row] for row in rows(text)]
+    return None if not found or any(None in row for row in found) else found  # type: ignore[return-value]
+
+
+def _coordinates(text: str) -> list[Fraction] | None:
+    text = re.sub(r"\s*(?:°|degrees?)\s*$", "", text.strip())
+    enclosed = re.fullmatch(r"\(([^()]*)\)", text)
+    found = [read_number(part) for part in (enclosed[1] if enclosed else text).split(",")]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _duration(text: str) -> tuple[Fraction, int] | None:
+    """Seconds, and how many of days, hours and minutes, and seconds are there."""
+    found = re.fullmatch(
+        r"\s*(?:(?P<days>-?[0-9]{1,9})\s*days?)?(?(days)\s*,?\s*(?:and\s+)?)"
+        r"(?:(?P<hours>[0-9]{1,6}):(?P<minutes>[0-5][0-9])(?::(?P<seconds>[0-5][0-9](?:\.[0-9]{1,9})?))?)?\s*",
+        text,
+    )
+    if found is None or not (found["days"] or found["hours"]):
+        bare = re.fullmatch(r"\s*([0-9]{1,9})\s*", text)
+        return (Fraction(bare[1]) * 86_400, 1) if bare else None
+    seconds = Fraction(found["seconds"] or 0) + 60 * int(found["minutes"] or 0) + 3_600 * int(found["hours"] or 0)
+    parts = (found["days"], found["hours"], found["seconds"])
+    return seconds + 86_400 * int(found["days"] or 0), sum(part is not None for part in parts)

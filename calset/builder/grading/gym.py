@@ -20,7 +20,7 @@ from calset.builder.grading import Outcome
 from calset.builder.grading.extract import stated
 from calset.builder.grading.formulas import Unreadable
 from calset.builder.grading.gym_checks import UnreadableEntry
-from calset.builder.grading.markup import LEAD, bare
+from calset.builder.grading.markup import LEAD, MATRIX, bare
 from calset.builder.grading.scorers import SCORERS, Scorer, why_refused
 from calset.errors import first_line
 
@@ -123,10 +123,13 @@ def extract(response: str, *, like: str = "") -> str | None:
         # A full stop ends the sentence that states an answer; of a sentence that is the answer it is part.
         stopped = like.endswith(".") and f"{text}." in response and not text.rstrip("\"'”’`*$})\\").endswith(".")
         return f"{text}." if stopped else text
-    fenced = list(_FENCED.finditer(response))
-    behind = response[fenced[-1].end() :].strip() if fenced else ""
-    if fenced and (len(behind.splitlines()) < len(like.split("\n")) if several else not behind):
-        return fenced[-1][1].strip() or None
+    blocks = list(_FENCED.finditer(response))
+    if several:
+        blocks = sorted([*blocks, *MATRIX.finditer(response)], key=lambda block: block.end())
+    behind = response[blocks[-1].end() :].strip() if blocks else ""
+    if blocks and (len(behind.splitlines()) < len(like.split("\n")) if several else not behind):
+        block = blocks[-1]
+        return (block[1] if block.re is _FENCED else block[0]).strip() or None
     text = _FENCE.sub("", response).strip()
     if several:
         paragraphs = _BLANK.split(text)[-len(_BLANK.split(like.strip())) :]

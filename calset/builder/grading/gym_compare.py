@@ -25,11 +25,14 @@ MAX_TEN_POWER = 400
 _DECIMALS = Grammar((("+", "-"), ("*", "/")), ("+", "-"), decimals=True)
 NEARLY = 0.99  # the most that a wrong answer scores
 
-_GROUPS = r"[0-9]{1,3}(?:(?P<gap>[, _\u00a0\u2009\u202f])[0-9]{3})(?:(?P=gap)[0-9]{3})*"
+_GROUPS = r"[0-9]{1,3}(?:(?P<gap>[, _])[0-9]{3})(?:(?P=gap)[0-9]{3})*"
 _NUMBER = re.compile(
     rf"(?:[A-Za-z]\s*=\s*)?(?P<sign>[-+]?)\s*(?P<currency>[$€£¥₹]?)\s*(?P<whole>{_GROUPS}|[0-9]+)?(?P<part>\.[0-9]*)?"
     r"(?:[eE](?P<power>[-+]?[0-9]{1,4})|\s*(?:[×·*x]|\\times|\\cdot)\s*10\s*\^\s*\{?\s*(?P<ten>[-+]?[0-9]{1,4})\s*\}?)?"
     r"(?:\s*/\s*(?P<below>[0-9]+))?\s*(?P<unit>%|°|[A-Za-z][A-Za-z ]*)?"
+)
+_QUOTIENT = re.compile(
+    r"\$? ?(?:([0-9]+)(?: ?/ ?([0-9]+))?|\\[dt]?frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}) ?\$?",
 )
 # Words that make another number of the one before them, or another answer.
 _NO_UNITS = frozenset(
@@ -129,6 +132,13 @@ def array(text: str, entry: Mapping[str, Any], score: Score) -> float:
     return _full(_list(text) == expected, text, entry, score)
 
 
+def json_value(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Compare a JSON value, or else the text, with the reference answer."""
+    values = [_json(part) for part in (text, entry["answer"])]
+    right = values[0] == values[1] if None not in values else text.strip() == entry["answer"].strip()
+    return _full(right, text, entry, score)
+
+
 def factors(text: str, entry: Mapping[str, Any], score: Score) -> float:
     """Read whole numbers and powers with signs of multiplication; compare them with the reference answer's.
 
@@ -137,7 +147,7 @@ def factors(text: str, entry: Mapping[str, Any], score: Score) -> float:
     expected = _factors(entry["answer"])
     if expected is None:
         raise UnreadableEntry("the reference answer is no product")
-    sides = [_factors(side) for side in text.split("=")]
+    sides = [_factors(side) for side in (_line(text) or "").split("=")]
     if len(sides) > 2 or None in sides:
         raise Unreadable("no product of whole numbers")
     if len(sides) == 2:
@@ -174,21 +184,18 @@ def probability(text: str, entry: Mapping[str, Any], score: Score) -> float:
     if reference is None or exact is None:
         raise UnreadableEntry("the reference answer is no number")
     sides = re.split(r"=|≈|\\approx", text)
-    if len(text) > MAX_CHARS or not all(read_number(side.strip().removesuffix("%")) is not None for side in sides):
+    if not all(read_number(side.strip().removesuffix("%")) is not None for side in sides):
         raise Unreadable("no number")
     return float(all(_is_probability(side.strip(), exact, reference) for side in sides))
 
 
 def simplified(text: str, entry: Mapping[str, Any], score: Score) -> float:
     r"""Read `a/b` or `\frac{a}{b}`; compare both numbers with those of the simplified fraction."""
-    found = re.fullmatch(
-        r"\$?\s*(?:([0-9]+)(?:\s*/\s*([0-9]+))?|\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})\s*\$?", text
-    )
-    if found is None or len(text) > MAX_CHARS:
+    found = _QUOTIENT.fullmatch(_line(text) or "")
+    if found is None:
         raise Unreadable("no fraction")
     expected = [entry["metadata"].get(f"simplified_{name}") for name in ("numerator", "denominator")]
-    parts = [int(found[1] or found[3]), int(found[2] or found[4] or 1)]
-    return 1.0 if parts == expected else 0.05
+    return 1.0 if [int(found[1] or found[3]), int(found[2] or found[4] or 1)] == expected else 0.05
 
 
 def roots(text: str, entry: Mapping[str, Any], score: Score) -> float:
@@ -199,6 +206,8 @@ def roots(text: str, entry: Mapping[str, Any], score: Score) -> float:
     expected = [read_number(part) for part in entry["answer"].split(",") if part.strip()]
     if None in expected:
         raise UnreadableEntry("the reference answer is no list of numbers")
+    line = _line(text)
+    text = "?" if line is None else line
     if _folded(text).strip("\"'.") in _NO_ROOTS:
         return float(not expected)
     parts = re.sub(r"(?<![\w])[A-Za-z](?:_\{?[0-9]\}?)?\s*=\s*", "", re.sub(r"\s+(?:and|or)\s+", ",", text)).split(",")
@@ -238,7 +247,7 @@ def decimal(text: str, entry: Mapping[str, Any], score: Score) -> float:
     if reference is None:
         raise UnreadableEntry("the reference answer is no number")
     # The task rounds each step to the digits that it asks for, so its last digit is not always that of the exact value.
-    sum_asked = re.search(r"([-+*/(). 0-9]+)=\s*\?\s*$", entry["question"])
+    sum_asked = re.search(r"([-+*/(). 0-9]+)=\s*\?\s*$", entry["question"][-500:])
     try:
         exact = value(parse(sum_asked[1], _DECIMALS)) if sum_asked else reference
     except (Unreadable, ZeroDivisionError):
@@ -281,11 +290,15 @@ def geometry(text: str, entry: Mapping[str, Any], score: Score) -> float:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
+def _line(text: str) -> str | None:
+    """A text with single spaces; None for one that is too long for what is read here."""
+    return " ".join(text.split()) if len(text) <= MAX_CHARS else None
+
+
 def read_number(text: str, question: str = "") -> Fraction | None:
     """The exact value of a text that is one number and nothing else, apart from a unit that the question names."""
-    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text.strip())
-    text = re.sub("[\u2212\u2012\u2013]", "-", text)
-    found = _NUMBER.fullmatch(text) if len(text) <= MAX_CHARS else None
+    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in _line(text) or "")
+    found = _NUMBER.fullmatch(re.sub("[\u2212\u2012\u2013]", "-", text))
     if found is None or not (found["whole"] or (found["part"] or "").strip(".")):
         return None
     power, below = int(found["power"] or found["ten"] or 0), int(found["below"] or 1)
@@ -376,6 +389,22 @@ def _list(text: str) -> Any:
     return None
 
 
+def _json(text: str) -> str | None:
+    """JSON's own text of a value, in which ``1`` and ``1.0`` are the same and ``true`` is another; None for no JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return {name: plain(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+    try:
+        return json.dumps(plain(json.loads(text)), sort_keys=True) if len(text) <= 100_000 else None
+    except (ValueError, RecursionError):
+        return None
+
+
 def _exact(value: Any) -> Any:
     if isinstance(value, list):
         return [_exact(item) for item in value]
@@ -395,7 +424,7 @@ def _factors(text: str) -> list[int] | None:
 
 
 def _complex(text: str) -> tuple[Fraction, Fraction] | None:
-    text = re.sub("[\u2212\u2012\u2013]", "-", "".join(text.split())).lower().replace("j", "i")
+    text = re.sub("[\u2212\u2012\u2013]", "-", "".join((_line(text) or "").split())).lower().replace("j", "i")
     while len(text) > 1 and text[0] == "(" and text[-1] == ")":
         text = text[1:-1]
     part = r"[0-9]{1,60}(?:\.[0-9]{0,60})?"
@@ -416,7 +445,7 @@ def _numbers(text: str) -> list[list[Fraction]] | None:
 
 
 def _coordinates(text: str) -> list[Fraction] | None:
-    text = re.sub(r"\s*(?:°|degrees?)\s*$", "", text.strip())
+    text = re.sub(" ?(?:°|degrees?)$", "", _line(text) or "")
     enclosed = re.fullmatch(r"\(([^()]*)\)", text)
     found = [read_number(part) for part in (enclosed[1] if enclosed else text).split(",")]
     return None if None in found else found  # type: ignore[return-value]

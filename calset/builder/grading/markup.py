@@ -15,9 +15,9 @@ _COMMANDS = (
     r"|boldsymbol|bm|underline|ensuremath"
 )
 _WRAPPED = re.compile(rf"\\(?:{_COMMANDS})\s*\{{((?:[^{{}}\\]|\\.)*)\}}", re.S)
-_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}|([0-9])\s*([0-9]))")
-_MATRIX = re.compile(
-    r"\\begin\{((?:small)?[pbBvV]?matrix|array|aligned|gathered|tabular)\}(?:\{[^{}]*\})?(.*?)\\end\{\1\}", re.S
+_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|([0-9])\s*([0-9]))")
+MATRIX = re.compile(
+    r"\\begin\{((?:small)?[pbBvV]?matrix|array|aligned|gathered|tabular)\}(?:\{[^{}]*\})?(.{0,5000}?)\\end\{\1\}", re.S
 )
 _ANSWER = r"(?:so|therefore|thus|hence)?,?\s*(?:the\s+|my\s+)?(?:final\s+|correct\s+)?answer"
 LEAD = re.compile(
@@ -48,7 +48,7 @@ _SIGNS = {
     **dict.fromkeys(("leftrightarrow", "Leftrightarrow", "iff", "longleftrightarrow"), "↔"),
     **dict.fromkeys(("land", "wedge"), "∧"), **dict.fromkeys(("lor", "vee"), "∨"),
     **dict.fromkeys(("neg", "lnot"), "¬"), **dict.fromkeys(("left", "right", "displaystyle"), ""),
-    **dict.fromkeys(("quad", "qquad", "newline"), " "),
+    **dict.fromkeys(("varnothing", "emptyset"), "∅"), **dict.fromkeys(("quad", "qquad", "newline"), " "),
 }  # fmt: skip
 _SIGN = re.compile(rf"\\({'|'.join(sorted(_SIGNS, key=len, reverse=True))})(?![A-Za-z])")
 
@@ -112,7 +112,7 @@ def _unwrapped(text: str) -> str:
 
 def _without_tex(text: str) -> str:
     """A text with LaTeX's commands for letters, signs and rows replaced by what they print."""
-    text = _MATRIX.sub(lambda found: "\n" + _rows(found[2]) + "\n", text).strip()
+    text = MATRIX.sub(lambda found: "\n" + _rows(found[2]) + "\n", text).strip()
     text = _WRAPPED.sub(r"\1", text)
     text = _FRACTION.sub(lambda found: _quotient(found[1] or found[3] or "", found[2] or found[4] or ""), text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", "°", text)
@@ -128,5 +128,5 @@ def _rows(cells: str) -> str:
 
 
 def _quotient(above: str, below: str) -> str:
-    parts = (part if re.fullmatch(r"[\w.]+", part) else f"({part})" for part in (above, below))
-    return "/".join(parts)
+    parts = (part.strip() for part in (above, below))
+    return "/".join(part if re.fullmatch(r"[\w.]+", part) else f"({part})" for part in parts)

@@ -224,6 +224,7 @@ _CHECKS: dict[gym_checks.Check, str] = {
     gym_compare.duration: "time_intervals",
     gym_compare.factors: "prime_factorization",
     gym_compare.geometry: "advanced_geometry",
+    gym_compare.json_value: "codeio",
     gym_compare.letters: "figlet_font",
     gym_compare.number: (
         "aiw basic_arithmetic binary_alternation calendar_arithmetic chain_sum circuit_logic count_bits count_primes "

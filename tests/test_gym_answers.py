@@ -96,6 +96,9 @@ STYLES = [
     "<answer>**%s**</answer>",
     "<answer>\nAnswer: %s\n</answer>",
     "#### %s",
+    "**Answer: %s**",
+    "### Final Answer\n\n%s",
+    "<answer>\n```\n%s\n```\n</answer>",
 ]
 
 
@@ -138,6 +141,10 @@ def says(problem: Problem, response: str) -> bool:
         ("_ Q\nQ _", "Q _\n_ Q", "_ Q\nQ _"),
         ("#B A# #A", "#A A#", "#B A# #A"),
         ("['1', '2']", "['2']", "['1', '2']"),
+        ("``True''", "True", "True"),
+        (r"{\bf True}", "True", "True"),
+        (r"1\ 2 \\ 3\ 4", "1 1\n1 1", "1 2\n3 4"),
+        ("1 2<br>3 4", "1 1\n1 1", "1 2\n3 4"),
         (r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", "1 1\n1 1", "1 2\n3 4"),
         (r"\left[\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right]", "1 1\n1 1", "[1 2\n3 4]"),
     ],

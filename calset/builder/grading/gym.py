@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.metadata import version as package_version
 from typing import Any
@@ -69,8 +68,8 @@ def _best(task: str, scorer: Scorer | None, options: Mapping[str, Any], text: st
 
     An answer on which a scorer raises is unreadable: it counts, and is not graded again and again as an error is.
     """
-    found = []
-    for tried in dict.fromkeys((text, bare(text, like=entry["answer"]))):
+    found: list[Outcome] = []
+    for tried in _forms(text, entry["answer"]):
         try:
             score = _score(task, scorer, options, tried, entry)
         except UnreadableEntry as error:
@@ -89,13 +88,19 @@ def _best(task: str, scorer: Scorer | None, options: Mapping[str, Any], text: st
     return next((outcome for outcome in reversed(found) if outcome.verdict == "incorrect"), found[-1])
 
 
+def _forms(text: str, like: str) -> Iterator[str]:
+    yield text
+    if (without := bare(text, like=like)) != text:
+        yield without
+
+
 def _score(task: str, scorer: Scorer | None, options: Mapping[str, Any], text: str, entry: Mapping[str, Any]) -> float:
     """The score of an answer; without a scorer that was read, whatever reasoning-gym makes of it."""
     if scorer is not None:
         options = {name: _option(options[name], name) for name in scorer.options if name in options}
 
     def library(text: str, entry: Mapping[str, Any]) -> float:
-        own = {**entry, "metadata": deepcopy(entry["metadata"])}  # some scorers write into it
+        own = {**entry, "metadata": dict(entry["metadata"])}  # knight_swap's scorer writes into it
         return float(_scorer(task, json.dumps(options, sort_keys=True))(text, own))
 
     return library(text, entry) if scorer is None or scorer.check is None else scorer.check(text, entry, library)
@@ -139,10 +144,13 @@ def extract(response: str, *, like: str = "") -> str | None:
 
 def _without_prose(text: str, like: str) -> str:
     """Several lines without those before and behind them that hold a word which is nowhere in the reference answer."""
+    text = text.strip()
+    if text.count("**") == 2 and text.startswith("**") and text.endswith("**"):
+        text = text[2:-2]
     known = set(_WORD.findall(like))
-    lines = LEAD.sub("", text.strip()).splitlines()
+    lines = LEAD.sub("", text).splitlines()
     rows = [i for i, line in enumerate(lines) if known.issuperset(_WORD.findall(line))]
-    return "\n".join(lines[rows[0] : rows[-1] + 1]).strip() if rows else text.strip()
+    return "\n".join(lines[rows[0] : rows[-1] + 1]).strip() if rows else text
 
 
 def _tuples(value: Any) -> Any:

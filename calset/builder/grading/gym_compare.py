@@ -126,6 +126,8 @@ def board(text: str, entry: Mapping[str, Any], score: Score) -> float:
 
 def array(text: str, entry: Mapping[str, Any], score: Score) -> float:
     """Compare a list of numbers and texts, or a list of such lists, with the reference answer."""
+    if text.strip() == entry["answer"].strip():
+        return 1.0
     expected = _list(entry["answer"])
     if expected is None:
         raise UnreadableEntry("the reference answer is no list")
@@ -177,10 +179,10 @@ def probability(text: str, entry: Mapping[str, Any], score: Score) -> float:
     reference, rational = read_number(entry["answer"]), entry["metadata"].get("rational")
     exact = reference
     if isinstance(rational, Mapping):
-        parts = [rational.get(name) for name in ("numerator", "denominator")]
-        if not all(isinstance(part, int) for part in parts) or not parts[1]:
+        above, below = rational.get("numerator"), rational.get("denominator")
+        if not (isinstance(above, int) and isinstance(below, int) and below):
             raise UnreadableEntry("the rational probability is no pair of whole numbers")
-        exact = Fraction(*parts)
+        exact = Fraction(above, below)
     if reference is None or exact is None:
         raise UnreadableEntry("the reference answer is no number")
     sides = re.split(r"=|≈|\\approx", text)
@@ -297,8 +299,11 @@ def _line(text: str) -> str | None:
 
 def read_number(text: str, question: str = "") -> Fraction | None:
     """The exact value of a text that is one number and nothing else, apart from a unit that the question names."""
-    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in _line(text) or "")
-    found = _NUMBER.fullmatch(re.sub("[\u2212\u2012\u2013]", "-", text))
+    text = _line(text) or ""
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+        text = re.sub("[\u2212\u2012\u2013]", "-", text)
+    found = _NUMBER.fullmatch(text)
     if found is None or not (found["whole"] or (found["part"] or "").strip(".")):
         return None
     power, below = int(found["power"] or found["ten"] or 0), int(found["below"] or 1)

@@ -86,6 +86,9 @@ def _layer(text: str, like: str) -> str:
     if "`" not in like:
         text = re.sub(r"`([^`\n]+)`", r"\1", text)
     if "\\" not in like:
+        text = MATRIX.sub(lambda found: "\n" + _rows(found[2]) + "\n", text).strip()
+        if "\n" in like.strip():
+            text = re.sub(r"[ \t]*(?:\\\\|<br */?>)[ \t]*\n?", "\n", text)
         text = _without_tex(text)
     if "$" not in like:  # a price has one sign, or a space before the next
         text = re.sub(r"\$\$?(?=\S)([^$]+?)(?<=\S)\$\$?(?![0-9])", r"\1", text)
@@ -111,14 +114,13 @@ def _unwrapped(text: str) -> str:
 
 
 def _without_tex(text: str) -> str:
-    """A text with LaTeX's commands for letters, signs and rows replaced by what they print."""
-    text = MATRIX.sub(lambda found: "\n" + _rows(found[2]) + "\n", text).strip()
-    text = _WRAPPED.sub(r"\1", text)
+    """A text with LaTeX's commands for letters and signs replaced by what they print."""
+    text = re.sub(r"``([^`']*)''|\{\\(?:bf|it|rm|tt|em)\s([^{}]*)\}", r"\1\2", _WRAPPED.sub(r"\1", text))
     text = _FRACTION.sub(lambda found: _quotient(found[1] or found[3] or "", found[2] or found[4] or ""), text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", "°", text)
     text = _SIGN.sub(lambda found: _SIGNS[found[1]], text)
     text = re.sub(r"(?<=\d)(?:\\[,!;:]|\{,\})(?=\d{3})", ",", text)
-    text = re.sub(r"\\[,;:> ]|(?<!\\)~", " ", text).replace(r"\!", "")
+    text = re.sub(r"(?<!\\)\\[,;:> ]|(?<!\\)~", " ", text).replace(r"\!", "")
     return re.sub(r"\\([_#%&{}$])", r"\1", text)
 
 

@@ -161,6 +161,7 @@ def test_mark_up_that_never_ends_costs_no_time(opening: str):
 
 
 NUMERAL = {"question": "How many apples are there? A pear costs $3."}
+AVERAGES = {"pool_type": "average", "matrix": [[5], [6], [6], [4]], "pool_size": 3}
 BOARD = "1 2\n3 4"
 
 
@@ -226,8 +227,10 @@ BOARD = "1 2\n3 4"
         ("time_intervals", {"task_type": "datetime"}, "1 days, 02:03", "1 day, 02:03", "correct"),
         ("time_intervals", {"task_type": "datetime"}, "1 days, 02:03", "1 days, 02:03, or 4 days", "incorrect"),
         ("pool_matrix", {"pool_type": "max"}, "100 7", "101 7", "incorrect"),
-        ("pool_matrix", {"pool_type": "average"}, "5.33\n4.75", "5.333\n4.75", "correct"),
-        ("pool_matrix", {"pool_type": "average"}, "5.33\n4.75", "5.34\n4.75", "incorrect"),
+        ("pool_matrix", AVERAGES, "5.67\n4.0", r"\boxed{\begin{matrix}5.67\\4\end{matrix}}", "correct"),
+        ("pool_matrix", AVERAGES, "5.67\n4.0", "5.667\n4.00", "correct"),
+        ("pool_matrix", AVERAGES, "5.67\n4.0", "5.671\n4.00", "incorrect"),
+        ("pool_matrix", AVERAGES, "5.67\n4.0", "5.7\n4.00", "incorrect"),
         ("advanced_geometry", {"task_type": "orthocenter"}, "(4.051, -5.487)", r"\boxed{(4.051, -5.487)}", "correct"),
         ("advanced_geometry", {"task_type": "orthocenter"}, "(4.051, -5.487)", "(4.051, -5.487, 9)", "incorrect"),
         ("advanced_geometry", {"task_type": "angle_measure"}, "45.57°", r"\boxed{45.57^\circ}", "correct"),

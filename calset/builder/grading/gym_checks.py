@@ -199,6 +199,13 @@ def cells(text: str, entry: Mapping[str, Any], score: Score) -> float:
     return score(text, entry)
 
 
+def marks(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Hand rows of 0 and 1, and nothing else, to the task's scorer."""
+    if not re.fullmatch(r"[01\s]+", text) or len(text) > MAX_ITEMS:
+        raise Unreadable("no rows of 0 and 1")
+    return score(text, entry)
+
+
 def partitions(text: str, entry: Mapping[str, Any], score: Score) -> float:
     """Hand a JSON list of lists of texts to the task's scorer."""
     found = _json(text)

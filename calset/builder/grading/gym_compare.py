@@ -234,13 +234,29 @@ def pooled(text: str, entry: Mapping[str, Any], score: Score) -> float:
         raise UnreadableEntry("the reference answer is no matrix of numbers")
     if found is None:
         raise Unreadable("no matrix of numbers")
-    places = 2 if entry["metadata"].get("pool_type") == "average" else MAX_TEN_POWER
-    right = [len(row) for row in found] == [len(row) for row in expected] and all(
-        _rounds_to(a, b, places)
-        for row, wanted in zip(found, expected, strict=True)
-        for a, b in zip(row, wanted, strict=True)
-    )
+    exact = _averages(entry["metadata"]) or expected
+    if not [len(row) for row in found] == [len(row) for row in expected] == [len(row) for row in exact]:
+        return _full(False, text, entry, score)
+    lines = zip(rows(text), found, expected, exact, strict=True)
+    cells = [cell for line in lines for cell in zip(*line, strict=True)]
+    right = all(a in (b, c) or (c != b and _is_rounding(cell, c, 3)) for cell, a, b, c in cells)
     return _full(right, text, entry, score)
+
+
+def _averages(metadata: Mapping[str, Any]) -> list[list[Fraction]] | None:
+    """The exact averages of squares of ``pool_size`` of a matrix; None where no averages are asked for."""
+    if metadata.get("pool_type") != "average":
+        return None
+    matrix, size = metadata.get("matrix"), metadata.get("pool_size")
+    if not (isinstance(matrix, list) and all(isinstance(row, list) for row in matrix) and isinstance(size, int)):
+        return None
+    if not 0 < size <= 100 or sum(map(len, matrix)) > 10_000 or not all(_is_number(x) for row in matrix for x in row):
+        return None
+    squares = (
+        [[x for row in matrix[i : i + size] for x in row[j : j + size]] for j in range(0, len(matrix[i]), size)]
+        for i in range(0, len(matrix), size)
+    )
+    return [[Fraction(sum(map(Fraction, square)), len(square)) for square in row] for row in squares]
 
 
 def decimal(text: str, entry: Mapping[str, Any], score: Score) -> float:

@@ -83,6 +83,8 @@ def _layer(text: str, like: str) -> str:
     for pattern in _ENCLOSED:
         if (found := pattern.match(text)) and not pattern.match(like):
             text = found[1].strip()
+    if not like.startswith("**"):  # its end was taken for a sentence's
+        text = re.sub(r"^\*\*(?=[^*\s])(?!.*\*\*$)", "", text, flags=re.S)
     if "`" not in like:
         text = re.sub(r"`([^`\n]+)`", r"\1", text)
     if "\\" not in like:

@@ -162,6 +162,7 @@ def test_mark_up_that_never_ends_costs_no_time(opening: str):
 
 NUMERAL = {"question": "How many apples are there? A pear costs $3."}
 AVERAGES = {"pool_type": "average", "matrix": [[5], [6], [6], [4]], "pool_size": 3}
+MILLISECONDS = {"task_type": "time_ms", "start_time": "2026-12-01 10:00:00", "end_time": "2026-12-01 10:00:07.123000"}
 BOARD = "1 2\n3 4"
 
 
@@ -185,6 +186,8 @@ BOARD = "1 2\n3 4"
         ("simple_geometry", {}, "104", r"\boxed{104^\circ}", "correct"),
         ("number_format", {"solution": 91585693.041}, "91585693.041", "91585693.05", "incorrect"),
         ("number_format", {"solution": 91585693.041}, "91585693.041", "91,585,693.0410", "correct"),
+        ("number_format", {"solution": 947865419.1689999}, "947865419.1689999", "947865419.169000", "correct"),
+        ("number_format", {"solution": 947865419.1689999}, "947865419.1689999", "9.47865419169e8", "correct"),
         ("calendar_arithmetic", {"task": "recurring_event_calculations"}, "-1", "5", "incorrect"),
         ("calendar_arithmetic", {"task": "weekday_of_date"}, "Friday", "**friday**", "correct"),
         ("decimal_arithmetic", {}, "6.32098837209", "6.321", "incorrect"),
@@ -224,6 +227,9 @@ BOARD = "1 2\n3 4"
         ("time_intervals", {"task_type": "date"}, "42 days", "42", "correct"),
         ("time_intervals", {"task_type": "date"}, "42 days", "42 or 43 days", "incorrect"),
         ("time_intervals", {"task_type": "time_ms"}, "00:00:07.005", "00:00:07.5", "incorrect"),
+        ("time_intervals", MILLISECONDS, "00:00:07.122", "00:00:07.123", "correct"),  # the reference is one off
+        ("time_intervals", MILLISECONDS, "00:00:07.122", "00:00:07.122", "correct"),
+        ("time_intervals", MILLISECONDS, "00:00:07.122", "00:00:07.121", "incorrect"),
         ("time_intervals", {"task_type": "datetime"}, "1 days, 02:03", "1 day, 02:03", "correct"),
         ("time_intervals", {"task_type": "datetime"}, "1 days, 02:03", "1 days, 02:03, or 4 days", "incorrect"),
         ("pool_matrix", {"pool_type": "max"}, "100 7", "101 7", "incorrect"),

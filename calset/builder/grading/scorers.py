@@ -229,7 +229,7 @@ _CHECKS: dict[gym_checks.Check, str] = {
     gym_compare.letters: "figlet_font",
     gym_compare.number: (
         "aiw basic_arithmetic binary_alternation calendar_arithmetic chain_sum circuit_logic count_bits count_primes "
-        "decimal_chain_sum gcd gsm_symbolic largest_island lcm leg_counting letter_counting maze number_format "
+        "decimal_chain_sum gcd gsm_symbolic largest_island lcm leg_counting letter_counting maze "
         "number_sequence products rectangle_count rotten_oranges self_reference simple_equations simple_geometry"
     ),
     gym_compare.pooled: "pool_matrix",
@@ -237,6 +237,7 @@ _CHECKS: dict[gym_checks.Check, str] = {
     gym_compare.roots: "polynomial_equations",
     gym_compare.significant: "power_function",
     gym_compare.simplified: "fraction_simplification",
+    gym_compare.thousandths: "number_format",
     gym_compare.words: "word_sequence_reversal word_sorting",
 }
 _CHECK_OF = {task: check for check, tasks in _CHECKS.items() for task in tasks.split()}

@@ -131,15 +131,31 @@ def extract(response: str, *, like: str = "") -> str | None:
     blocks = list(_FENCED.finditer(response))
     if several:
         blocks = sorted([*blocks, *MATRIX.finditer(response)], key=lambda block: block.end())
-    behind = response[blocks[-1].end() :].strip() if blocks else ""
-    if blocks and (len(behind.splitlines()) < len(like.split("\n")) if several else not behind):
+    if blocks and not _states(response[blocks[-1].end() :], like):
         block = blocks[-1]
         return (block[1] if block.re is _FENCED else block[0]).strip() or None
     text = _FENCE.sub("", response).strip()
     if several:
-        paragraphs = _BLANK.split(text)[-len(_BLANK.split(like.strip())) :]
-        return _without_prose(_INTRODUCTION.sub("", "\n\n".join(paragraphs)), like) or None
-    return text.splitlines()[-1].strip() if text else None
+        known, paragraphs = set(_WORD.findall(like)), _BLANK.split(text)
+        if len(paragraphs) > 1 and not any(known.issuperset(_WORD.findall(row)) for row in paragraphs[-1].splitlines()):
+            del paragraphs[-1]  # a remark on the board before it
+        text = "\n\n".join(paragraphs[-len(_BLANK.split(like.strip())) :])
+        return _without_prose(_INTRODUCTION.sub("", text), like) or None
+    lines = [line.strip() for line in text.splitlines()]
+    lists = (
+        [line for line in lines if line[:1] == like[:1] and line[-1:] in ("]", "}")] if like[:1] in ("[", "{") else []
+    )
+    return (lists or lines or [None])[-1]
+
+
+def _states(behind: str, like: str) -> bool:
+    """Return True if the text behind a block may hold the answer: as many lines as a board has, a list, or a line."""
+    lines = behind.strip().splitlines()
+    if "\n" in like.strip():
+        return len(lines) >= len(like.split("\n"))
+    if not like or like[0] in "[{":
+        return any(line.lstrip()[:1] in ("[", "{") for line in lines)
+    return bool(lines)
 
 
 def _without_prose(text: str, like: str) -> str:

@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from calset.builder.build import BuildReport
     from calset.builder.grade import GradeReport
     from calset.builder.judge import JudgeReport
-    from calset.builder.problems import Preset
+    from calset.builder.problems import BadRow, Preset
     from calset.builder.settings import BuildOptions, GenerationOptions
     from calset.catalog.filters import Band, FilterOptions
     from calset.catalog.query.stats import Stats
@@ -117,6 +117,12 @@ def scorers_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--unsafe-scorers",
         is_flag=True,
         help="Let reasoning-gym score by code that calset does not know and that may run an answer as a program.",
+    )(command)
+
+
+def skip_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--skip-bad", is_flag=True, help="Leave out, count and name rows of the sources that hold no problem."
     )(command)
 
 
@@ -220,6 +226,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--limit", type=int, help="Only the first N problems."),
         grader_option("the source's own"),
         scorers_option,
+        skip_option,
         click.option("--concurrency", type=click.IntRange(min=1), help="Requests in flight at most, at each server."),
     ]
     for option in reversed(options):
@@ -335,7 +342,15 @@ def build(
         sys.exit(130)
 
 
+def _print_bad(n: int, named: Sequence[BadRow]) -> None:
+    for row in named:
+        terminal.note(f"{row.where} {row.why}")
+    if (more := n - len(named)) > 0:
+        terminal.note(f"... and {more:,} more rows")
+
+
 def _print_build(report: BuildReport, target: object) -> None:
+    _print_bad(report.n_bad, report.bad)
     verdicts = ", ".join(f"{n} {v}" for v, n in sorted(report.verdicts.items(), key=lambda x: -x[1]))
     reasons = ", ".join(f"{n} {r}" for r, n in sorted(report.finish_reasons.items(), key=lambda x: -x[1]))
     speed = f" at {report.n_tokens / report.seconds:,.0f} tokens/s" if report.n_new and report.seconds else ""
@@ -465,23 +480,34 @@ def _print_judged(report: JudgeReport, as_json: bool) -> None:
 @click.option("--answer", help="The reference answer's column. Default: answer.")
 @click.option("--limit", type=click.IntRange(min=1), default=5, show_default=True, help="Show the first N problems.")
 @click.option("--count", is_flag=True, help="Count them, which reads them all.")
+@skip_option
 @json_option
 def problems(
-    spec: str | None, question: str | None, answer: str | None, limit: int, count: bool, as_json: bool
+    spec: str | None,
+    question: str | None,
+    answer: str | None,
+    limit: int,
+    count: bool,
+    skip_bad: bool,
+    as_json: bool,
 ) -> None:
     """List the presets, or preview a source of problems: SPEC as `build --problems` takes it."""
-    from calset.builder.problems import PRESETS, open_problems
+    from calset.builder.problems import PRESETS, bad_rows_of, open_problems
 
     if spec is None:
         _print_presets(PRESETS.values(), as_json)
         return
-    source = open_problems(spec, question=question, answer=answer)
+    source = open_problems(spec, question=question, answer=answer, skip_bad=skip_bad)
     rows, n = source.preview(limit, count=count)
+    n_bad, bad = bad_rows_of([source])
+    _print_bad(n_bad, bad)
     facts = {key: getattr(source.source, key) for key in ("name", "kind", "revision", "grader", "licence")}
     if as_json:
         keys = ("problem_id", "question", "answer", "metadata")
         listed = [{key: getattr(problem, key) for key in keys} for problem in rows]
-        terminal.emit_json({"source": facts.pop("name"), **facts, "n": n, "at_most": source.size, "problems": listed})
+        terminal.emit_json(
+            {"source": facts.pop("name"), **facts, "n": n, "at_most": source.size, "n_bad": n_bad, "problems": listed}
+        )
         return
     revision = facts["revision"] if " " in facts["revision"] else facts["revision"][:12]
     many = f"{n} problems" if n is not None else f"at most {source.size} problems" if source.size else "problems"
@@ -510,6 +536,7 @@ def _print_presets(presets: Iterable[Preset], as_json: bool) -> None:
 )
 @click.option("--question", help="The question's column of the evaluation. Default: question.")
 @click.option("--answer", help="Its reference answer's column. Default: answer.")
+@skip_option
 @catalog_option
 @progress_option
 @json_option
@@ -520,6 +547,7 @@ def decontaminate(
     min_share: float,
     question: str | None,
     answer: str | None,
+    skip_bad: bool,
     catalog: Path,
     progress_mode: str,
     as_json: bool,
@@ -530,7 +558,7 @@ def decontaminate(
     with terminal.progress(progress_mode, "checked", main="checking") as show:
         report = run(
             catalog, against, problems=problems or None, n=n, min_share=min_share, question=question, answer=answer,
-            progress=show,
+            skip_bad=skip_bad, progress=show,
         )  # fmt: skip
     if as_json:
         terminal.emit_json(report.as_dict())
@@ -692,11 +720,27 @@ def show(trace: str, full: bool, catalog: Path, as_json: bool) -> None:
 @click.option("--source", help="What to call the questions' source. Default: the file's name.")
 @click.option("--question", help="The question's column. Default: problem, question, or the conversation's.")
 @click.option("--answer", help="The reference answer's column. Default: answer, or what others call it.")
+@click.option(
+    "--completion",
+    metavar="COLUMN",
+    multiple=True,
+    help="The column of what the model said, or a path into it (response.choices.0.message). Repeatable.",
+)
+@click.option(
+    "--thinking", metavar="COLUMN", multiple=True, help="The column of its thinking, where that is apart. Repeatable."
+)
+@click.option(
+    "--reasoning",
+    metavar="FORMAT",
+    help="How the traces mark their thinking (docs/import.md): think, thinking, begin_of_thought, ..., none. Default: "
+    "as the model does.",
+)
 @click.option("--system-prompt", help="That the prompts were rendered with, where the file does not say.")
 @template_option
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows of each file.")
 @grader_option("math, or that of --problems")
 @scorers_option
+@skip_option
 @catalog_option
 @progress_option
 @json_option
@@ -708,11 +752,15 @@ def import_(
     source: str | None,
     question: str | None,
     answer: str | None,
+    completion: tuple[str, ...],
+    thinking: tuple[str, ...],
+    reasoning: str | None,
     system_prompt: str | None,
     template_options: dict[str, Any],
     limit: int | None,
     grader: str | None,
     unsafe_scorers: bool,
+    skip_bad: bool,
     catalog: Path,
     progress_mode: str,
     as_json: bool,
@@ -723,13 +771,11 @@ def import_(
     with terminal.progress(progress_mode, "rows", main="importing") as show:
         report = run(
             model, files, problems=problems, generated_by=generated_by, source=source, question=question,
-            answer=answer, system_prompt=system_prompt, template_options=template_options, limit=limit, grader=grader,
-            unsafe_scorers=unsafe_scorers, catalog=catalog, progress=show,
+            answer=answer, completion=completion, thinking=thinking, reasoning=reasoning, system_prompt=system_prompt,
+            template_options=template_options, limit=limit, grader=grader, unsafe_scorers=unsafe_scorers,
+            skip_bad=skip_bad, catalog=catalog, progress=show,
         )  # fmt: skip
-    for row in report.bad:
-        terminal.note(f"{row.where} {row.why}")
-    if (more := report.n_bad - len(report.bad)) > 0:
-        terminal.note(f"... and {more:,} more rows")
+    _print_bad(report.n_bad, report.bad)
     if as_json:
         terminal.emit_json(report.as_dict())
         return

@@ -20,9 +20,7 @@ from calset.builder.model.reasoning import ReasoningFormat, split
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "graded_pairs.jsonl").read_text().splitlines()]
 # (answer, response) -> what the grader says instead of the label, and why that stays.
 KNOWN: dict[tuple[str, str], tuple[str, str]] = {
-    (r"e^{i\pi}", r"\boxed{-1}"): ("incorrect", "math-verify reads e and i as unknowns"),
     ("7", r"The answer is \boxed{?}"): ("pred_unparsable", "states nothing that can be read; both count against it"),
-    ("3", "The answer is $x = 3$ because 2x = 6."): ("incorrect", "the statement is read to the end of its line"),
 }
 
 

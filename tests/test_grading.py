@@ -38,7 +38,7 @@ MATH = [
     ("7", r"\boxed{8}", "stop", "incorrect"),
     ("7", r"First \boxed{8}, no: \boxed{7}", "stop", "correct"),  # the last box alone, not the set {7, 8}
     ("7", r"First \boxed{7}, no: \boxed{8}", "stop", "incorrect"),
-    ("{7, 8}", r"\boxed{7} and \boxed{8}", "stop", "incorrect"),
+    ("{7, 8}", r"\boxed{7} and \boxed{8}", "stop", "correct"),  # together they are a reference of as many parts
     (r"\{7,8\}", r"\boxed{\{8,7\}}", "stop", "correct"),
     ("7", r"\boxed{7}", "length", "truncated"),  # truncated whatever it says
     ("7", r"\boxed{7", "length", "truncated"),

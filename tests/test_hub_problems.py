@@ -319,6 +319,16 @@ def test_any_dataset_is_read_by_its_columns(hub: LocalHub, client: Client) -> No
     assert client(load, "hf:org/any", question="q", answer="level")[1][0].answer == "hard"
 
 
+def test_choices_are_kept_and_hidden_folders_are_no_data(hub: LocalHub, client: Client) -> None:
+    row = {"id": "1", "question": "The capital of France?", "choices": {"text": ["Rome", "Paris"], "label": ["1", "2"]},
+           "answerKey": "2", "traces": [{"text": "x"}]}  # fmt: skip
+    files = {"train.parquet": parquet([row]), ".cache/train.parquet": b"no data", "__old__/train.parquet": b"no data"}
+    hub.commit("org/arc", files)
+    _, (problem,) = client(load, "hf:org/arc?answer=answerKey&grader=choice")
+    assert (problem.answer, problem.grader) == ("B", "choice")
+    assert problem.metadata == {"id": "1", "choices": ["Rome", "Paris"]}
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "parquet", "json"])
 def test_each_format_gives_the_same_rows(hub: LocalHub, client: Client, suffix: str) -> None:
     import gzip

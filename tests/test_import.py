@@ -178,8 +178,9 @@ def test_reasons_of_other_servers_and_columns_of_the_wrong_kind(tmp_path: Path) 
     rows = [{"problem": "1 + 1 = ?", "answer": "2", "generations": texts, "finish_reasons": reasons}, odd]
     report, kept_rows = run(tmp_path, [*rows, {**odd, "finish_reasons": "stop", "is_reasoning_complete": True}])
     found = Counter(row["finish_reason"] for row in kept_rows)
-    assert (report.n_bad, found["length"], found["abort"]) == (0, 1, 1)
+    assert (report.n_bad, found["length"], found["abort"]) == (0, 1, 2)
     assert found["stop"] >= 2
+    assert any("'5'" in warning for warning in report.warnings)  # no reason that anybody writes: not taken for an end
 
 
 def formats(question: str) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from calset.builder.grading import grader_version
 from calset.builder.grading.pool import GradingPool
 from calset.builder.pipeline import Excluded, Pipeline
 from calset.builder.plan import Plan, make_plan, open_model, open_sources, uncounted
+from calset.builder.problems import BadRow, bad_rows_of
 from calset.builder.schedule.adaptive import AdaptiveSchedule
 from calset.builder.schedule.fixed import FixedSchedule, Retry, Schedule
 from calset.builder.settings import BuildOptions, BuildSettings
@@ -62,6 +63,8 @@ class BuildReport:
     problem_ids: tuple[str, ...] = field(repr=False)
     target: Mapping[str, Any] | None = None  # of an adaptive build: recipe, need, met, problems by decision
     warnings: tuple[str, ...] = ()
+    n_bad: int = 0  # rows of the sources that hold no problem and were left out
+    bad: tuple[BadRow, ...] = ()  # the first ones
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; without the problem ids."""
@@ -105,6 +108,7 @@ def build(
     retry: Collection[str] = (),
     engine_options: Mapping[str, Any] | None = None,
     unsafe_scorers: bool = False,
+    skip_bad: bool = False,
     progress: OnProgress | None = None,
 ) -> BuildReport:
     """Sample a model's own traces of problems, grade them, and keep them in a catalog.
@@ -145,6 +149,8 @@ def build(
         engine_options: the engine's own options.
         unsafe_scorers: let reasoning-gym score by code that calset does not know and that may run an answer
             (docs/problems.md).
+        skip_bad: leave out rows of the sources that hold no problem, instead of refusing the source; the report counts
+            them and names the first.
         progress: called with a ``Progress`` of traces while problems are checked, before the engine starts and after
             each commit: ``done`` traces are on disk. Phases: "checking problems", "starting engine", "generating".
 
@@ -166,7 +172,7 @@ def build(
         template_options=template_options, limit=limit, decontaminate=decontaminate, kind=kind, graded=graded,
         question=question, answer=answer, grader=grader, device=device, concurrency=concurrency, graders=graders,
         commit_every_seconds=commit_every_seconds, commit_size=commit_size, retry=retry, engine_options=engine_options,
-        unsafe_scorers=unsafe_scorers,
+        unsafe_scorers=unsafe_scorers, skip_bad=skip_bad,
     )  # fmt: skip
     settings.require_engine()
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
@@ -283,7 +289,7 @@ def _planned(settings: BuildSettings, store: Catalog, progress: OnProgress | Non
     """Make the plan of a build, warning of what its report would say too late."""
     sources = open_sources(settings, store)
     info = open_model(settings.model, store, template_options=settings.template_options)
-    decontaminator = _decontaminator(settings.decontaminate, store)
+    decontaminator = _decontaminator(settings.decontaminate, store, skip_bad=settings.skip_bad)
     plan = make_plan(settings, info, sources, store, decontaminator=decontaminator, progress=_checking(progress))
     check_length((settings.engine_options or {}).get("max_model_len", plan.longest), plan.longest)
     # In a report it would come after the hours that it may save.
@@ -292,12 +298,12 @@ def _planned(settings: BuildSettings, store: Catalog, progress: OnProgress | Non
     return plan
 
 
-def _decontaminator(sources: str | Sequence[str], store: Catalog) -> Decontaminator | None:
+def _decontaminator(sources: str | Sequence[str], store: Catalog, *, skip_bad: bool) -> Decontaminator | None:
     if not sources:
         return None
     from calset.builder.decontaminate import against_sources
 
-    return against_sources(sources, pinned=store.source_revisions())
+    return against_sources(sources, pinned=store.source_revisions(), skip_bad=skip_bad)
 
 
 def _running(plan: Plan) -> Engine:
@@ -327,6 +333,7 @@ def _checking(progress: OnProgress | None) -> Callable[[int], None] | None:
 def _report(work: Pipeline, engine: str | None, start_seconds: float, warnings: Sequence[str]) -> BuildReport:
     plan, saved, aim = work.plan, work.saved, work.settings.aim
     facts = work.schedule.facts()
+    n_bad, bad = bad_rows_of(plan.sources)
     return BuildReport(
         run_id=work.run_id,
         generation_key=plan.key,
@@ -357,4 +364,6 @@ def _report(work: Pipeline, engine: str | None, start_seconds: float, warnings: 
             *warnings,
             *([] if work.stopped else work.schedule.warnings()),
         ),
+        n_bad=n_bad,
+        bad=bad,
     )

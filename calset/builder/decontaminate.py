@@ -32,11 +32,12 @@ def against_sources(
     question: str | None = None,
     answer: str | None = None,
     limit: int | None = None,
+    skip_bad: bool = False,
 ) -> Decontaminator:
     """Open a ``Decontaminator`` of evaluation sources, named as ``load_problems`` takes them.
 
     Args:
-        question, answer, limit: see ``load_problems``.
+        question, answer, limit, skip_bad: see ``load_problems``.
         pinned: spec -> the revision to take, as ``Catalog.source_revisions`` gives them.
 
     Raises:
@@ -46,7 +47,9 @@ def against_sources(
     named = [specs] if isinstance(specs, str) else list(specs)
     revisions = pinned or {}
     opened = (
-        load_problems(spec, revision=revisions.get(spec), question=question, answer=answer, limit=limit)
+        load_problems(
+            spec, revision=revisions.get(spec), question=question, answer=answer, limit=limit, skip_bad=skip_bad
+        )
         for spec in named
     )
     return Decontaminator(opened, n, min_share=min_share)
@@ -81,6 +84,7 @@ def decontaminate(
     min_share: float = MIN_SHARE,
     question: str | None = None,
     answer: str | None = None,
+    skip_bad: bool = False,
     progress: OnProgress | None = None,
 ) -> DecontaminationReport:
     """Check problems against evaluation sources and keep the evidence, so that a selection can leave them out.
@@ -92,6 +96,7 @@ def decontaminate(
             that the catalog holds, but for those that it only holds because they were evaluated.
         n, min_share: see ``Decontaminator``.
         question, answer: the columns of the evaluation sources.
+        skip_bad: leave out rows of all these sources that hold no problem, with a warning.
         progress: called with a ``Progress`` of checked problems after each page (phase "checking").
 
     Raises:
@@ -100,11 +105,13 @@ def decontaminate(
     """
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
     pinned = store.source_revisions()
-    decontaminator = against_sources(against, n, min_share=min_share, pinned=pinned, question=question, answer=answer)
+    decontaminator = against_sources(
+        against, n, min_share=min_share, pinned=pinned, question=question, answer=answer, skip_bad=skip_bad
+    )
     if problems is None:
         pages, total = _kept_problems(store, decontaminator.sources)
     else:
-        pages, total = _named_problems([problems] if isinstance(problems, str) else problems)
+        pages, total = _named_problems([problems] if isinstance(problems, str) else problems, skip_bad)
     emit = progress or silent
     strongest: dict[str, Contamination] = {}
     questions: dict[str, str] = {}
@@ -156,8 +163,8 @@ def _kept_problems(store: Catalog, evaluations: Sequence[Source]) -> tuple[_Page
     return (((), list(store.problems(part).values())) for part in chunks(kept, PAGE)), len(kept)
 
 
-def _named_problems(specs: Sequence[str]) -> tuple[_Pages, int]:
-    loaded = [(source, list(problems)) for source, problems in map(load_problems, specs)]
+def _named_problems(specs: Sequence[str], skip_bad: bool) -> tuple[_Pages, int]:
+    loaded = [load_problems(spec, skip_bad=skip_bad) for spec in specs]
     pages = (([source], part) for source, problems in loaded for part in chunks(problems, PAGE))
     return pages, sum(len(problems) for _, problems in loaded)
 

@@ -20,7 +20,7 @@ from calset import ids
 from calset.builder.engines import Sampling
 from calset.builder.grading.scorers import check_scorers
 from calset.builder.model.info import ModelInfo, inspect
-from calset.builder.problems import ProblemSource, gym_tasks, open_problems
+from calset.builder.problems import ProblemSource, gym_tasks, left_out, open_problems
 from calset.builder.schedule.fixed import Opened
 from calset.builder.settings import BuildSettings
 from calset.catalog.catalog import Catalog
@@ -135,6 +135,7 @@ def open_sources(settings: BuildSettings, store: Catalog) -> tuple[ProblemSource
             grader=settings.grader,
             limit=settings.limit,
             revision=pinned.get(spec),
+            skip_bad=settings.skip_bad,
         )
         for spec in settings.specs
     )
@@ -227,7 +228,7 @@ def make_plan(
         prompt_tokens=measured.n_tokens,
         first_prompt_ids=measured.first,
         existing=_existing(store, key, measured.problem_ids, settings, budget),
-        warnings=tuple(_warnings(info, sampling, settings)),
+        warnings=(*_warnings(info, sampling, settings), *filter(None, map(left_out, sources))),
         other_graders=tuple(_other_graders(store, sources, measured.problem_ids)) if settings.graded else (),
         excluded_ids=frozenset(measured.excluded_ids),
         decontaminator=decontaminator,

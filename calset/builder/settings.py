@@ -41,6 +41,7 @@ class GenerationOptions(TypedDict, total=False):
     concurrency: int | None
     engine_options: Mapping[str, Any] | None
     unsafe_scorers: bool
+    skip_bad: bool
 
 
 class BuildOptions(GenerationOptions, total=False):
@@ -105,6 +106,7 @@ class BuildSettings:
     retry: Collection[str] = ()
     engine_options: Mapping[str, Any] | None = None
     unsafe_scorers: bool = False
+    skip_bad: bool = False
     aim: Target | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -116,6 +116,7 @@ def evaluate(
     concurrency: int | None = None,
     engine_options: Mapping[str, Any] | None = None,
     unsafe_scorers: bool = False,
+    skip_bad: bool = False,
     progress: OnProgress | None = None,
 ) -> EvaluationReport:
     """Generate ``samples`` traces a problem with ``model``, grade them, and summarise; recorded in the catalog.
@@ -124,7 +125,7 @@ def evaluate(
         model: a checkpoint folder or Hub id, as ``build`` takes it.
         problems: problem sources, as ``build`` takes them; keep them apart from the calibration problems.
         engine: an engine's name, or a running engine that already holds ``model``'s weights.
-        unsafe_scorers, progress: see ``build``.
+        unsafe_scorers, skip_bad, progress: see ``build``.
 
     Raises:
         InputError: bad problems, model or options.
@@ -159,6 +160,7 @@ def evaluate(
         concurrency=concurrency,
         engine_options=engine_options,
         unsafe_scorers=unsafe_scorers,
+        skip_bad=skip_bad,
         kind="evaluate",
         progress=progress,
     )

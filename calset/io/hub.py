@@ -210,10 +210,11 @@ def lay_out(card: Mapping[str, Any], files: Sequence[str], config: str | None = 
         config: a folder or file of this name is a config too where the card lists none.
     """
     aside = ("README.md", "LICENSE", "dataset_infos.json", ".gitattributes")
-    data = [file for file in files if Path(file).name not in aside]
+    there = [file for file in files if Path(file).name not in aside]
+    data = [file for file in there if not _hidden(file)]
     entries = [entry for entry in _list(card.get("configs")) if isinstance(entry, Mapping)]
     if entries:
-        return {str(entry.get("config_name") or DEFAULT): _of_entry(entry, data) for entry in entries}
+        return {str(entry.get("config_name") or DEFAULT): _of_entry(entry, there) for entry in entries}
     if config not in (None, DEFAULT):
         own = [file for file in data if file.startswith(f"{config}/") or Path(file).name.split(".")[0] == config]
         if own:
@@ -226,7 +227,8 @@ def _of_entry(entry: Mapping[str, Any], files: Sequence[str]) -> dict[str, tuple
     prefix = f"{folder}/" if folder else ""
     patterns = entry.get("data_files")
     if not patterns:
-        return _by_convention([file for file in files if file.startswith(prefix)], prefix)
+        inside = [file for file in files if file.startswith(prefix) and not _hidden(file.removeprefix(prefix))]
+        return _by_convention(inside, prefix)
     if isinstance(patterns, Mapping):
         named = list(patterns.items())
     elif all(isinstance(item, Mapping) for item in _list(patterns)):
@@ -240,8 +242,15 @@ def _of_entry(entry: Mapping[str, Any], files: Sequence[str]) -> dict[str, tuple
 def _matching(patterns: Sequence[str], files: Sequence[str]) -> tuple[str, ...]:
     from fsspec.utils import glob_translate
 
-    tests = [re.compile(glob_translate(pattern.removeprefix("./"))) for pattern in patterns]
-    return tuple(file for file in files if any(test.match(file) for test in tests))
+    asked = [pattern.removeprefix("./") for pattern in patterns]
+    tests = [(re.compile(glob_translate(pattern)), _hidden(pattern)) for pattern in asked]
+    return tuple(file for file in files if any(t.match(file) and (named or not _hidden(file)) for t, named in tests))
+
+
+def _hidden(path: str) -> bool:
+    """What ``datasets`` takes for no data unless a pattern names it: ``.cache/``, ``__pycache__/``."""
+    *folders, name = path.split("/")
+    return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
 
 
 def _by_convention(files: Sequence[str], prefix: str = "") -> dict[str, tuple[str, ...]]:

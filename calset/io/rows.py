@@ -73,8 +73,8 @@ def read_rows(
     Args:
         label: what errors call the file; its path when None.
         choose: which columns of a Parquet file to read; all when None. Other formats give all of a row.
-        skip: told of each line of a JSON lines file that is no JSON object, which is then left out. When None, and in
-            the other formats, it is an error.
+        skip: told of each line of a JSON lines file and each item of a JSON array that is no JSON object, which is then
+            left out; when None, it is an error. What ends the reading of an array, or of another format, is one always.
 
     Raises:
         InputError: not the format that the name says; names the file and the line.
@@ -90,7 +90,7 @@ def read_rows(
         else:
             array = kind == ".json" and _is_array(path)
             with open_text(path, errors="surrogateescape" if skip and not array else "strict") as file:
-                yield from _json_array(file, name) if array else _json_lines(file, name, skip)
+                yield from _json_array(file, name, skip) if array else _json_lines(file, name, skip)
 
 
 def read_document(path: Path, *, label: str | None = None) -> str:
@@ -185,13 +185,16 @@ def _json_row(line: str) -> Row:
     return row
 
 
-def _json_array(file: TextIO, name: str) -> Iterator[tuple[int, Row]]:
+def _json_array(file: TextIO, name: str, skip: Skip | None = None) -> Iterator[tuple[int, Row]]:
     for number, row in enumerate(_array_items(file, name), 1):
         if isinstance(row, list):  # columns without names: they go by their place
             row = {str(place): value for place, value in enumerate(row)}
-        if not isinstance(row, dict):
+        if isinstance(row, dict):
+            yield number, row
+        elif skip is None:
             raise InputError(f"{name}: row {number} is not a JSON object but a {type(row).__name__}")
-        yield number, row
+        else:
+            skip(number, f"is not a JSON object but a {type(row).__name__}")
 
 
 def _is_array(path: Path) -> bool:
@@ -244,16 +247,45 @@ def _parquet(path: Path, name: str, choose: Choose | None) -> Iterator[tuple[int
     with _parquet_errors(name), pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
         names = {field.name: _is_nested(field.type) for field in file.schema_arrow}
         columns = choose(names) if choose else list(names)
+        plain = {field.name: convert for field in file.schema_arrow if (convert := _plain(field.type)) is not None}
         for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, row | {name: convert(row[name]) for name, convert in plain.items() if name in row}
 
 
 def _is_nested(kind: Any) -> bool:
     import pyarrow.types as kinds
 
     return kinds.is_nested(kind)
+
+
+def _plain(kind: Any) -> Callable[[Any], Any] | None:
+    """How a column's values become those that JSON has: a map is an object, a float32 the number that was written (0.1,
+    not 0.10000000149011612). None where they are already."""
+    import pyarrow.types as kinds
+
+    if kinds.is_float32(kind) or kinds.is_float16(kind):
+        import numpy as np
+
+        narrow = np.float32 if kinds.is_float32(kind) else np.float16
+        return lambda value: None if value is None else float(str(narrow(value)))
+    if kinds.is_map(kind):
+        inner = _plain(kind.item_type) or (lambda value: value)
+        return lambda pairs: None if pairs is None else {str(key): inner(value) for key, value in pairs}
+    if kinds.is_struct(kind):
+        fields = {field.name: convert for field in kind if (convert := _plain(field.type)) is not None}
+        if not fields:
+            return None
+        return lambda row: row and {n: fields[n](value) if n in fields else value for n, value in row.items()}
+    if (kinds.is_nested(kind) and hasattr(kind, "value_type")) or kinds.is_dictionary(kind):
+        inside = _plain(kind.value_type)
+        if inside is None:
+            return None
+        if kinds.is_dictionary(kind):
+            return inside
+        return lambda items: items and [inside(item) for item in items]
+    return None
 
 
 @contextmanager

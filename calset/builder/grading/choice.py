@@ -14,29 +14,55 @@ from collections.abc import Mapping
 from typing import Any
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.extract import Stated, boxes, last_tagged, visible
+from calset.builder.grading.characters import visible
+from calset.builder.grading.extract import Stated, boxes, denied, joined_boxes, last_tagged
 
-RULES = "1"  # raise when a change here can change a verdict
+RULES = "2"  # raise when a change here can change a verdict
 LETTERS = "ABCDEFGHIJ"
 
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boldsymbol|operatorname)\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(
+    r"\\(?:text(?:bf|it|sf|rm|tt|normal)?|math(?:rm|bf|it|sf|bb)|boldsymbol|bm|operatorname|underline|boxed)"
+    r"\s*\{([^{}]*)\}"
+)
 # Only looked at, not taken: one line may hold several statements, and the last counts.
-_LABEL = re.compile(r"(?i)\b(?:answer|option|choice)\**\s*(?:is|:|=)\s*:?\s*(?=(?P<said>[^\n]{1,300}))")
+_LABEL = re.compile(
+    r"(?i)(?:\b(?:answer|option|choice)s?|答案|故选|应选|选择|答え|ответ|respuesta|réponse|antwort|resposta|risposta)"
+    r"[*_\"']*\s*(?:(?:is|was|would be|should be|must be|has to be|will be|=)(?![A-Za-z])|为|是|:|：|(?<=[选择]))"
+    r"\s*[:：]?[\s*_]*"
+    r"(?:(?:therefore|thus|clearly|then|definitely|most likely|probably|the|letter|option|choice|answer)\s*:?\s+)*"
+    r"(?=(?P<said>[^\n]{1,300}))"
+)
 _VERB = re.compile(
-    r"\b(?:(?i:choose|pick|select)\s+(?:(?i:the|option|answer|choice)\s+)*|(?i:must be|has to be)\s+)"
-    r"(?=(?P<said>\(?\**[A-J]\b[^\n]{0,300}))"
+    r"\b(?:(?i:choose|chose|pick|select|go with|going with|settle on|opt for|actually,?|rather,?)\s+"
+    r"(?:(?i:the|option|answer|choice|letter)\s+)*|(?i:must be|has to be|should be|it is|it's)\s+"
+    r"(?:(?i:option|answer|choice|letter)\s+)*)(?=(?P<said>\(?\**[A-J]\b[^\n]{0,300}))"
 )
 _REVERSED = re.compile(
-    r"(?:^|[\s(*])(?P<said>[A-J])[)*.]*\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s+(?:about|that|in|to))", re.M
+    r"(?:^|[\s(*\"“])(?P<said>[A-J])[)*.\"”]*\s+(?:is|must be|has to be|should be)\s+"
+    r"(?:therefore\s+|thus\s+|clearly\s+)?(?:(?:the|our|my)\s+)?(?:(?:final|only)\s+)?(?:correct|right|best|answer)\b(?!\s+(?:about|that|in|to))",
+    re.M,
+)
+_DENIED = re.compile(r"(?i)\W*(?:not|isn't|cannot|can't|never|neither)\b")
+# "A or B is correct", "do not choose B", "if B is correct".
+_HEDGED = re.compile(
+    r"(?i)\b(?:or|and|nor|if|whether|unless|nobody says|no one says|not true that|(?:not|never|n't|cannot)\s+\w+)"
+    r"[\s(*]*$"
+)
+_DENIED_BEHIND = re.compile(
+    r"(?i)[(\[]?[A-J][)\]]?\s*[:.,–—-]?\s*(?:(?:is|as|seems|looks)\s+)?(?:incorrect|wrong|false|not|impossible)\b"
 )
 # What may follow a letter that is an answer: an end, a mark, or the reason for it. "A train" and "I think" are prose.
 _ALONE = re.compile(
     r"(?:\(\s*(?P<round>[A-Ja-j])\s*\)|\[(?P<square>[A-Ja-j])\]|(?P<plain>[A-Ja-j]))"
-    r"(?:\s*$|\s*[.,;:)\]!](?:\s|$)|\s+(?:because|since|as|for|which|with|and not)\b)"
+    r"(?:\s*$|\s*[.,;:)\]!。，．\"'”}]+(?:\s|$|[^\x00-\x7f])|\s+(?:[–—-]\s|because|since|as|for|which|with"
+    r"|and not)(?:\b|(?<=\s)))"
 )
 _ROUND = re.compile(r"\(\s*([A-Ja-j])\s*\)")
 _SEVERAL = re.compile(r"\(?[A-Ja-j]\)?(?:\s*(?:,|;|/|&|and|or)\s*\(?[A-Ja-j]\)?)+")
-_LETTER = re.compile(r"\(?\s*([A-Ja-j])\s*[).:]*")
+_LETTER = re.compile(r"(?:(?i:option|choice|answer)\s*:?\s*)?[(\[]?\s*([A-Ja-j])\s*[)\].:．。]*")
+
+
+_PLAIN = str.maketrans({"（": "(", "）": ")", "．": ".", "：": ":"})
 
 
 def version() -> str:
@@ -89,20 +115,42 @@ def _gold(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def _last_statement(response: str, options: Mapping[str, str]) -> Stated | None:
-    found = list(boxes(response))[:1]
+    """The last statement that is a choice; else the box or the tag that is none, so that the verdict can say so.
+
+    A letter that is denied ("E is not the answer") is no statement. A box with a formula loses to a letter anywhere.
+    """
+    placed = [box for box in boxes(response) if not _refused(response, box)][:1]
+    joined = joined_boxes(response)
+    if joined.in_words and len({_read(text, options) for text in joined.texts}) > 1:
+        return Stated(joined.text, len(response))  # "\boxed{A} and \boxed{B}" is no one letter
     if (tagged := last_tagged(response)) is not None:
-        found.append(tagged)
+        placed.append(tagged)
+    found = [box for box in placed if _read(box.text, options) is not None or _SEVERAL.fullmatch(_plain(box.text))]
     for pattern in (_LABEL, _VERB, _REVERSED):
         for match in pattern.finditer(response):
-            letter = _read_start(match["said"], options)
-            if letter is not None:
+            if _HEDGED.search(response, max(0, match.start() - 30), match.start("said")):
+                continue
+            if _DENIED.match(match["said"]) or _DENIED_BEHIND.match(_plain(match["said"])):
+                continue
+            if several := _SEVERAL.match(_plain(match["said"])):
+                found.append(Stated(several[0], match.start()))
+            elif (letter := _read_start(match["said"], options)) is not None:
                 found.append(Stated(letter, match.start()))
-    if found:
-        return max(found, key=lambda statement: statement.at)
     lines = [line for line in response.splitlines() if line.strip()]
-    if lines and _read_line(lines[-1], options, alone=len(lines) == 1) is not None:
-        return Stated(lines[-1], len(response))
-    return None
+    last = _plain(lines[-1]) if lines else ""
+    if (
+        lines
+        and not _DENIED_BEHIND.match(last)
+        and (found == [] or len(last) < 4)
+        and _read_line(lines[-1], options, alone=len(lines) == 1)
+    ):
+        found.append(Stated(lines[-1], response.rfind(lines[-1])))
+    return max(found or placed, key=lambda statement: statement.at, default=None)
+
+
+def _refused(response: str, box: Stated) -> bool:
+    end = response.find("}", box.at + len(box.text)) + 1
+    return denied(response, box.at, end)
 
 
 def _read(text: str, options: Mapping[str, str]) -> str | None:
@@ -112,10 +160,15 @@ def _read(text: str, options: Mapping[str, str]) -> str | None:
         return whole[1].upper()
     if (letter := _by_text(text, options)) is not None:
         return letter
+    text = re.sub(r"(?i)^(?:option|choice|answer)\s*:?\s+(?=[(\[]?[A-J]\b)", "", text)
     if _SEVERAL.fullmatch(text):
         return None
-    labelled = re.match(r"\(\s*([A-Ja-j])\s*\)|([A-J])\s*[).:](?=\s)", text)
-    return (labelled[1] or labelled[2]).upper() if labelled else None
+    labelled = re.match(r"\(\s*([A-Ja-j])\s*\)|([A-J])\s*(?:[).:](?=\s|\\)|\s[–—-]\s)", text)
+    if labelled is None:
+        return None
+    letter = (labelled[1] or labelled[2]).upper()
+    other = _by_text(text[labelled.end() :], options)
+    return letter if other in (None, letter) else None  # the letter of one option and the text of another
 
 
 def _read_start(text: str, options: Mapping[str, str]) -> str | None:
@@ -137,7 +190,7 @@ def _read_line(line: str, options: Mapping[str, str], *, alone: bool) -> str | N
         return whole[1].upper()
     if (letter := _by_text(text, options)) is not None:
         return letter
-    labelled = re.match(r"\(\s*([A-J])\s*\)\s|([A-J])\)\s", text)
+    labelled = re.match(r"\(\s*([A-J])\s*\)\s|([A-J])(?:\)\s|\s[–—-]\s" + (r"|[.:]\s)" if alone else ")"), text)
     return (labelled[1] or labelled[2]) if labelled else None
 
 
@@ -159,7 +212,9 @@ def _plain(text: str) -> str:
     """Without TeX text commands, dollar signs, Markdown stars and outer space."""
     for _ in range(3):
         text = _WRAPPED.sub(r"\1", text)
-    return text.replace("**", "").replace("$", "").strip(" \t\r\n*_`")
+        text = re.sub(r"^\s*\{(.*)\}\s*$", r"\1", text, flags=re.S)
+    text = re.sub(r"\\[()\[\]]", "", text.replace("**", "").replace("$", "")).translate(_PLAIN)
+    return text.replace("`", "").strip(" \t\r\n*_\"“”'")
 
 
 def _comparable(text: str) -> str:

@@ -4,8 +4,8 @@ Text is compared after Unicode normalisation (NFC), without case, with runs of s
 straight ones and outer punctuation removed. Two numbers (integers, decimals, fractions, scientific notation, thousands
 separators, digits of any script) are compared as rationals: 0.1 is not 0.10000000001, and 1/2 is 0.5. A currency sign
 or a unit is dropped from the response only when the reference has none; when the reference has one, the response must
-have the same. ``25%`` equals ``0.25`` when the reference is a percentage. ``metadata["tolerance"]`` allows a
-difference: a number (absolute), or a text such as ``"1%"`` (of the reference).
+have the same. ``25%`` equals ``0.25`` when the reference is a percentage, and ``3 million`` is 3000000.
+``metadata["tolerance"]`` allows a difference: a number (absolute), or a text such as ``"1%"`` (of the reference).
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.extract import boxes, plain_digits, plain_fractions, stated, visible
+from calset.builder.grading.answers.units import factor_between, qualifies, scale_of, unit_of
+from calset.builder.grading.characters import plain_digits, plain_fractions, visible
+from calset.builder.grading.extract import boxes, stated
 
-RULES = "1"  # raise when a change here can change a verdict
+RULES = "2"  # raise when a change here can change a verdict
 MAX_NUMBER_CHARS = 1_000  # int() itself refuses more than 4,300 digits
 MAX_EXPONENT = 5_000
 BARE_CHARS = 40  # a response of one line that is no longer is the answer itself
 
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(r"\\(?:text(?:bf|it|tt|rm|sf|normal)?|math(?:rm|bf|it|tt|sf)|operatorname)\s*\{([^{}]*)\}")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\[dt]?frac(\d)(\d)")
 _TIMES_TEN = re.compile(r"\s*(?:\\times|\\cdot|×|·|\*)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 _MIXED = re.compile(r"([-+]?)(\d{1,20})\s+(\d{1,20})\s*/\s*(\d{1,20})")
@@ -33,7 +35,7 @@ _GROUPED = r"\d{1,3}(?:(?P<gap>[, _'\u00a0\u2009\u202f])\d{3})(?:(?P=gap)\d{3})*
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[{_CURRENCY}]?)\s*(?P<sign2>[-+]?)"
     rf"(?P<whole>{_GROUPED}|\d+)?(?P<part>\.\d*)?(?:[eE](?P<exponent>[-+]?\d+))?"
-    r"(?:\s*/\s*(?P<below>\d+))?\s*(?P<unit>%|[^\W\d_][^\d]*)?"
+    r"(?:\s*/\s*(?P<below>\d+))?\s*(?P<unit>[%°]|[^\W\d_][^\d]*)?"
 )
 
 
@@ -90,14 +92,32 @@ def read_number(text: str) -> Number | None:
     whole = re.sub(r"\D", "", match["whole"] or "") or "0"
     value = Fraction(f"{whole}{match['part'] or ''}".rstrip(".")) * Fraction(10) ** exponent / below
     sign = -1 if "-" in (match["sign"], match["sign2"]) else 1
-    return Number(sign * value, _text((match["currency"] or "") + (match["unit"] or "")))
+    factor, unit = scale_of(match["unit"] or "")
+    return Number(sign * value * factor, _text((match["currency"] or "") + unit))
 
 
 def _equal(gold: Number, pred: Number, tolerance: Any) -> bool:
     allowed = _allowed(gold.value, tolerance)
-    if gold.unit == pred.unit or not gold.unit:
+    if gold.unit == pred.unit or (not gold.unit and _is_unit(pred.unit)) or _one_unit(gold.unit, pred.unit):
         return abs(gold.value - pred.value) <= allowed
     return gold.unit == "%" and not pred.unit and abs(gold.value / 100 - pred.value) <= allowed / 100
+
+
+def _is_unit(text: str) -> bool:
+    """A unit, a currency or what is counted: not ``x``, ``squared``, ``below zero``."""
+    unit = unit_of(text)
+    if unit.words in (("K",), ("M",), ("B",)) or not text:
+        return False
+    return unit.name is not None or (not qualifies(unit) and all(len(word) > 2 for word in unit.words))
+
+
+def _one_unit(one: str, two: str) -> bool:
+    """Two names of one unit: ``km`` and ``kilometers``, ``$`` and ``dollars``."""
+    left, right = unit_of(one), unit_of(two)
+    try:
+        return bool(one and two) and factor_between(left, right) == 1
+    except ValueError:
+        return False
 
 
 def _allowed(gold: Fraction, tolerance: Any) -> Fraction:
@@ -132,12 +152,18 @@ def _clean(text: str) -> str:
         text = text[1:-1].strip()
     for _ in range(3):
         text = _WRAPPED.sub(r"\1", text)
-    for tex, plain in ((r"\$", "$"), (r"\%", "%"), (r"\,", " "), (r"\!", ""), ("{,}", ","), ("~", " "), (r"\ ", " ")):
+    while len(text) > 1 and text[0] == "{" and text[-1] == "}" and "{" not in text[1:-1]:
+        text = text[1:-1].strip()
+    for tex, plain in ((r"\$", "$"), (r"\%", "%"), (r"\,", " "), (r"\!", ""), ("{,}", ","), (r"\ ", " ")):
         text = text.replace(tex, plain)
+    text = re.sub(r"(?<=\S)~", " ", text)
     return text.strip(" \t\r\n*`").rstrip(".").strip()
 
 
 def _text(text: str) -> str:
     """What two equal texts have in common: no case, one space, straight quotes, no outer punctuation."""
     text = plain_digits(unicodedata.normalize("NFC", text)).translate(str.maketrans("‘’“”´", "''\"\"'"))
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
+    text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", " ".join(text.casefold().split()))
+    # A factorial, a prime and a decimal point belong to what they stand at.
+    text = re.sub(r"^[ ,;:!?]+|^\.(?!\d)|[ .,;:?]+$|(?<![\d)])!+$", "", text)
+    return re.sub(r"^([\"'])(.*)\1$", r"\2", text)

@@ -1,52 +1,40 @@
-r"""The ``math`` grader: math-verify on the last box of the response, with its traps taken out.
+r"""The ``math`` grader: the answer that a response states last, compared with the reference, each read whole.
 
-What math-verify 0.9 does by itself, and what is done here instead: it merges several boxes into a set (the last box
-alone is graded); it reads a bare ``A`` or ``\text{Monday}`` as nothing and ``Monday`` as a product of letters, equal
-to its anagrams (words are compared as words); it takes ``1\,234`` for 235 and ``1 000`` for 0 (thousands separators
-are removed); it rounds to six decimals, so that 2^-98 equals 2^-99 and 0.1 equals 0.10000001 (exact rationals and plain
-decimals are compared exactly, and no decimal is an irrational reference); it takes the date 2024-01-05 for 2018 (a date
-equals the same date alone); it reads neither ``٥`` nor ``⅔``, ``6.02e23``, ``√3`` or a zero-width space (rewritten
-before it sees them), and a unit with a power becomes a factor (a number with a unit equals the number, and the number
-with the same unit).
+Both sides are brought to one spelling (``answers.tex``) and taken apart (``answers``) into lists, tuples, intervals,
+equations, quantities, times, formulas and words. Formulas are read by latex2sympy, which math-verify rests on, whole or
+not at all, and compared exactly (``answers.algebra``). A side that is not read whole is text: it equals the same text,
+or the verdict is ``gold_unparsable`` or ``pred_unparsable``.
 
-Known limits: ``10%`` equals ``10`` (in math-verify, deliberately); two or more bare letters are a word, so the products
-ab and ba differ; an interval (1,2) and a point (1,2) are told apart by the reference alone.
+Known limits: ``10%`` equals ``10`` and ``0.1``; two or more bare letters are a word, so the products ab and ba differ;
+an interval (1,2) and a point (1,2) are the same text.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fractions import Fraction
 from importlib.metadata import version as package_version
 from typing import Any
 
 from calset.builder.grading import Outcome, last_boxed
+from calset.builder.grading.answers.tex import normal
+from calset.builder.grading.characters import visible
 from calset.builder.grading.exact import read_number
-from calset.builder.grading.extract import plain_digits, plain_fractions, stated, visible
+from calset.builder.grading.extract import Joined, joined_boxes, stated
 
-RULES = "3"  # raise when a change here can change a verdict
+RULES = "4"  # raise when a change here can change a verdict
 MAX_ANSWER_CHARS = 2_000
 GRADE_SECONDS = 8
 
 _BARE_NUMBER = re.compile(r"\$?\s*[-+−]?[\d.,/\s]*\d\s*(?:\\?%)?\s*\$?\.?")
-_WORDS = re.compile(r"\(?[A-Za-z][A-Za-z',;:!?. -]*\)?")
-_LETTERS = re.compile(r"[A-Za-z]+")
-_DATE = re.compile(r"[0-9]{4}([-/])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/])[0-9]{1,2}\2[0-9]{4}")
-_EXPONENT = re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\d.])")
-_PERCENT = re.compile(r"(?<=\d)\s*(?:\\(?:text|mathrm)\{\s*(?:percent|per cent|%|\\%)\s*\}|\s*(?:percent|per cent)\b)")
 _PREAMBLE = re.compile(r"^\\text\s*\{[^{}]*\b(?:answer|result)\s*(?:is|:|=)\s*:?\s*\}")
-# A number, and words behind it that are a unit: "18\text{ cm}^2", "$18 per week", "5 hours".
-_WITH_UNIT = re.compile(
-    r"(?:\\?\$)?\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+))\s*(?:\\[ ,;]|~)?\s*"
-    r"(?P<unit>(?:\\(?:text|mathrm|textrm)\s*\{[^{}]*\}|[A-Za-z]{2,}(?:[ /][A-Za-z]+)*)(?:\s*\^\s*\{?[23]\}?)?)?"
-)
-_WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|operatorname)\s*\{([^{}]*)\}")
-_THIN = re.compile(r"(?<=\d)\s*(?:\\,|\\!|\\ |\{,\}|[ \u00a0\u202f])\s*(?=\d{3}(?!\d))")
+_LETTER = re.compile(r"\(?[A-J]\)?|\\text\s*\{\s*\(?[A-J]\)?\s*\}")
+# The letter of an option before its text: "\textbf{(C) } 12".
+_OPTION = re.compile(r"^\\text\s*\{\s*\(?[A-J]\)\s*\}\s*(?=\S)")
+_ABOUT = re.compile(r"^(?:\\approx|≈|\\doteq)\s*")
 
 
 def version() -> str:
@@ -59,26 +47,24 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     if extracted is None:
         return Outcome("no_answer", detail="no \\boxed{} and no stated answer")
     boxed = last_boxed(answer)
-    gold = _normal(answer if boxed is None else boxed)
-    pred = _normal(extracted)
+    gold = _spelt(answer if boxed is None else joined_boxes(answer).text or boxed)
+    pred = _spelt(extracted)
+    if not _LETTER.fullmatch(gold):
+        pred = _OPTION.sub("", pred)
     if not gold:
         return Outcome("gold_unparsable", extracted, "the reference answer is empty")
     if not pred:
         return Outcome("no_answer", extracted, "the answer is empty")
-    if gold == pred:
-        return Outcome("correct", extracted)
-    # Two letters too, unless the answer is written as a product: "no" and "on" are equal as products.
-    if _is_words(gold) or (_LETTERS.fullmatch(gold) and _LETTERS.fullmatch(_WRAPPED.sub(r"\1", pred).strip())):
-        return Outcome("correct" if _same_words(gold, pred) else "incorrect", extracted)
     if max(len(gold), len(pred)) > MAX_ANSWER_CHARS:
+        if gold == pred:
+            return Outcome("correct", extracted[:MAX_ANSWER_CHARS])
         long = "gold_unparsable" if len(gold) > MAX_ANSWER_CHARS else "pred_unparsable"
         return Outcome(long, extracted[:MAX_ANSWER_CHARS], f"longer than {MAX_ANSWER_CHARS} characters")
-    if _date(gold) or _date(pred):
-        return Outcome("correct" if _date(gold) == _date(pred) else "incorrect", extracted)
-    same = _same_numbers(gold, pred)
-    if same is not None:
-        return Outcome("correct" if same else "incorrect", extracted)
-    return _verify(gold, pred, extracted)
+    boxes = joined_boxes(response)
+    one, two = read_number(gold), read_number(pred)
+    if one and two and not one.unit and not two.unit and not boxes.texts:
+        return Outcome("correct" if one.value == two.value else "incorrect", extracted)
+    return _compared(gold, pred, extracted, boxes)
 
 
 def extract(response: str) -> str | None:
@@ -91,41 +77,41 @@ def extract(response: str) -> str | None:
     return None
 
 
-def _verify(gold: str, pred: str, extracted: str) -> Outcome:
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+def _spelt(text: str) -> str:
+    return _ABOUT.sub("", _PREAMBLE.sub("", normal(text))).strip().removeprefix("=").strip()
+
+
+def _compared(gold: str, pred: str, extracted: str, boxes: Joined) -> Outcome:
+    """Compare one answer; several boxes that were joined are one where the reference has as many parts, or where words
+    join them: "7 or 8" is not 8."""
+    from calset.builder.grading import answers
+
     try:
         with _cpu_limit(GRADE_SECONDS):
-            return _compare(gold, pred, extracted)
+            if boxes.texts:
+                parts = [_spelt(box) for box in boxes.texts]
+                apart = boxes.in_words or len(set(parts)) > 1
+                if apart and (answers.n_parts(gold) == len(parts) or (boxes.in_words and len(set(parts)) > 1)):
+                    pred, extracted = boxes._replace(texts=tuple(parts)).text, boxes.text
+            return Outcome("correct" if answers.same(gold, pred) else "incorrect", extracted)
+    except answers.GoldUnread as unread:
+        return Outcome("gold_unparsable", extracted, _line(unread))
+    except answers.PredUnread as unread:
+        return Outcome("pred_unparsable", extracted, _line(unread))
     except _OutOfTime:
-        return Outcome("timeout", extracted, f"math-verify took more than {GRADE_SECONDS} s")
+        return Outcome("timeout", extracted, f"the comparison took more than {GRADE_SECONDS} s")
+    except (RecursionError, OverflowError) as error:
+        return Outcome("pred_unparsable", extracted, _line(error))
     except Exception as error:
-        return Outcome("error", extracted, f"{type(error).__name__}: {error}"[:200])
+        return Outcome("error", extracted, f"{type(error).__name__}: {_line(error)}"[:200])
 
 
-def _compare(gold: str, pred: str, extracted: str) -> Outcome:
-    from math_verify import parse, verify
-
-    parsed = {}
-    for side, text in (("gold", gold), ("pred", pred)):
-        try:
-            # Without its alarms: they count wall time, in which a worker of low priority may have had no turn.
-            parsed[side] = parse(rf"\boxed{{{text}}}", parsing_timeout=0, raise_on_error=True)
-        except Exception as error:
-            parsed[side], detail = [], f"{type(error).__name__}: {error}"
-        else:
-            detail = "math-verify reads nothing in it"
-        # Only a string: math-verify fell back to the text, which is no better than comparing the text.
-        if not parsed[side] or all(isinstance(item, str) for item in parsed[side]):
-            return Outcome("gold_unparsable" if side == "gold" else "pred_unparsable", extracted, detail[:200])
-    equal = verify(parsed["gold"], parsed["pred"], timeout_seconds=None, raise_on_error=True)
-    equal = equal or _same_set(parsed["gold"][0], parsed["pred"][0])
-    if equal and "%" not in gold + pred and _differ_exactly(parsed["gold"][0], parsed["pred"][0]):
-        return Outcome("incorrect", extracted, "equal only after rounding")
-    return Outcome("correct" if equal else "incorrect", extracted)
+def _line(error: BaseException) -> str:
+    return (str(error).partition("\n")[0] or type(error).__name__)[:200]
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception: sympy and math-verify catch those."""
+    """Not an Exception: sympy catches those."""
 
 
 @contextmanager
@@ -146,79 +132,3 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
-
-
-def _same_set(gold: Any, pred: Any) -> bool:
-    """Whether an inequality in one unknown says what an interval says: verify() takes only an interval for that."""
-    from sympy import Interval, Union
-    from sympy.core.relational import Relational
-
-    if not (isinstance(gold, (Interval, Union)) and isinstance(pred, Relational) and len(pred.free_symbols) == 1):
-        return False
-    try:
-        return bool(pred.as_set() == gold)
-    except (NotImplementedError, TypeError, ValueError):
-        return False
-
-
-def _differ_exactly(gold: Any, pred: Any) -> bool:
-    """Whether both are exact rationals and not the same, or the reference is irrational and the answer a decimal:
-    verify() rounds to six decimals, so 1.41421356 would be the square root of two."""
-    from sympy import Basic, Float, Rational
-
-    if not (isinstance(gold, Basic) and isinstance(pred, Basic)):
-        return False
-    left, right = gold.doit(), pred.doit()
-    if isinstance(left, Rational) and isinstance(right, Rational):
-        return left != right
-    return isinstance(right, (Rational, Float)) and left.is_irrational is True
-
-
-def _same_numbers(gold: str, pred: str) -> bool | None:
-    """Whether two numbers are exactly the same, a unit apart that one side lacks or both have; None for all else."""
-    if "," in gold + pred:  # a list, or thousands: math-verify's business
-        return None
-    one, two = _WITH_UNIT.fullmatch(gold), _WITH_UNIT.fullmatch(pred)
-    if one is None or two is None:
-        left, right = read_number(gold), read_number(pred)
-        return None if not left or not right or left.unit or right.unit else left.value == right.value
-    units = {re.sub("[{}]", "", _bare(_WRAPPED.sub(r"\1", unit))) for unit in (one["unit"], two["unit"]) if unit}
-    # Other words for one unit (h, hours) are math-verify's business too: it drops them.
-    return None if len(units) > 1 else Fraction(one["number"]) == Fraction(two["number"])
-
-
-def _normal(text: str) -> str:
-    """Outer dollar signs, trailing full stops and thousands separators away; a minus is a minus, a digit a digit."""
-    text = plain_digits(visible(text)).strip().replace("\u2009", " ")
-    text = plain_fractions(text, r"\frac{%s}{%s}")
-    text = _PREAMBLE.sub("", text).replace("\\varnothing", "\\emptyset").replace("∅", "\\emptyset")
-    text = re.sub("√ ?(\\d+|[a-z])", r"\\sqrt{\1}", text).replace("°", "^\\circ").lstrip("€£¥₹")
-    text = _PERCENT.sub(r"\\%", text)
-    text = _EXPONENT.sub(r"\1\\times 10^{\2}", text)
-    text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text, flags=re.S).strip()
-    while len(text) > 1 and text[0] == text[-1] == "$":
-        text = text[1:-1].strip()
-    text = text.rstrip(".").strip()
-    unwrapped = _WRAPPED.fullmatch(text)
-    if unwrapped:
-        text = unwrapped[1].strip()
-    return _THIN.sub("", text)
-
-
-def _date(text: str) -> tuple[int, ...]:
-    """The numbers of a date such as 2024-01-05 or 5/1/2024 in their order; empty when the text is none."""
-    return tuple(int(part) for part in re.split("[-/]", text)) if _DATE.fullmatch(text) else ()
-
-
-def _is_words(text: str) -> bool:
-    """Prose, a choice letter or a name: one letter, or a run of three or more, and nothing but letters."""
-    return bool(_WORDS.fullmatch(text)) and (len(_bare(text)) == 1 or bool(re.search(r"[A-Za-z]{3}", text)))
-
-
-def _same_words(gold: str, pred: str) -> bool:
-    pred = _bare(_WRAPPED.sub(r"\1", pred))
-    return pred == _bare(gold) or (len(_bare(gold)) == 1 and bool(re.match(rf"{_bare(gold)}\s*[.):]", pred)))
-
-
-def _bare(text: str) -> str:
-    return " ".join(text.casefold().strip("() .").split())

@@ -9,31 +9,31 @@ the same trace ids. Must not know: the columns of files (layouts.py), the comman
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
 import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calset import ids
-from calset.builder.environment import versions
 from calset.builder.grading import Outcome, check_grader
 from calset.builder.grading.grades import grade_row, submit
 from calset.builder.grading.pool import GradingPool
 from calset.builder.grading.scorers import check_scorers
 from calset.builder.importing.layouts import Columns, Draft, RowError, drafts
-from calset.builder.importing.places import MANIFEST, Manifest, Place, count_all, open_place, read_manifest
-from calset.builder.importing.report import BadRow, ImportReport
+from calset.builder.importing.places import Manifest, Place, count_all, open_place, read_manifest
+from calset.builder.importing.report import ImportReport
+from calset.builder.importing.runs import FROM_TEXT, Runs
 from calset.builder.importing.tokenize import Tokenization, Tokenized, with_defaults
 from calset.builder.model.info import ModelInfo
+from calset.builder.model.reasoning import named
 from calset.builder.plan import open_model
-from calset.builder.problems import ProblemSource, gym_tasks, open_problems
+from calset.builder.problems import BadRow, ProblemSource, gym_tasks, left_out, open_problems
+from calset.builder.problems.source import MAX_NAMED
 from calset.builder.progress import Saved
 from calset.catalog.catalog import Catalog
 from calset.catalog.records import Grade, Problem, Run, Source, Trace
@@ -41,9 +41,7 @@ from calset.errors import InputError
 from calset.io.progress import OnProgress, Progress, silent
 from calset.io.rows import read_rows
 
-ENGINE = "import"
-FROM_FILE, FROM_TEXT = "token ids of the file", "tokenised from text"
-MAX_NAMED = 20  # bad rows that a report quotes
+MAX_REASONS = 5  # that a warning quotes each
 PENDING_BATCHES = 2  # being graded while the next is read
 
 
@@ -57,6 +55,9 @@ def import_traces(
     source: str | None = None,
     question: str | None = None,
     answer: str | None = None,
+    completion: str | Sequence[str] = (),
+    thinking: str | Sequence[str] = (),
+    reasoning: str | None = None,
     grader: str | None = None,
     system_prompt: str | None = None,
     template_options: Mapping[str, Any] | None = None,
@@ -64,6 +65,7 @@ def import_traces(
     graders: int = 2,
     commit_size: int = 256,
     unsafe_scorers: bool = False,
+    skip_bad: bool = False,
     progress: OnProgress | None = None,
 ) -> ImportReport:
     """Keep traces of files, grade them, and tokenise those that come as text; the same call again adds nothing.
@@ -76,12 +78,20 @@ def import_traces(
             its reference answer, its grader, and the problem id that a build gives it.
         generated_by: the model that said it all, where it is another than ``model``.
         source: what to call the questions' source; the file's own name when None.
-        question, answer: their columns, where they have unusual names.
+        question, answer: their columns, where they have unusual names. A name with dots is a path into a column,
+            through objects, lists and JSON text: ``messages.0.info.reference_answer``.
+        completion: the column of what the model said, or the path to it, where it has an unusual name; several columns
+            are several completions of one question.
+        thinking: the column of the thinking, where it stands apart from ``completion`` under an unusual name; one, or
+            one for each of ``completion``.
+        reasoning: the reasoning format of the completions (docs/import.md lists them) where it is not the model's;
+            ``none`` if they mark no thinking.
         grader: instead of ``math``, or of the grader of ``problems``.
         system_prompt: that the prompts were rendered with, where the file does not say.
         limit: only the first that many rows of each file or folder.
         commit_size: traces kept in one transaction.
         unsafe_scorers: see ``build``.
+        skip_bad: leave out rows of ``problems`` that hold no problem; the report's warnings count them.
         progress: called with a ``Progress`` of rows read after each commit (phase "importing"); its facts count the
             new traces, those that were there and the bad rows.
 
@@ -99,13 +109,20 @@ def import_traces(
         raise InputError("no files given: name at least one to import")
     places = [open_place(spec, source, grader or "math") for spec in specs]
     store = catalog if isinstance(catalog, Catalog) else Catalog(catalog)
+    columns = Columns(question, answer, _several(completion), _several(thinking))
+    if columns.thinking and not columns.completion:
+        raise InputError("thinking names the column of the thinking beside completion: name that one too")
     info = open_model(model, store, template_options=template_options)
+    if reasoning is not None:
+        form = named(reasoning, info.reasoning, info.tokenizer)
+        reasoning, info = (None if form == info.reasoning else reasoning), replace(info, reasoning=form)
     work = _Import(
         info,
         store,
         places,
-        columns=Columns(question, answer),
-        tokenization=Tokenization(info, system_prompt),
+        columns=columns,
+        tokenization=Tokenization(info, system_prompt, any_marks=reasoning != "none"),
+        runs=Runs(info, generated_by or info.model, reasoning),
         generated_by=generated_by or info.model,
         grader=grader,
         limit=limit,
@@ -113,7 +130,7 @@ def import_traces(
     )
     asked = [problems] if isinstance(problems, str) else list(problems)
     if asked:
-        sources = [open_problems(spec, grader=grader) for spec in asked]
+        sources = [open_problems(spec, grader=grader, skip_bad=skip_bad) for spec in asked]
         check_scorers(gym_tasks(found.source for found in sources), unsafe_scorers=unsafe_scorers)
         work.match(sources)
     with GradingPool(graders, background=False, unsafe_scorers=unsafe_scorers) as pool:
@@ -123,6 +140,10 @@ def import_traces(
         raise InputError(f"{', '.join(specs)} holds no trace{why}")
     work.emit("done", final=True)
     return work.report(time.monotonic() - began)
+
+
+def _several(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 # --- the work ----------------------------------------------------------------------------------------------------
@@ -157,6 +178,7 @@ class _Import:
         *,
         columns: Columns,
         tokenization: Tokenization,
+        runs: Runs,
         generated_by: str,
         grader: str | None,
         limit: int | None,
@@ -166,13 +188,17 @@ class _Import:
         self._columns, self._tokenization, self._generated_by = columns, tokenization, generated_by
         self._grader, self._limit, self._progress = grader, limit, progress
         self._known: dict[int, tuple[Problem, Source]] = {}
-        self._runs: dict[str, Run] = {}
+        self._runs = runs
         self._kept_runs: set[str] = set()
         self._old_runs: set[str] = set()  # of traces that were there
         self._kept_sources: set[str] = set()
         self._occurrences: Counter[int] = Counter()
         self._problems: set[int] = set()
         self._said_models: Counter[str] = Counter()
+        self._unknown_ends: Counter[str] = Counter()
+        self._unread_answers: Counter[str] = Counter()
+        self._other_marks: Counter[str] = Counter()
+        self._sources: Sequence[ProblemSource] = ()
         self._pending: deque[_Pending] = deque()
         self._counts: Counter[str] = Counter()
         self._saved = Saved()
@@ -190,6 +216,7 @@ class _Import:
 
     def match(self, sources: Sequence[ProblemSource]) -> None:
         """Look which of the files' questions are problems of these sources; only those are held."""
+        self._sources = sources
         wanted: set[int] = set()
         for _, draft, _, _ in self._drafts(quiet=True):
             with suppress(RowError):
@@ -238,7 +265,7 @@ class _Import:
                     self.n_rows += not quiet
                     where = f"{label}:{number}"
                     try:
-                        for draft in drafts(row, self._columns):
+                        for draft in drafts(row, self._columns, lambda why, at=where: leave_out(at, why)):
                             told = with_defaults(
                                 draft,
                                 system_prompt=manifest.system_prompt,
@@ -258,16 +285,29 @@ class _Import:
 
     def _unit(self, draft: Draft, place: Place, manifest: Manifest, where: str) -> _Unit:
         found = self._tokenization(draft)
-        if draft.model is not None:
-            self._said_models[draft.model] += 1
         problem, source = self._known.get(_question_key(found.question), (None, place.source))
         matched = problem is not None
         if problem is None:
             problem = self._new_problem(draft, found, source, where)
-        run = self._run_of(found, place.source, source if matched else None, manifest)
+        run = self._runs.of(
+            found.system_prompt, place.source, source if matched else None, manifest, from_text=found.from_text
+        )
         trace = self._trace(found, problem, run, draft)
         self._problems.add(int(problem.problem_id, 16))
-        return _Unit(trace, problem, run, source, bool(problem.answer) or problem.grader == "gym", matched)
+        reference = bool(problem.answer) or problem.grader == "gym"
+        self._note(draft, found, reference)
+        return _Unit(trace, problem, run, source, reference, matched)
+
+    def _note(self, draft: Draft, found: Tokenized, reference: bool) -> None:
+        """Count what the report warns of."""
+        if draft.model is not None:
+            self._said_models[draft.model] += 1
+        if draft.end is not None and draft.end.unknown is not None:
+            self._unknown_ends[draft.end.unknown] += 1
+        if draft.unread_answer is not None and not reference:
+            self._unread_answers[draft.unread_answer] += 1
+        if found.other_mark is not None:
+            self._other_marks[found.other_mark] += 1
 
     def _new_problem(self, draft: Draft, found: Tokenized, source: Source, where: str) -> Problem:
         answer = draft.answer or ""
@@ -280,65 +320,6 @@ class _Import:
             answer=answer,
             grader=source.grader,
             metadata=draft.metadata,
-        )
-
-    def _run_of(self, found: Tokenized, file: Source, problems: Source | None, manifest: Manifest) -> Run:
-        """The run of traces that are alike in all but their problem; made once.
-
-        Args:
-            file: where the traces were read.
-            problems: where their problems were found, if not in the file.
-        """
-        how = FROM_TEXT if found.from_text else FROM_FILE
-        key = ids.generation_key(
-            model=self._generated_by,
-            revision=self._revision,
-            tokenizer_hash=self._info.tokenizer_hash,
-            chat_template_hash=self._info.chat_template_hash,
-            system_prompt=found.system_prompt,
-            sampling=manifest.sampling,
-            kind=ENGINE,  # apart from what a build of the same model draws: its samples are counted from 0
-            template_options=self._info.template_options,
-        )
-        told = {"file": file.spec, "revision": file.revision, "token_ids": how}
-        if problems is not None:
-            told |= {"problems": problems.spec, "problems_revision": problems.revision}
-        # All that a run says of itself besides its key: of two imports that differ in it, none speaks for the other.
-        said = (file.source_id, problems and problems.source_id, how, manifest.max_tokens, manifest.seed)
-        run_id = ids.digest("run", ENGINE, key, *said)
-        if run_id not in self._runs:
-            self._runs[run_id] = self._new_run(run_id, key, found, manifest, told)
-        return self._runs[run_id]
-
-    @property
-    def _revision(self) -> str:
-        """The model's own, unless another one is said to have generated the traces: of that nothing is known."""
-        return self._info.revision if self._generated_by == self._info.model else "unknown"
-
-    def _new_run(self, run_id: str, key: str, found: Tokenized, manifest: Manifest, told: Mapping[str, str]) -> Run:
-        info = self._info
-        return Run(
-            run_id=run_id,
-            kind="build",
-            generation_key=key,
-            model=self._generated_by,
-            model_revision=self._revision,
-            tokenizer_hash=info.tokenizer_hash,
-            chat_template_hash=info.chat_template_hash,
-            system_prompt=found.system_prompt,
-            sampling=dict(manifest.sampling),
-            max_tokens=manifest.max_tokens or info.max_model_len,
-            seed=manifest.seed,
-            engine=ENGINE,
-            engine_version=told["token_ids"],
-            reasoning_format=info.reasoning.name,
-            versions=versions(),
-            hardware={},  # of the machine that generated them nothing is known
-            command=shlex.join(sys.argv),
-            model_path=str(info.folder.resolve()) if info.is_local else None,
-            sampling_from=dict.fromkeys(manifest.sampling, MANIFEST),
-            template_options=dict(info.template_options),
-            engine_options=dict(told),
         )
 
     def _trace(self, found: Tokenized, problem: Problem, run: Run, draft: Draft) -> Trace:
@@ -468,6 +449,22 @@ class _Import:
                     f"{n} traces say that {name} generated them and are kept as {self._generated_by}'s: pass "
                     f"--generated-by {name} for a subset to say so"
                 )
+        for reason, n in self._unknown_ends.most_common(MAX_REASONS):
+            yield (
+                f"{n} traces ended for a reason that calset does not know, {reason!r}: they are kept as aborted and "
+                "count for nothing"
+            )
+        for mark, n in self._other_marks.most_common(MAX_REASONS):
+            yield (
+                f"{n} traces mark their thinking with {mark}, as {self._info.model} does not: what these marks enclose "
+                "was not graded. --reasoning FORMAT says how all traces mark it, --reasoning none that they do not"
+            )
+        for what, n in self._unread_answers.most_common(MAX_REASONS):
+            yield (
+                f"{n} traces have {what} for a reference answer and no verdict: --answer takes another column, or a "
+                "path (COLUMN.0)"
+            )
+        yield from filter(None, map(left_out, self._sources))
         if n := self._counts["from text"]:
             yield f"{n} traces were tokenised from their text: the tokens that the model sampled may have been others"
         if n := self._counts["without reference"]:

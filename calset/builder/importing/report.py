@@ -9,13 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that was left out: ``where`` is file:line."""
-
-    where: str
-    why: str
+from calset.builder.problems.source import BadRow
 
 
 @dataclass(frozen=True, slots=True)

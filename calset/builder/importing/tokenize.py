@@ -13,22 +13,19 @@ from dataclasses import dataclass, replace
 from calset import ids
 from calset.builder.importing.layouts import Draft, RowError
 from calset.builder.model.info import ModelInfo
-from calset.builder.model.reasoning import Parts, split
+from calset.builder.model.reasoning import Parts, holds_marks, split, split_any
 from calset.builder.model.templates import TemplateRefusal
 
 _PLACE = "calset question placeholder"
 
 
-# How other servers say "stop" and "length" (TGI, Anthropic, Gemini).
-_REASONS = {
-    **dict.fromkeys(("eos_token", "eos", "end_turn", "stop_sequence", "stop"), "stop"),
-    **dict.fromkeys(("max_tokens", "max_length", "length"), "length"),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A trace's question, ids and end. ``from_text``: the completion's ids were made here."""
+    """A trace's question, ids and end.
+
+    ``from_text``: the completion's ids were made here. ``other_mark``: what opens its thinking where that is not the
+    model's.
+    """
 
     question: str
     system_prompt: str | None
@@ -37,6 +34,7 @@ class Tokenized:
     parts: Parts
     finish_reason: str
     from_text: bool
+    other_mark: str | None = None
 
 
 class Tokenization:
@@ -44,10 +42,11 @@ class Tokenization:
 
     Args:
         system_prompt: of prompts that do not say theirs.
+        any_marks: also look for thinking marks that are not the model's.
     """
 
-    def __init__(self, info: ModelInfo, system_prompt: str | None = None) -> None:
-        self._info, self._system_prompt = info, system_prompt
+    def __init__(self, info: ModelInfo, system_prompt: str | None = None, *, any_marks: bool = True) -> None:
+        self._info, self._system_prompt, self._any_marks = info, system_prompt, any_marks
         self._special = sorted(
             (str(t) for t in info.tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True
         )
@@ -70,14 +69,16 @@ class Tokenization:
         completion_ids = draft.completion_ids or self._encode(self._completion(draft, prompt_ids))
         if not completion_ids:
             raise RowError("has an empty completion")
-        parts = self._split(completion_ids)
-        finish_reason = self._finish_reason(draft, completion_ids, parts)
-        if not draft.completion_ids and finish_reason == "stop":
+        from_text, finish_reason = not draft.completion_ids, draft.end and draft.end.reason
+        if from_text and finish_reason == "stop":
             completion_ids = self._ended(completion_ids)
-            parts = self._split(completion_ids)
-        return Tokenized(
-            question, system_prompt, prompt_ids, completion_ids, parts, finish_reason, not draft.completion_ids
-        )
+        parts, other = self._split(completion_ids)
+        if finish_reason is None:
+            finish_reason = self._finish_reason(draft, completion_ids, parts)
+            if from_text and finish_reason == "stop":
+                completion_ids = self._ended(completion_ids)
+                parts, other = self._split(completion_ids)
+        return Tokenized(question, system_prompt, prompt_ids, completion_ids, parts, finish_reason, from_text, other)
 
     # -- the prompt --
 
@@ -154,10 +155,14 @@ class Tokenization:
     def _completion(self, draft: Draft, prompt_ids: Sequence[int]) -> str:
         """The completion's text: thinking that came apart is put before it, and what the prompt ends with goes."""
         text, form = draft.text or "", self._info.reasoning
-        if draft.reasoning is not None:
+        thought = (draft.reasoning or "").strip().removeprefix(form.open_mark).removesuffix(form.close_mark).strip()
+        if thought and not (thought in text and holds_marks(text)):  # some servers give it in both places
             if not form.open_mark:
-                raise RowError(f"has its reasoning apart, and {self._info.model} has no marks to put around it")
-            text = f"{form.open_mark}\n{draft.reasoning.strip()}\n{form.close_mark}\n\n{text.lstrip()}"
+                raise RowError(
+                    f"has its reasoning apart, and {self._info.model} has no marks to put around it; --reasoning NAME "
+                    "names some"
+                )
+            text = f"{form.open_mark}\n{thought}" + (f"\n{form.close_mark}\n\n{text.lstrip()}" if text.strip() else "")
         if form.open_mark and form.opened_by_template and text.lstrip().startswith(form.open_mark):
             # R1's style: the prompt has opened the thinking already, with or without the newline behind the mark.
             text = text.lstrip().removeprefix(form.open_mark)
@@ -177,13 +182,14 @@ class Tokenization:
         own = self._info.tokenizer.eos_token_id
         return (*completion_ids, own if own in known else known[0])
 
-    def _split(self, completion_ids: Sequence[int]) -> Parts:
-        return split(completion_ids, self._info.reasoning, self._info.decode)
+    def _split(self, completion_ids: Sequence[int]) -> tuple[Parts, str | None]:
+        info = self._info
+        if self._any_marks:
+            return split_any(completion_ids, info.reasoning, info.decode, info.spell)
+        return split(completion_ids, info.reasoning, info.decode), None
 
     def _finish_reason(self, draft: Draft, completion_ids: Sequence[int], parts: Parts) -> str:
-        """As the file says; else by the end token, the limit, or whether there is an answer after the thinking."""
-        if draft.finish_reason is not None:
-            return _REASONS.get(draft.finish_reason.lower(), draft.finish_reason)
+        """By the end token, the limit, or whether there is an answer after the thinking: the file does not say."""
         if completion_ids[-1] in self._info.eos_token_ids:
             return "stop"
         if draft.max_tokens is not None:

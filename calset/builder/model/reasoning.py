@@ -7,13 +7,15 @@ text again. Must not know: engines, graders, the catalog.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from calset.builder.model.templates import render
+from calset.errors import InputError
 
 # Each pair as the model's vendor or vLLM's parser of that model spells it (docs/models.md names the sources).
 MARKS: dict[str, tuple[str, str]] = {
@@ -24,9 +26,28 @@ MARKS: dict[str, tuple[str, str]] = {
     "cohere": ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
     "minimax": ("<mm:think>", "</mm:think>"),  # MiniMax-M3
 }
+# Marks that files have and no model here is known by: of data sets, of prompts that ask for them, of other tokenizers.
+FOREIGN: dict[str, tuple[str, str]] = {
+    "begin_of_thought": ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThoughts-114k, Sky-T1
+    "thinking": ("<thinking>", "</thinking>"),
+    "thought": ("<thought>", "</thought>"),
+    "reasoning": ("<reasoning>", "</reasoning>"),
+    "reason": ("<reason>", "</reason>"),
+    "thoughts": ("<thoughts>", "</thoughts>"),
+    "cot": ("<cot>", "</cot>"),
+    "scratchpad": ("<scratchpad>", "</scratchpad>"),
+    "longcat": ("<longcat_think>", "</longcat_think>"),  # LongCat-Flash-Thinking
+    "kimi": ("◁think▷", "◁/think▷"),  # Kimi-VL
+    "s1": ("<|im_start|>think", "<|im_start|>answer"),  # s1
+    "channels": ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss, in another tokenizer
+}
 FINAL = "final"  # the harmony channel whose message is the answer
 
 Decode = Callable[[Sequence[int]], str]
+
+
+def _spelled_out(name: str, opening: str, closing: str) -> str:
+    return rf"(?P<{name}>{re.escape(opening)})|(?P<not_{name}>{re.escape(closing)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +82,7 @@ class ReasoningFormat:
     """How a model marks its thinking: a pair of marks, harmony channels, or not at all (``none``).
 
     ``open_id`` and ``close_id`` are None where the tokenizer has no token for either mark: the marks are then looked
-    for in the text.
+    for in the text, in any spelling (``< Think >``) where ``any_case``.
 
     Raises:
         ValueError: one id without the other.
@@ -75,6 +96,7 @@ class ReasoningFormat:
     opened_by_template: bool = False  # the prompt ends inside the thinking (R1 style): the completion only closes it
     channels: Channels | None = None
     prompt_channel: str | None = None  # harmony: the prompt ends inside a message of this channel
+    any_case: bool = False
 
     def __post_init__(self) -> None:
         if (self.open_id is None) != (self.close_id is None):
@@ -139,6 +161,29 @@ def detect(
         close_id=vocabulary[close_mark] if single else None,
         opened_by_template=opening.rfind(open_mark) > opening.rfind(close_mark),
     )
+
+
+def named(name: str, own: ReasoningFormat, tokenizer: Any) -> ReasoningFormat:
+    """Return the reasoning format of this name, for completions that are not in the model's own.
+
+    Args:
+        own: the model's, which a name may name too.
+
+    Raises:
+        InputError: no format has this name.
+    """
+    if name == own.name:
+        return own
+    if name == "none":
+        return ReasoningFormat()
+    marks = (MARKS | FOREIGN).get(name)
+    if marks is None:
+        listed = ", ".join(("none", *MARKS, *FOREIGN))
+        raise InputError(f"unknown reasoning format {name!r}; there are {listed}, and {own.name}, the model's own")
+    vocabulary = tokenizer.get_vocab()
+    if all(mark in vocabulary for mark in marks):
+        return ReasoningFormat(name, *marks, *(vocabulary[mark] for mark in marks))
+    return ReasoningFormat(name, *marks, any_case=True)
 
 
 def _channels(vocabulary: Mapping[str, int]) -> Channels | None:
@@ -236,19 +281,28 @@ def _split_ids(ids: Sequence[int], form: ReasoningFormat, decode: Decode) -> Par
 
 
 def _split_text(ids: Sequence[int], form: ReasoningFormat, decode: Decode) -> Parts:
-    """Marks of several tokens. One may share its last token with the text behind it (``>\\n``), so they are found in
-    the text, and the few that count are brought to token offsets by bisection over decoded prefixes."""
     text = decode(ids)
-    begin, last, thinking = _walk(_text_marks(text, form), form.opened_by_template)
+    marks = _matched(_marks(text, (_kind(form.name),))) if form.any_case else _text_marks(text, form)
+    return _cut(ids, text, marks, form.opened_by_template, decode)
+
+
+def _cut(ids: Sequence[int], text: str, marks: Iterator[tuple[int, int, bool]], opened: bool, decode: Decode) -> Parts:
+    """Cut at marks of several tokens. One may share its last token with the text behind it (``>\\n``), so they are
+    found in the text, and the few that count are brought to token offsets by bisection over decoded prefixes."""
+    begin, last, thinking = _walk(marks, opened)
     prefixes = range(len(ids) + 1)
+
+    def length(k: int) -> int:
+        """Characters of a prefix; one whose bytes are not all there is none yet."""
+        return len(decode(ids[:k]).rstrip("\ufffd"))
 
     def after(at: int) -> int:
         """The first offset whose prefix holds all of text[:at]."""
-        return min(bisect_left(prefixes, at, key=lambda k: len(decode(ids[:k]))), len(ids)) if at > 0 else 0
+        return min(bisect_left(prefixes, at, key=length), len(ids)) if at > 0 else 0
 
     def before(at: int) -> int:
         """The last offset whose prefix holds nothing of text[at:]."""
-        return max(bisect_right(prefixes, at, key=lambda k: len(decode(ids[:k]))) - 1, 0)
+        return max(bisect_right(prefixes, at, key=length) - 1, 0)
 
     reasoning_start = after(begin) if begin >= 0 else -1
     if thinking:
@@ -270,6 +324,114 @@ def _text_marks(text: str, form: ReasoningFormat) -> Iterator[tuple[int, int, bo
         start = opening if opens else closing
         at = start + len(form.open_mark if opens else form.close_mark)
         yield start, at, opens
+
+
+# --- marks of other formats --------------------------------------------------------------------------------------
+
+_PREFIX = r"(?:begin|start|end)_?(?:of_?)?"
+# A tag with a word of thinking in its name, in any case, with blanks, bars or attributes, or escaped for HTML:
+# <Think>, < thinking >, <|start_of_thought|>, </reasoning>, <seed:think>. Every repetition has a bound: a text of
+# nothing but blanks or letters takes no longer than another.
+_TAG = (
+    r"(?:<|&lt;)\|?\s{0,3}(?P<slash>/?)\s{0,3}"
+    r"(?P<tag>[a-z_:]{0,20}(?:think|thought|reason)[a-z_]{0,20}|(?:begin_|start_|end_)?(?:of_)?(?:scratchpad|cot))"
+    r"(?:\s[^<>]{0,80})?\s{0,3}\|?(?:>|&gt;)"
+)
+_UNTAGGED = {n: marks for n, marks in (MARKS | FOREIGN).items() if not re.fullmatch(_TAG, marks[0], re.IGNORECASE)}
+# Quoted by a backtick, a mark is talk about marks. The first characters of all marks: elsewhere one look is enough.
+_ANY = re.compile(
+    rf"(?<!`)(?=[<&\[◁])(?:{'|'.join(_spelled_out(n, *marks) for n, marks in _UNTAGGED.items())}|{_TAG})", re.IGNORECASE
+)
+
+
+class _Mark(NamedTuple):
+    start: int
+    end: int
+    opens: bool
+    kind: str  # what closes it is of the same kind
+
+
+def _marks(text: str, kinds: Collection[str] | None = None) -> Iterator[_Mark]:
+    """The thinking marks in a text, of all formats or of some kinds."""
+    for found in _ANY.finditer(text):
+        if found["tag"]:
+            name = found["tag"].lower()
+            opens, kind = not (found["slash"] or name.startswith("end_")), re.sub(f"^{_PREFIX}", "", name)
+        else:
+            kind = next(n for n in _UNTAGGED if found[n] or found[f"not_{n}"])
+            opens = bool(found[kind])
+        if kinds is None or kind in kinds:
+            yield _Mark(found.start(), found.end(), opens, kind)
+
+
+def _matched(marks: Iterable[_Mark]) -> Iterator[tuple[int, int, bool]]:
+    """The marks that count: inside thinking only the one that closes it does."""
+    inside = None
+    for start, end, opens, kind in marks:
+        if inside is None:
+            inside = kind if opens else None
+            yield start, end, opens
+        elif not opens and kind == inside:
+            inside = None
+            yield start, end, False
+
+
+def _kind(name: str) -> str:
+    """The kind of a named format's marks."""
+    return next(_marks((MARKS | FOREIGN)[name][0])).kind
+
+
+def holds_marks(text: str) -> bool:
+    """Return True if a text holds a thinking mark of any known format."""
+    return _ANY.search(text) is not None
+
+
+def _holds_own(ids: Sequence[int], form: ReasoningFormat, spell: Decode) -> bool:
+    if form.channels is not None:
+        return form.channels.channel in ids
+    if form.open_id is not None:
+        return form.open_id in ids or form.close_id in ids
+    text = spell(ids)
+    if form.any_case:
+        return any(_marks(text, (_kind(form.name),)))
+    return bool(form.open_mark) and (form.open_mark in text or form.close_mark in text)
+
+
+def split_any(
+    completion_ids: Sequence[int], form: ReasoningFormat, decode: Decode, spell: Decode
+) -> tuple[Parts, str | None]:
+    """Cut a completion as ``split`` does, and where it marks its thinking in another format, as that one does.
+
+    A thought that other marks open and nothing closes has no answer. Other marks count at the start of what the model's
+    own marks leave as the answer and, where the completion has none of its own, anywhere: but if the prompt has opened
+    the thinking, they must come first, since a thought may hold any text.
+
+    Args:
+        spell: ids to text, special tokens and all: what is a mark elsewhere may be a special token here.
+
+    Returns:
+        The parts, and the first other mark where there was one.
+    """
+    parts, at = split(completion_ids, form, decode), 0
+    if _holds_own(completion_ids, form, spell):
+        if parts.answer_start < 0:
+            return parts, None
+        at = parts.answer_start
+    text = spell(completion_ids[at:])
+    first = next(_marks(text), None)
+    if first is None:
+        return parts, None
+    if (at or form.opened_by_template) and (text[: first.start].strip() or not first.opens):
+        return parts, None
+    ids = completion_ids[at:]
+    found = _cut(ids, text, _matched(_marks(text)), False, spell)
+    response = found.response
+    if found.answer_start >= 0:  # without special tokens
+        tail = ids[found.answer_start :]
+        response = response[: max(0, len(response) - len(spell(tail)))] + decode(tail)
+    begins = parts.reasoning_start if at and parts.reasoning_start >= 0 else at + max(0, found.reasoning_start)
+    answer = -1 if found.answer_start < 0 else at + found.answer_start
+    return Parts(begins, at + found.reasoning_end, answer, response), text[first.start : first.end]
 
 
 @dataclass(slots=True)

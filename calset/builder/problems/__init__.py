@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from calset import ids
 from calset.builder.problems.columns import Columns, Place, read_problems
 from calset.builder.problems.gym import gym_tasks, gym_version, open_demo, open_task
 from calset.builder.problems.presets import PRESETS, Preset
-from calset.builder.problems.source import ProblemSource
+from calset.builder.problems.source import BadRow, BadRows, ProblemSource, bad_rows_of
 from calset.catalog.records import Problem, Source
-from calset.errors import InputError
+from calset.errors import BuildWarning, InputError
 from calset.io.hub import DEFAULT, PREFIX, HubDataset, open_dataset
 from calset.io.reasoning_gym import open_gym
 from calset.io.rows import ROW_TYPES, count_rows, file_type, list_files
@@ -25,10 +26,13 @@ from calset.io.specs import parse, parse_options
 
 __all__ = [
     "PRESETS",
+    "BadRow",
     "Preset",
     "ProblemSource",
+    "bad_rows_of",
     "gym_tasks",
     "gym_version",
+    "left_out",
     "load_problems",
     "open_gym",
     "open_problems",
@@ -50,6 +54,7 @@ def open_problems(
     grader: str | None = None,
     limit: int | None = None,
     revision: str | None = None,
+    skip_bad: bool = False,
 ) -> ProblemSource:
     """The problems that a spec names, to be iterated over; little or nothing of them is read yet.
 
@@ -64,6 +69,8 @@ def open_problems(
         limit: only the first that many problems.
         revision: of a Hub dataset, the commit to take whatever its branch points to by now: an earlier build's
             ``Source.revision``. Other sources have no other revision than the one they are at, and ignore it.
+        skip_bad: leave out rows that hold no problem, instead of refusing the source; ``ProblemSource.bad`` counts them
+            while the source is read.
 
     Raises:
         InputError: an unknown spec, task, option, dataset, config or split, or a file that cannot be read; says what
@@ -76,7 +83,7 @@ def open_problems(
         from calset.builder.grading import check_grader
 
         check_grader(grader)
-    found = _open(spec, question, answer, revision)
+    found = _open(spec, question, answer, revision, BadRows() if skip_bad else None)
     if grader is not None:
         found = found.graded_by(grader)
     return found if limit is None else found.first(limit)
@@ -90,29 +97,48 @@ def load_problems(
     grader: str | None = None,
     limit: int | None = None,
     revision: str | None = None,
+    skip_bad: bool = False,
 ) -> tuple[Source, list[Problem]]:
     """The source that a spec names and its problems in memory, equal ones (same question and answer) once.
 
     Args and Raises: as ``open_problems``; rows that are no problems are found here, too.
+
+    Warns:
+        BuildWarning: rows were left out (``skip_bad``).
     """
-    found = open_problems(spec, question=question, answer=answer, grader=grader, limit=limit, revision=revision)
-    return found.source, list(found)
+    found = open_problems(
+        spec, question=question, answer=answer, grader=grader, limit=limit, revision=revision, skip_bad=skip_bad
+    )
+    problems = list(found)
+    if text := left_out(found):
+        warnings.warn(text, BuildWarning, stacklevel=2)
+    return found.source, problems
 
 
-def _open(spec: str, question: str | None, answer: str | None, revision: str | None) -> ProblemSource:
+def left_out(source: ProblemSource) -> str | None:
+    """Return what there is to say of the rows that reading a source has left out."""
+    if not source.bad.first:
+        return None
+    first = source.bad.first[0]
+    return f"{len(source.bad)} rows of {source.source.spec} hold no problem and are left out: {first.where} {first.why}"
+
+
+def _open(
+    spec: str, question: str | None, answer: str | None, revision: str | None, bad: BadRows | None
+) -> ProblemSource:
     if spec in ("demo", "demo:build", "demo:evaluate"):
         return open_demo("evaluate" if spec == "demo:evaluate" else "build")
     if spec.startswith("gym:"):
         return open_task(spec)
     if spec.startswith(PREFIX):
-        return _open_hub(spec, question, answer, revision)
+        return _open_hub(spec, question, answer, revision, bad)
     if _is_there(spec):
-        return _open_files(spec, Path(spec), {}, question, answer)
+        return _open_files(spec, Path(spec), {}, question, answer, bad)
     name, _, _ = spec.partition("?")
     if name.partition("@")[0] in PRESETS:
-        return _open_preset(spec, revision)
+        return _open_preset(spec, revision, bad)
     if file_type(name) in ROW_TYPES or (name and os.path.isdir(name)):
-        return _open_files(spec, Path(name), parse_options(spec, FILE_OPTIONS)[1], question, answer)
+        return _open_files(spec, Path(name), parse_options(spec, FILE_OPTIONS)[1], question, answer, bad)
     close = difflib.get_close_matches(name, PRESETS, n=3)
     hint = f"did you mean {' or '.join(close)}? else " if close else ""
     raise InputError(f"unknown problems {spec!r}; {hint}pass {ACCEPTED}")
@@ -135,7 +161,12 @@ def _grader(options: Mapping[str, str]) -> str:
 
 
 def _open_files(
-    spec: str, path: Path, options: Mapping[str, str], question: str | None, answer: str | None
+    spec: str,
+    path: Path,
+    options: Mapping[str, str],
+    question: str | None,
+    answer: str | None,
+    bad: BadRows | None,
 ) -> ProblemSource:
     columns = Columns(options.get("question") or question or "question", options.get("answer") or answer or "answer")
     try:
@@ -160,11 +191,12 @@ def _open_files(
             raise InputError(f"{path} has changed since it was opened; run the command again")
         keys = (f"{file.relative_to(folder).as_posix()}:" if folder else "" for file in files)
         return read_problems(
-            source, (Place(file, str(file), key) for file, key in zip(files, keys, strict=True)), columns
+            source, (Place(file, str(file), key) for file, key in zip(files, keys, strict=True)), columns, bad
         )
 
     counts = [count_rows(file) for file in files]
-    return ProblemSource(source, None if None in counts else sum(filter(None, counts)), read)
+    size = None if None in counts else sum(filter(None, counts))
+    return ProblemSource(source, size, read, bad=BadRows() if bad is None else bad)
 
 
 def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
@@ -178,7 +210,7 @@ def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
 # --- the Hub ----------------------------------------------------------------------------------------------------
 
 
-def _open_preset(spec: str, revision: str | None) -> ProblemSource:
+def _open_preset(spec: str, revision: str | None, bad: BadRows | None) -> ProblemSource:
     name, asked, options = parse(spec, ("config", "split"))
     preset = PRESETS[name]
     dataset = open_dataset(
@@ -199,10 +231,12 @@ def _open_preset(spec: str, revision: str | None) -> ProblemSource:
         grader=preset.grader,
         licence=preset.licence or dataset.licence,
     )
-    return _hub_source(source, dataset, preset.columns)
+    return _hub_source(source, dataset, preset.columns, bad)
 
 
-def _open_hub(spec: str, question: str | None, answer: str | None, revision: str | None) -> ProblemSource:
+def _open_hub(
+    spec: str, question: str | None, answer: str | None, revision: str | None, bad: BadRows | None
+) -> ProblemSource:
     repo, asked, options = parse(spec.removeprefix(PREFIX), HUB_OPTIONS)
     grader = _grader(options)  # before anything is downloaded
     dataset = open_dataset(
@@ -224,13 +258,18 @@ def _open_hub(spec: str, question: str | None, answer: str | None, revision: str
         grader=grader,
         licence=dataset.licence,
     )
-    return _hub_source(source, dataset, columns)
+    return _hub_source(source, dataset, columns, bad)
 
 
-def _hub_source(source: Source, dataset: HubDataset, columns: Columns) -> ProblemSource:
+def _hub_source(source: Source, dataset: HubDataset, columns: Columns, bad: BadRows | None) -> ProblemSource:
     def places() -> Iterator[Place]:
         """Each file is downloaded when reading gets to it: a preview of many files needs one."""
         for file in dataset.files:
             yield Place(dataset.fetch(file), f"{dataset.repo}/{file}", f"{file}:")
 
-    return ProblemSource(source, dataset.n_rows, lambda: read_problems(source, places(), columns))
+    return ProblemSource(
+        source,
+        dataset.n_rows,
+        lambda: read_problems(source, places(), columns, bad),
+        bad=BadRows() if bad is None else bad,
+    )

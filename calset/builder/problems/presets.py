@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calset.builder.problems.choices import LETTERS, read_choices
 from calset.builder.problems.columns import Columns, Draft
 from calset.io.rows import Row
 
-LETTERS = "ABCDEFGHIJ"
 # What NuminaMath and its descendants write where a problem has no answer to compare with.
-_NO_ANSWER = {"", "proof", "notfound", "not found"}
+_NO_ANSWER = {"", "proof", "notfound", "not found", "nan"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,10 @@ def shuffled(question: str, options: Sequence[str]) -> list[str]:
 
 
 def _commonsense_qa(row: Row) -> Draft:
-    choices = row["choices"] if isinstance(row["choices"], Mapping) else {}
-    options = [str(text) for text in choices.get("text") or []]
-    labels = [str(label) for label in choices.get("label") or []]
+    choices = read_choices(row["choices"])
+    options = choices.texts if choices is not None else []
     answer = str(row["answerKey"] or "").strip()
-    letter = LETTERS[labels.index(answer)] if answer in labels else answer
+    letter = choices.letter(answer) if choices is not None else answer
     metadata = {"choices": options, "subject": row.get("question_concept"), "id": row.get("id")}
     return Draft(lettered(str(row["question"] or ""), options), letter, metadata)
 

@@ -12,6 +12,34 @@ from itertools import islice
 from calset.catalog.records import Problem, Source
 from calset.errors import InputError
 
+MAX_NAMED = 20  # bad rows that a report quotes
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that was left out: ``where`` is file:line."""
+
+    where: str
+    why: str
+
+
+class BadRows:
+    """Rows that a source leaves out: each counted once, however often the source is read; the first are named."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self.first: list[BadRow] = []
+
+    def add(self, where: str, why: str) -> None:
+        """Count a row."""
+        if hash(where) not in self._seen:
+            self._seen.add(hash(where))
+            if len(self.first) < MAX_NAMED:
+                self.first.append(BadRow(where, why))
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
 
 @dataclass(frozen=True)
 class ProblemSource:
@@ -25,12 +53,14 @@ class ProblemSource:
             ones collapse or a preset leaves rows out.
         read: gives the problems, equal ones as often as they are there.
         limit: only the first that many.
+        bad: the rows without a problem that reading has left out so far; always empty unless asked to leave them out.
     """
 
     source: Source
     size: int | None
     read: Callable[[], Iterable[Problem]] = field(repr=False)
     limit: int | None = None
+    bad: BadRows = field(default_factory=BadRows, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[Problem]:
         """The problems.
@@ -52,7 +82,8 @@ class ProblemSource:
             if len(seen) == self.limit:
                 return
         if not seen:
-            raise InputError(f"{self.source.spec} holds no problems")
+            why = f": {self.bad.first[0].where} {self.bad.first[0].why}" if self.bad.first else ""
+            raise InputError(f"{self.source.spec} holds no problems{why}")
 
     def preview(self, limit: int, *, count: bool = False) -> tuple[list[Problem], int | None]:
         """The first problems, and how many there are: None where that is not known from what was read for them.
@@ -77,3 +108,9 @@ class ProblemSource:
     def first(self, limit: int) -> ProblemSource:
         """Only the first problems."""
         return replace(self, limit=limit, size=None if self.size is None else min(self.size, limit))
+
+
+def bad_rows_of(sources: Iterable[ProblemSource]) -> tuple[int, tuple[BadRow, ...]]:
+    """Return how many rows the sources have left out so far, and the first of them."""
+    found = [source.bad for source in sources]
+    return sum(map(len, found)), tuple([row for bad in found for row in bad.first][:MAX_NAMED])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -301,6 +303,70 @@ def test_overlapping_draws_of_a_task_share_their_problems():
     first = {p.problem_id for p in load_problems("gym:chain_sum?size=10&seed=0")[1]}
     second = {p.problem_id for p in load_problems("gym:chain_sum?size=10&seed=4")[1]}
     assert len(first & second) == 6
+
+
+SETS = ["isomorphic_strings", "ransom_note", "polynomial_multiplication", "word_ladder", "codeio", "knight_swap"]
+DRAWN = """
+import hashlib, json, sys
+from dataclasses import astuple
+
+from calset.builder.problems import load_problems
+
+digests = {}
+for task in sys.argv[2:]:
+    source, problems = load_problems(f"gym:{task}?size={sys.argv[1]}&seed=42")
+    entries = [astuple(problem) for problem in problems]
+    for *_, metadata in entries if task == "time_intervals" else ():
+        # The day on which it was drawn, of which neither a question nor an answer says anything.
+        del metadata["entry"]["start_time"], metadata["entry"]["end_time"]
+    digests[task] = hashlib.sha256(json.dumps([source.source_id, source.revision, entries]).encode()).hexdigest()
+print(json.dumps(digests))
+"""
+
+
+def drawn(hash_seed: str, size: int, tasks: list[str]) -> dict[str, str]:
+    """Draw tasks in a new interpreter; a digest of each one's source and problems."""
+    run = subprocess.run(
+        [sys.executable, "-c", DRAWN, str(size), *tasks],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+    )
+    return json.loads(run.stdout)
+
+
+def test_tasks_that_iterate_over_sets_draw_the_same_problems_in_every_process():
+    assert drawn("1", 12, SETS) == drawn("2", 12, SETS[::-1])
+
+
+@pytest.mark.nightly
+def test_every_task_draws_the_same_problems_in_every_process_and_in_any_order():
+    from reasoning_gym.factory import DATASETS
+
+    tasks = sorted(set(DATASETS) - {"composite"})
+    assert drawn("1", 40, tasks) == drawn("2", 40, tasks[::-1])
+
+
+def test_what_a_task_fails_to_draw_is_one_line():
+    """Some options are found wrong only when a problem is drawn."""
+    problems = iter(open_problems("gym:calendar_arithmetic?year=99999&size=30"))
+    assert next(problems).source_row == "calendar_arithmetic:0+0"
+    says = r"calendar_arithmetic makes no problem 1 of 'year=99999&size=30' \(.*out of range\); take another seed"
+    with pytest.raises(InputError, match=says):
+        next(problems)
+
+
+def test_a_drawing_process_that_is_killed_costs_no_problem():
+    expected = load_problems("gym:chain_sum?size=600&seed=5")[1]
+    problems = iter(open_problems("gym:chain_sum?size=600&seed=5"))
+    first = next(problems)
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+    )
+    (child,) = (int(line.split()[0]) for line in listed.stdout.splitlines() if "calset.io.reasoning_gym" in line)
+    os.kill(child, signal.SIGKILL)
+    assert [first, *problems] == expected
 
 
 @pytest.mark.parametrize(

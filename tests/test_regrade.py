@@ -90,6 +90,23 @@ def test_what_was_lost_to_a_deadline_is_tried_again(catalog: Catalog):
     assert (report.n_graded, report.n_skipped) == (1, 5)
 
 
+def test_what_is_an_error_each_time_is_not_tried_for_ever(catalog: Catalog):
+    grade(catalog)
+    trace, version = catalog.query("SELECT trace_id, grader_version FROM grades ORDER BY graded_at DESC LIMIT 1").rows[
+        0
+    ]
+    found = next(iter(catalog.load_traces([trace]).values()))
+    for i, verdict in enumerate(("timeout", "error")):
+        catalog.add_grades([make_grade(found, verdict, after=10**9 + i, grader_version=version)])
+    wanted = worklist.Wanted(done={"math": version})
+    assert worklist.count(catalog, wanted) == 1
+    catalog.add_grades([make_grade(found, "error", after=10**9 + 2, grader_version=version)])
+    assert worklist.count(catalog, wanted) == 0
+    assert worklist.count(catalog, worklist.Wanted(done={"math": "another"})) == 5  # another version tries anew
+    assert grade(catalog).n_graded == 0
+    assert grade(catalog, force=True).n_graded == 6
+
+
 def test_a_present_verdict_and_a_run_select(catalog: Catalog):
     other = make_run("other")
     trace = make_trace(make_problem(0), other, 0)

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 TESTS = Path(__file__).parent
 # pyarrow and polars start threads when they are imported.
-MODULES = ("torch", "transformers", "safetensors.torch", "duckdb", "rich.table", "reasoning_gym", "calset.cli")
+MODULES = ("torch", "transformers", "safetensors.torch", "duckdb", "rich.table", "calset.cli")
 LAZY = ("AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "Qwen2ForCausalLM")  # of transformers
 PROGRAM = """#!{python} -IS
 import sys

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from calset.builder.grading.formulas import (
@@ -38,6 +39,7 @@ MAX_EXPONENT = 1_000
 MAX_POWER_BITS = 10_000  # of a power of numbers
 _SUMS = (("+", "-"), ("*", "/"))
 _ARITHMETIC = Grammar(_SUMS, ("+", "-"))
+_SIGNS = str.maketrans("×·⋅÷∶−–", "***//--")
 _SYMBOL = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _POLYNOMIAL = Grammar(_SUMS, ("+", "-"), power=True, decimals=True, names=_SYMBOL)
 _CIRCULAR = ("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "acot", "asec", "acsc")
@@ -51,7 +53,6 @@ _CALCULUS = Grammar(
 _LOGIC = Grammar((("↔",), ("→",), ("∨",), ("∧",)), ("¬",), numbers=False, names=re.compile("[A-Z]"), max_chars=500)
 _DIGITS = r"(?:[0-9]{1,60}(?:\.[0-9]{0,60})?|\.[0-9]{1,60})(?:[eE][-+]?0{0,9}[0-9]{1,2})?"
 _DECIMAL = re.compile(rf"[-+]?{_DIGITS}")
-_FRACTION = re.compile(rf"[-+]?(?:[0-9]{{1,60}}/[0-9]{{1,60}}|{_DIGITS})")
 
 
 class UnreadableEntry(ValueError):
@@ -59,9 +60,15 @@ class UnreadableEntry(ValueError):
 
 
 def equal(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Compare the text with the reference answer, or with each of the `valid_answers`."""
+    """Compare the parts between spaces of each line with the reference answer's, or with those of a valid answer."""
     answers = entry["metadata"].get("valid_answers")
-    return float(text in answers if isinstance(answers, list) else text == entry["answer"])
+    answers = answers if isinstance(answers, list) else [entry["answer"]]
+    return float(rows(text) in [rows(answer) for answer in answers if isinstance(answer, str)])
+
+
+def rows(text: str) -> list[list[str]]:
+    """The parts between spaces of each line that is not empty."""
+    return [line.split() for line in text.splitlines() if line.strip()]
 
 
 def integer(text: str, entry: Mapping[str, Any], score: Score) -> float:
@@ -78,6 +85,9 @@ def arithmetic(text: str, entry: Mapping[str, Any], score: Score) -> float:
         raise UnreadableEntry("numbers are no list of whole numbers")
     given = [_whole(number, "numbers") for number in given]
     target = _whole(entry["metadata"].get("target", 24), "target")
+    text, *results = text.translate(_SIGNS).split("=")
+    if len(results) > 1 or any(result.strip() != str(target) for result in results):
+        raise Unreadable("an equation of something else than the target")
     formula = parse(text, _ARITHMETIC)
     if sorted(int(leaf.text) for leaf in leaves(formula)) != sorted(given):
         return 0.05
@@ -110,19 +120,11 @@ def integral(text: str, entry: Mapping[str, Any], score: Score) -> float:
         return 0.0
 
 
-def fraction(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Hand a decimal number or `a/b`, of at most 60 digits, to the task's scorer."""
-    with _of_entry():
-        _like(_FRACTION, entry["answer"])
-    _like(_FRACTION, text)
-    return score(text, entry)
-
-
 def sorted_numbers(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Hand a list of numbers, with quotes or without, to the task's scorer."""
+    """Compare a list of numbers, with quotes or without, with the reference answer, each exactly."""
     with _of_entry():
-        expected = _numbers(entry["answer"])
-    return score(json.dumps(_numbers(text)), {**entry, "answer": json.dumps(expected)})
+        expected = [Fraction(item) for item in _numbers(entry["answer"])]
+    return float([Fraction(item) for item in _numbers(text)] == expected)
 
 
 def proposition(text: str, entry: Mapping[str, Any], score: Score) -> float:
@@ -145,33 +147,84 @@ def cube_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
         raise UnreadableEntry("cube_size is not between 2 and 7")
     with _of_entry():
         _count_moves(entry["metadata"].get("scramble_moves"))
+    text = re.sub("[’′`´]", "'", text)
+    if not all(re.fullmatch(r"[A-Za-z]w?'?[0-9]*", move) for move in text.split()):
+        raise Unreadable("no moves like U, U' and U3")
     _count_moves(text)
     return score(text, entry)
 
 
 def car_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Hand moves of at most 99 steps (`A+2`) to the task's scorer."""
-    if re.search(r"[A-Z][+-]\d{3}", text):
-        raise Unreadable("a move of more than 99 steps")
+    """Hand moves of at most 99 steps (`A+2`), and nothing else, to the task's scorer."""
+    if not re.fullmatch(r"(?:[A-Z][+-][0-9]{1,2}[\s,;]*)+", text.strip()):
+        raise Unreadable("no moves like A+2, of at most 99 steps")
     return score(text, entry)
 
 
+def pusher_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Hand the letters L, R, U and D, and nothing else, to the task's scorer."""
+    moves = re.sub(r"[\s,→-]|->", "", text).upper()
+    if not re.fullmatch("[LRUD]+", moves) or len(moves) > MAX_ITEMS:
+        raise Unreadable("no moves of L, R, U and D")
+    return score(moves, entry)
+
+
 def button_presses(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Hand any text to the task's scorer if the buttons' numbers have at most 6 digits."""
+    """Hand the names of buttons alone to the task's scorer if the buttons' numbers have at most 6 digits."""
     buttons = entry["metadata"].get("buttons")
     if not (isinstance(buttons, list) and all(isinstance(button, dict) for button in buttons)):
         raise UnreadableEntry("the buttons are no list of objects")
     for number in (entry["metadata"].get("initial_value"), *(button.get("value") for button in buttons)):
         _whole(number, "a value")
+    if not re.fullmatch("[A-Ca-c]+", re.sub(r"->|[\s,→-]", "", text)) or len(text) > MAX_ITEMS:
+        raise Unreadable("no buttons of A, B and C")
+    return score(text, entry)
+
+
+def roles(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Hand names and roles, joined by `is`, `a`, `an` and `and` alone, to the task's scorer."""
+    reference = re.findall(r"[^\W\d_]+", str(entry["answer"]).lower())
+    terms = entry["metadata"].get("knight_knave_terms")
+    terms = [str(term).lower() for term in terms.values()] if isinstance(terms, Mapping) else []
+    known = {*reference, *re.findall(r"[^\W\d_]+", " ".join(terms)), "is", "a", "an", "and", "so", "therefore"}
+    if set(re.findall(r"\w+", text.lower())) - known:
+        raise Unreadable("more than who is what")
+    return score(re.sub(r"[*_`]", "", text), entry)
+
+
+def cells(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Hand rows of whole numbers, and nothing else, to the task's scorer."""
+    if not re.fullmatch(r"[0-9\s]+", text) or len(text) > MAX_ITEMS:
+        raise Unreadable("no rows of whole numbers")
+    return score(text, entry)
+
+
+def marks(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Hand rows of 0 and 1, and nothing else, to the task's scorer."""
+    if not re.fullmatch(r"[01\s]+", text) or len(text) > MAX_ITEMS:
+        raise Unreadable("no rows of 0 and 1")
+    return score(text, entry)
+
+
+def partitions(text: str, entry: Mapping[str, Any], score: Score) -> float:
+    """Hand a JSON list of lists of texts to the task's scorer."""
+    found = _json(text)
+    if not (isinstance(found, list) and all(isinstance(part, list) for part in found)):
+        raise Unreadable("no JSON list of lists")
+    if not all(isinstance(piece, str) for part in found for piece in part):
+        raise Unreadable("a list that holds more than texts")
     return score(text, entry)
 
 
 def disk_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
-    """Hand any text to the task's scorer if there are at most 1,000 disks and pegs."""
+    """Hand lines like `Move disk 1 from Peg 1 to Peg 3` to the task's scorer if disks and pegs are at most 1,000."""
     for name in ("num_disks", "num_pegs"):
         if not 0 < _whole(entry["metadata"].get(name), name) <= 1_000:
             raise UnreadableEntry(f"{name} is not between 1 and 1,000")
-    return score(text, entry)
+    lines = [re.sub(r"^\s*(?:[0-9]{1,6}[.):]|[-*•])\s+", "", line).strip(" .,;") for line in text.splitlines()]
+    if not all(re.fullmatch(r"Move disk [0-9]{1,4} from Peg [0-9]{1,4} to Peg [0-9]{1,4}|", line) for line in lines):
+        raise Unreadable("no lines like 'Move disk 1 from Peg 1 to Peg 3'")
+    return score("\n".join(lines), entry)
 
 
 def box_moves(text: str, entry: Mapping[str, Any], score: Score) -> float:
@@ -207,11 +260,6 @@ def _integer(text: str) -> int:
         return int(text, 0)
     except ValueError:
         raise Unreadable("no whole number") from None
-
-
-def _like(pattern: re.Pattern[str], text: str) -> None:
-    if not pattern.fullmatch(text.replace(",", "").strip()):
-        raise Unreadable("no number, or one of more than 60 digits")
 
 
 def _json(text: str) -> Any:

@@ -470,10 +470,11 @@ def _words(error: BaseException) -> str:
 
 
 def _warm_up(grader: str) -> None:
-    """One grade, so that imports and the parser's tables are there before a deadline runs."""
+    """One grade, so that imports and the parser's tables are there before a deadline runs. The sum is a wrong one: a
+    right one needs no library."""
     from calset.builder.grading import grade_response
 
-    samples = {"math": ("x^2", r"\boxed{\frac{x^3}{x}}", {}), "gym": ("3", "3", {"task": "chain_sum"})}
+    samples = {"math": ("x^2", r"\boxed{\frac{x^3}{x}}", {}), "gym": ("3", "4", {"task": "chain_sum"})}
     if grader in samples:
         # The answer is calset's own, and the import must come now, also of a reasoning-gym that nobody has read.
         grade_response(grader, *samples[grader], unsafe_scorers=True)

@@ -15,7 +15,7 @@ from calset import bundled, ids
 from calset.builder.problems.source import ProblemSource
 from calset.catalog.records import Problem, Source
 from calset.errors import InputError
-from calset.io.reasoning_gym import GYM_DEFAULTS, open_gym
+from calset.io.reasoning_gym import GYM_DEFAULTS, HASH_SEED, GymDraw, draw_gym
 
 
 def open_task(spec: str) -> ProblemSource:
@@ -30,17 +30,18 @@ def open_task(spec: str) -> ProblemSource:
         raise InputError(f"cannot read the options of {spec!r}; write gym:{task}?option=value&option=value")
     options = {name: _value(text) for name, text in pairs}
     name = f"gym:{task}"
-    dataset = open_gym(task, options)
+    draw = draw_gym(task, options)
+    revision = f"{gym_version()}, hash seed {HASH_SEED}"
     source = Source(
-        source_id=ids.digest("source", name, options, gym_version()),
+        source_id=ids.digest("source", name, options, revision),
         name=name,
         spec=spec,
         kind="gym",
-        revision=gym_version(),
+        revision=revision,
         grader="gym",
         licence="Apache-2.0",
     )
-    return ProblemSource(source, len(dataset), lambda: _task_problems(source, task, options, dataset))
+    return ProblemSource(source, draw.size, lambda: _task_problems(source, draw))
 
 
 def gym_tasks(sources: Iterable[Source]) -> set[str]:
@@ -61,24 +62,23 @@ def gym_version() -> str:
     return f"reasoning-gym {version('reasoning-gym')}"
 
 
-def _task_problems(source: Source, task: str, options: dict[str, Any], dataset: Any) -> Iterator[Problem]:
+def _task_problems(source: Source, draw: GymDraw) -> Iterator[Problem]:
     """A task draws problem i of seed s from Random(s + i), so overlapping draws share problems: the id is of question
     and answer alone. The task's scorer judges later, from the entry's metadata and the task's options. Some tasks have
     many answers and state none: it is empty here."""
-    kept = {name: value for name, value in options.items() if name not in GYM_DEFAULTS}
-    seed = options.get("seed", GYM_DEFAULTS["seed"])
-    for i in range(len(dataset)):
-        entry = dataset[i]
-        text, answer = str(entry["question"]), entry["answer"]
+    kept = {name: value for name, value in draw.options.items() if name not in GYM_DEFAULTS}
+    seed = draw.options.get("seed", GYM_DEFAULTS["seed"])
+    for i, entry in enumerate(draw.entries()):
+        text, answer = entry["question"], entry["answer"] or ""
         yield Problem(
-            problem_id=ids.problem_id(source.name, text, str(answer)),
+            problem_id=ids.problem_id(source.name, text, answer if entry["answer"] is not None else "None"),
             source_id=source.source_id,
             source=source.name,
-            source_row=f"{task}:{seed}+{i}",
+            source_row=f"{draw.task}:{seed}+{i}",
             question=text,
-            answer="" if answer is None else str(answer),
+            answer=answer,
             grader="gym",
-            metadata={"task": task, "options": kept, "entry": _plain(entry.get("metadata", {}))},
+            metadata={"task": draw.task, "options": kept, "entry": entry["metadata"]},
         )
 
 
@@ -99,20 +99,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise InputError(f"a task's option must be a finite number, not {text}")
     return value
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able, as the catalog stores it: tuples become lists, keys and unknown objects text."""
-    try:
-        return json.loads(json.dumps(value, default=_unknown))
-    except RecursionError as error:
-        raise InputError("a problem's metadata is nested too deeply to be kept; flatten it") from error
-
-
-def _unknown(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):
-        return sorted(value, key=str)
-    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 # --- the demo --------------------------------------------------------------------------------------------------
@@ -141,8 +127,4 @@ def open_demo(part: str) -> ProblemSource:
 
 
 def _demo_problems(source: Source, specs: list[dict[str, Any]]) -> list[Problem]:
-    return [
-        problem
-        for spec in specs
-        for problem in _task_problems(source, spec["task"], spec["options"], open_gym(spec["task"], spec["options"]))
-    ]
+    return [problem for spec in specs for problem in _task_problems(source, draw_gym(spec["task"], spec["options"]))]

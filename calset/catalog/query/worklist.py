@@ -21,6 +21,7 @@ from calset.errors import InputError
 IDS_AT_A_TIME = 20_000
 # What the same grader may say otherwise next time: a deadline passed, a worker was lost.
 PASSING = ("timeout", "error")
+TRIES = 3  # of a grader at one version, after which such a verdict stays: the answer may be what it cannot do
 # Whether a trace has the verdict that its end says by itself (``verdict_without_grading``): no grader changes that.
 _ENDED = """
     coalesce(t.verdict = CASE
@@ -29,6 +30,11 @@ _ENDED = """
         WHEN t.answer_start < 0 THEN 'no_answer'
     END, false)
 """
+
+_TRIED = """(
+    SELECT trace_id, attempt, grader, grader_version FROM grades WHERE verdict IN (SELECT unnest(?::VARCHAR[]))
+    GROUP BY ALL HAVING count(*) >= ?
+)"""
 
 
 class Gradable(NamedTuple):
@@ -52,7 +58,8 @@ class Wanted:
         run_id, model, source: only these.
         grader: the grader that will grade, each problem's own when None; matters for ``done``.
         done: grader -> version. A trace whose newest grade is by that grader at that version is left out, unless the
-            verdict was ``timeout`` or ``error``; so is one whose verdict is what its end says, whoever graded it.
+            verdict was ``timeout`` or ``error`` and that grader has not yet tried ``TRIES`` times; so is one whose
+            verdict is what its end says, whoever graded it.
         judged: (judge, revision, prompt hash). A trace that has this judgement is left out, unless its verdict was
             ``error`` and the trace itself is not broken.
 
@@ -84,11 +91,19 @@ class Wanted:
             params.append(list(self.verdicts))
         if self.done:
             clauses.append(
-                f"""(g.verdict IS NULL OR g.verdict IN (SELECT unnest(?::VARCHAR[]))
+                f"""(g.verdict IS NULL OR (g.verdict IN (SELECT unnest(?::VARCHAR[])) AND NOT EXISTS (FROM {_TRIED} o
+                    WHERE o.trace_id = g.trace_id AND o.attempt = g.attempt AND o.grader = g.grader
+                    AND o.grader_version = g.grader_version))
                 OR g.grader <> coalesce(?, p.grader)
                 OR concat(g.grader, ' ', g.grader_version) NOT IN (SELECT unnest(?::VARCHAR[]))) AND NOT {_ENDED}"""
             )
-            params += [list(PASSING), self.grader, [f"{name} {version}" for name, version in self.done.items()]]
+            params += [
+                list(PASSING),
+                list(PASSING),
+                TRIES,
+                self.grader,
+                [f"{name} {version}" for name, version in self.done.items()],
+            ]
             params += [list(UNFINISHED), list(BROKEN)]
         if self.judged is not None:
             clauses.append(

@@ -307,7 +307,10 @@ def _bits(expression: Any) -> float:
         if isinstance(part, sympy.Pow):
             exponent: Any = _small_value(part.exp)
             if exponent is None:
-                return float("inf") if part.exp.atoms(sympy.Pow, sympy.factorial) else total
+                exponent = part.exp.evalf(15) if _bits(part.exp) < MAX_EXACT_BITS else None
+                if exponent is None or not exponent.is_number:
+                    return float("inf")
+                exponent = abs(exponent).evalf(15)
             base = max((max(abs(n.p), n.q).bit_length() for n in part.base.atoms(sympy.Rational)), default=1)
             total += base * abs(float(exponent))
         elif isinstance(part, sympy.factorial):

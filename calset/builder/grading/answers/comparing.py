@@ -6,6 +6,7 @@ A side that was not read whole equals the same text alone. Must not know: how a 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Sequence
 
 from calset.builder.grading.answers import algebra, quantities
@@ -187,7 +188,8 @@ def _unwrapped(gold: Value, pred: Value) -> tuple[Value, Value]:
     if isinstance(gold, Group) and isinstance(pred, Group) and gold.opened != ":":
         names = [_names(group) for group in (gold, pred)]
         if (names[0] is None) != (names[1] is None):
-            return _nameless(gold, names[0]), _nameless(pred, names[1])
+            point = "(" in (gold.opened, pred.opened)
+            return _nameless(gold, names[0], point=point), _nameless(pred, names[1], point=point)
         if names[0] and names[1] and _one_name(names[0]) and _one_name(names[1]):
             indexed = sorted(names[0]) == sorted(names[1]) and len(set(names[0])) > 1
             if indexed and names[0][0].strip()[0] not in "xz":  # the roots of an equation have no order
@@ -220,12 +222,14 @@ def _one_name(names: Sequence[str]) -> bool:
     return len({re.sub(r"_\{?\w+\}?$", "", name.strip()) for name in names}) == 1
 
 
-def _nameless(group: Group, names: list[str] | None) -> Group:
+def _nameless(group: Group, names: list[str] | None, *, point: bool = False) -> Group:
+    """The values of a group, in the order of the alphabet beside a point: (x, y), whatever was written first."""
     if names is None:
         return group
     named = list(zip(names, group.items, strict=True))
-    if not _one_name(names) and all(re.fullmatch(r"[A-Za-z]", name.strip()) for name in names):
-        named.sort(key=lambda pair: pair[0].strip())  # (x, y), whatever came first
+    letters = sorted(name.strip() for name in names)
+    if point and "".join(letters) in string.ascii_letters:
+        named.sort(key=lambda pair: pair[0].strip())
     items = tuple(read(item.right) if isinstance(item, Relation) else item for _, item in named)
     # Several things have an order; several values of one thing have none.
     return Group(items, "" if _one_name(names) else "(", "" if _one_name(names) else ")")

@@ -95,7 +95,7 @@ _OPEN, _CLOSE = (
 
 def normal(text: str) -> str:
     """One spelling of an answer: no outer delimiters, one name per command, plain digits, text groups as `\\text{}`."""
-    text = re.sub(r"\s+", " ", text)
+    text = re.sub(r"\\(q?quad)(?=[A-Za-z])", r"\\\1 ", re.sub(r"\s+", " ", text))
     text = re.sub(r"(?<=\d)\s*\u2013\s*(?=\d)", r"\\text{ to }", text)  # 3–5 is a range
     text = unicodedata.normalize("NFC", plain_digits(visible(text)))
     text = plain_fractions(text, r"\frac{%s}{%s}")

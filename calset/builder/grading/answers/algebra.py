@@ -2,7 +2,7 @@ r"""Formulas as sympy expressions, read whole or not at all, and whether two of 
 
 Why it exists: math-verify's parser (latex2sympy) reads a formula to its end or fails, but what math-verify tries then
 is a number somewhere inside it; and its comparison rounds to six decimals, so that 2^-98 equals 2^-99. Here a decimal
-is the rational that it writes, constants are compared to fifty digits and more, and formulas with variables at points
+is the rational that it writes, constants are compared to a hundred digits, and formulas with variables at points
 where a coincidence is out of the question (Schwartz, JACM 1980). Must not know: text, units, lists, verdicts.
 """
 

@@ -29,3 +29,14 @@ def plain_fractions(text: str, form: str) -> str:
 def _parts(character: str) -> tuple[str, str]:
     above, _, below = unicodedata.normalize("NFKC", character).partition("\u2044")
     return above, below
+
+
+def squeezed(text: str) -> str:
+    """Runs of spaces, empty lines, stars, dots and dollar signs cut short: patterns for statements are not linear in
+    them."""
+    text = re.sub(r"[^\S\n]{2,}", " ", text)
+    return re.sub(r"(?:\n ?){3,}", "\n\n", re.sub(r"([*_])\1{2,}|(\.)\.{3,}|(\$)\${2,}", _shortened, text))
+
+
+def _shortened(run: re.Match[str]) -> str:
+    return {"*": "**", "_": "__", ".": "...", "$": "$$"}[run[0][0]]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.characters import visible
+from calset.builder.grading.characters import squeezed, visible
 from calset.builder.grading.extract import Stated, boxes, denied, joined_boxes, last_tagged
 
 RULES = "2"  # raise when a change here can change a verdict
@@ -80,7 +80,7 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     gold = _gold(answer, options)
     if gold is None:
         return Outcome("gold_unparsable", detail=f"the reference answer is no letter A to {_last(options)}")
-    said = _last_statement(visible(response), options)
+    said = _last_statement(squeezed(visible(response)), options)
     if said is None:
         return Outcome("no_answer", detail="states no choice")
     text = said.text.strip()
@@ -210,6 +210,7 @@ def _by_text(text: str, options: Mapping[str, str]) -> str | None:
 
 def _plain(text: str) -> str:
     """Without TeX text commands, dollar signs, Markdown stars and outer space."""
+    text = re.sub(r"\s{2,}", " ", text)
     for _ in range(3):
         text = _WRAPPED.sub(r"\1", text)
         text = re.sub(r"^\s*\{(.*)\}\s*$", r"\1", text, flags=re.S)

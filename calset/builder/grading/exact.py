@@ -75,7 +75,7 @@ def read_number(text: str) -> Number | None:
     """An exact number with its unit; None for what is no single number, or has more digits than one can mean."""
     if len(text) > MAX_NUMBER_CHARS:
         return None
-    text = plain_fractions(plain_digits(text), " %s/%s")
+    text = plain_fractions(plain_digits(re.sub(r"\s{2,}", " ", text)), " %s/%s")
     text = _FRAC.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text).replace("⁄", "/").strip()
     if (mixed := _MIXED.fullmatch(text)) and int(mixed[4]):
         value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
@@ -125,6 +125,8 @@ def _allowed(gold: Fraction, tolerance: Any) -> Fraction:
     if tolerance is None or isinstance(tolerance, bool):
         return Fraction(0)
     text = str(tolerance).strip()
+    if not re.fullmatch(r"[\d./+-]{1,40}(?:[eE][+-]?\d{1,3})?\s*%?", text):
+        return Fraction(0)
     try:
         share = Fraction(text.rstrip("%").strip())
     except (ValueError, ZeroDivisionError):

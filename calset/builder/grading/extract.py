@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from calset.builder.grading.characters import squeezed
+
 
 class Stated(NamedTuple):
     """One statement of an answer: its text, and where in the response it stands."""
@@ -72,8 +74,8 @@ _REVERSED = re.compile(
 _NO_ANSWER = re.compile(r"(?i)(?:this|that|it|which|what|here|below|above|there|he|she|question|answer|problem)\b")
 # A remark about an answer that was stated before.
 _REMARK = re.compile(
-    r"(?i)(?:(?:therefore|thus|also|indeed|both|clearly|now|only|always|very|quite|not|already"
-    r"|therefore)\s+)*(?:exact|correct|unique|"
+    r"(?i)(?:(?:therefore|thus|also|indeed|both|clearly|now|only|always|very|quite|not|already)"
+    r"\s+)*(?:exact|correct|unique|"
     r"approximate|reasonable|verified|confirmed|consistent|rounded|simplified|(?:positive|negative)(?!\s*[\d$\\])|expressed|given"
     r"|in\s+the\s+form|"
     r"an?\s+(?:integer|number|fraction|decimal)|obtained|supported|valid|right|wrong|incorrect|independent|plausible"
@@ -169,7 +171,7 @@ def stated(response: str) -> Stated | None:
 
 def stated_in_words(response: str, start: int = 0) -> Stated | None:
     """The last statement that is no box and no tag, from a position on."""
-    response = response[start:] if start else response
+    response = squeezed(response[start:])
     found = [Stated(_trimmed(match[1]), match.start()) for match in _HASHES.finditer(response)]
     said = list(_labelled(response))
     found.extend(statement for statement in said if not _is_remark(statement.text))
@@ -223,7 +225,7 @@ def _first(text: str) -> str:
 
 
 def _trimmed(text: str) -> str:
-    return re.sub(r"[\s.*。]+$", "", text).strip()
+    return text.rstrip(" \t\r\n.*。").strip()
 
 
 def _boxes(text: str) -> Iterator[tuple[Stated, int]]:

@@ -49,8 +49,11 @@ def grade(answer: str, response: str, metadata: Mapping[str, Any]) -> Outcome:
     if max(len(answer), len(extracted)) > 4 * MAX_ANSWER_CHARS:
         return _too_long(answer, extracted)
     boxed = last_boxed(answer)
-    gold = _spelt(answer if boxed is None else joined_boxes(answer).text or boxed)
-    pred = _spelt(extracted)
+    try:
+        gold = _spelt(answer if boxed is None else joined_boxes(answer).text or boxed)
+        pred = _spelt(extracted)
+    except (ValueError, RecursionError) as error:  # a number of more digits than int() takes
+        return Outcome("pred_unparsable", extracted, _line(error))
     if not _LETTER.fullmatch(gold):
         pred = _OPTION.sub("", pred)
     if not gold:

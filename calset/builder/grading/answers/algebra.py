@@ -55,7 +55,12 @@ def read(text: str) -> Any:
         r"[^\x20-\x7e]|[=<>?@#~`\"\[\]]", re.sub(r"\\(?:sqrt\s*\[[^\]]*\]|(?:sum|prod)\s*_\s*\{[^{}]*\})", "", text)
     ):
         raise Unread("it holds a sign that has no meaning here")
-    return _found(_latex2sympy(_prepared(text)))
+    try:
+        return _found(_latex2sympy(_prepared(text)))
+    except Unread:
+        raise
+    except Exception as error:  # sympy's own, of every kind: max(2, i)
+        raise Unread(f"sympy refuses it: {error}"[:100]) from None
 
 
 def _nesting(text: str) -> int:
@@ -78,7 +83,7 @@ def equal(left: Any, right: Any) -> bool:
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     if not symbols:
         return _same_constant(left, right)
-    left, right = (side if side.has(sympy.oo) else side.doit() for side in (left, right))  # finite sums, integrals
+    left, right = (side if side.has(sympy.oo) else _worked_out(side) for side in (left, right))
     parts: set[Any] = {part for side in (left, right) for part in sympy.preorder_traversal(side)}
     jumps = any(type(part).__name__ in _PIECEWISE or (part.is_Pow and not part.exp.is_integer) for part in parts)
     valid = 0
@@ -88,6 +93,18 @@ def equal(left: Any, right: Any) -> bool:
             return False
         valid += same is True and size > 0
     return valid >= 2
+
+
+def _loops(sympy: Any) -> tuple[Any, ...]:
+    return sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit
+
+
+def _worked_out(expression: Any) -> Any:
+    """The expression with its sums, integrals and limits worked out, where sympy can."""
+    try:
+        return expression.doit()
+    except Exception:  # sympy's own, of every kind
+        return expression
 
 
 def _points(symbols: Sequence[Any], n: int) -> Iterator[tuple[int, dict[Any, Any]]]:
@@ -238,7 +255,10 @@ def _same_constant(left: Any, right: Any) -> bool:
         return bool(sympy.expand(left - right) == 0)
     same = _same_at(left, right, {})
     if same is None:
-        return bool(left.doit() == right.doit())
+        one, two = _worked_out(left), _worked_out(right)
+        undefined = any(value.has(sympy.nan, sympy.zoo) for value in (one, two))
+        endless = one in (sympy.oo, -sympy.oo) and left != one and right != two
+        return not undefined and not endless and bool(one == two)
     # A decimal of fewer digits than were compared is not irrational by chance; one of more may be a rounding.
     exact = one if two is None else two if one is None else None
     return same and (exact is None or max(abs(exact.p), exact.q).bit_length() < 3 * (DIGITS - 20))
@@ -270,7 +290,9 @@ def _value(expression: Any, point: dict[Any, Any]) -> Any:
     """The value at a point: exact where it is rational, else of a hundred digits; None where it has none."""
     import sympy
 
-    if point and expression.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit):
+    if expression.has(sympy.oo, -sympy.oo) and not expression.has(*_loops(sympy)):
+        return None
+    if point and expression.has(*_loops(sympy)):
         return None  # a sum at each point takes seconds
     there = expression.xreplace(point)
     exact = rational(there)
@@ -283,7 +305,7 @@ def _value(expression: Any, point: dict[Any, Any]) -> Any:
     except Exception:
         return None
     try:
-        if not found.is_number or found.has(sympy.nan, sympy.zoo, sympy.oo) or found.atoms(sympy.Function):
+        if not found.is_number or found.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) or found.atoms(sympy.Function):
             return None
         real, imaginary = found.as_real_imag()
     except Exception:

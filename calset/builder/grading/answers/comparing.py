@@ -141,7 +141,7 @@ def _is_vector(group: Value, matrix: Value) -> bool:
 
 def _letter_as_value(value: Value, other: Value) -> Value:
     """Some letters alone are a word, and a product of names beside a formula."""
-    if isinstance(value, Text) and isinstance(other, Quantity) and value.key[0] == "words" and len(value.key) == 2:
+    if isinstance(value, Text) and isinstance(other, Quantity) and value.key[:1] == ("words",) and len(value.key) == 2:
         word = spelt_number(value.key[1]) or value.key[1]
         if word.isdigit() or (len(word) <= 4 and word.isalpha()):
             return quantities.read_or_none(word) or value
@@ -153,6 +153,8 @@ def _same_text(gold: Text, pred: Value) -> bool:
         return False
     if gold.key == pred.key:
         return True
+    if not gold.key or not pred.key:
+        return False
     if gold.key[0] == pred.key[0] == "time":
         return _same_time(gold.key, pred.key)
     # A letter, and the option's text behind it: "A" and "A. Paris".
@@ -269,16 +271,29 @@ def _contains(group: Group, wanted: Value) -> bool:
     return any(_equal(item, wanted) for item in group.items)
 
 
+def _fits(gold: Value, pred: Value) -> bool:
+    """Return True if two parts are equal; which of them was not read whole is for the whole to say."""
+    try:
+        return _equal(gold, pred)
+    except (GoldUnread, PredUnread):
+        return False
+
+
 def _same_multiset(gold: Sequence[Value], pred: Sequence[Value]) -> bool:
-    left = list(pred)
-    for wanted in gold:
-        for i, item in enumerate(left):
-            if _equal(wanted, item):
-                del left[i]
-                break
-        else:
-            return False
-    return True
+    fits = [[i for i, item in enumerate(pred) if _fits(wanted, item)] for wanted in gold]
+    taken: dict[int, int] = {}
+
+    def place(wanted: int, tried: set[int]) -> bool:
+        """Kuhn's algorithm: 10% fits 10 and 0.1, so the first fit need not be the right one."""
+        for i in fits[wanted]:
+            if i not in tried:
+                tried.add(i)
+                if i not in taken or place(taken[i], tried):
+                    taken[i] = wanted
+                    return True
+        return False
+
+    return all(place(wanted, set()) for wanted in range(len(gold)))
 
 
 def _proportional(gold: Group, pred: Group) -> bool:

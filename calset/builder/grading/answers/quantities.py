@@ -38,12 +38,18 @@ def compound(text: str) -> Quantity | None:
         unit = units.unit_of(found[2])
         if unit.name is None or units.PERCENT in unit.name:
             return None
-        terms.append((algebra.read(found[1]), unit))
+        value = algebra.rational(algebra.read(found[1])) if r"\frac" not in found[1] or "{0}" not in found[1] else None
+        if value is None:
+            return None
+        terms.append((value, unit))
         position = found.end()
     if position != len(text) or len(terms) < 2:
         return None
     # "30 degrees, 60 degrees" are two angles: each unit of one quantity is smaller than the one before.
-    steps = [units.factor_between(one[1], two[1]) for one, two in pairwise(terms)]
+    try:
+        steps = [units.factor_between(one[1], two[1]) for one, two in pairwise(terms)]
+    except ValueError:
+        return None
     if any(step is None or step <= 1 for step in steps):
         return None
     smallest = terms[-1][1]
@@ -52,7 +58,7 @@ def compound(text: str) -> Quantity | None:
         factor = units.factor_between(unit, smallest)
         if factor is None:
             return None
-        total += algebra.rational(value) * factor.numerator / factor.denominator
+        total += value * factor.numerator / factor.denominator
     return Quantity(total, smallest, True)
 
 

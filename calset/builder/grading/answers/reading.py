@@ -66,6 +66,8 @@ _CONGRUENCE = re.compile(r"(.+?)\\equiv(.+?)[\s(]*(?:\\[pb]mod|\\text\s*\{\s*mod
 def read(text: str) -> Value:
     """The value of a normal text; ``Text`` that is not whole where no reader takes it."""
     text = re.sub(r"(?<!\\)[.,;\s]+$", "", text.strip())
+    if not text:
+        return Text((), False, "it is empty")
     for reader in _READERS:
         found = reader(text)
         if found is not None:
@@ -148,6 +150,8 @@ def _congruent(text: str) -> Value | None:
         right, modulus = algebra.read(found[2]), algebra.read(found[3])
     except algebra.Unread:
         return None
+    if hasattr(right, "shape") or hasattr(modulus, "shape"):
+        return None
     return Congruence(text_key(found[1].strip()), right, modulus)
 
 
@@ -190,7 +194,9 @@ def _bracketed(text: str) -> Value | None:
     opened, content, closed = found
     if opened == r"\{" and (built := _set_builder(content)) is not None:
         return built
-    if opened == r"\langle":
+    if opened == r"\langle" or closed == r"\rangle":
+        if (opened, closed) != (r"\langle", r"\rangle"):
+            return None
         opened, closed = "(", ")"
     parts = [part.strip() for part in split(content, re.compile(r"\s*[,;]\s*"))]
     if opened == r"\{":
@@ -202,6 +208,8 @@ def _bracketed(text: str) -> Value | None:
     if len(parts) == 1 and content and (opened, closed) == ("(", ")"):
         return read(content)
     if len(parts) < 2 or not all(parts):
+        return None
+    if len(parts) > 2 and (opened, closed) not in (("(", ")"), ("[", "]")):
         return None
     if re.search(r"\\dots", content):
         return None

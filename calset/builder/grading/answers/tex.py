@@ -83,7 +83,7 @@ _REPEATING = re.compile(
 )
 # A proper fraction right behind a whole number; "2\frac12\pi" is 5/2 of pi.
 _MIXED = re.compile(
-    r"(?<![\d.}^_A-Za-z)])(?P<sign>-?)\s*(?P<whole>\d{1,9})\s*(?:\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}"
+    r"(?<![\d.^_A-Za-z)])(?P<sign>-?)\s*(?P<whole>\d{1,9})\s*(?:\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}"
     r"|\s(?P<top>\d{1,9})\s*/\s*(?P<below>\d{1,9})(?!\d))"
 )
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+|\s+|.", re.S)
@@ -101,7 +101,7 @@ def normal(text: str) -> str:
     text = plain_fractions(text, r"\frac{%s}{%s}")
     text = _undelimited(_SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text))
     text = re.sub(r"\{\s*([,:])\s*\}", lambda m: "{,}" if m[1] == "," else ":", text)
-    text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:\{,\}\d{3})+(?!\d|\{,\})", lambda m: m[0].replace("{,}", ""), text)
+    text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:\{,\}\d{3})++(?!\d|\{,\})", lambda m: m[0].replace("{,}", ""), text)
     text = re.sub(r"(?<![\d.])(\d+)\{,\}(\d+)(?![\d{])", _decimal_comma, text)
     text = _THOUSANDS.sub("", re.sub(r"(?<=\d),\s*\\!\s*(?=\d{3}(?!\d))", "", text))
     text = _COLOURED.sub("", text)
@@ -212,7 +212,9 @@ def _depths(text: str) -> Iterator[int]:
 def _undelimited(text: str) -> str:
     """Without Markdown, quotes, mathematical delimiters and a final mark around the whole."""
     before = None
-    while text != before:
+    for _ in range(20):
+        if text == before:
+            break
         before = text
         text = re.sub(r"(?<![\\.])(?:[,;。\s]|\.(?!\.))+$", "", text.strip(" \t\r\n*`")).strip()
         if found := _DELIMITED.match(text):
@@ -311,6 +313,8 @@ def _choice(letter: str, n: int, k: int) -> str:
 def _repeating(found: re.Match[str]) -> str:
     whole, fixed = found[1] or "0", found[2]
     period = found[3] or (found[4] or "") + (found[5] or "") + (found[6] or "") or found[7]
+    if len(whole + fixed + period) > 60:
+        return found[0]
     below = 10 ** len(fixed) * (10 ** len(period) - 1)
     above = int(whole + fixed + period) - int(whole + fixed)
     return rf"\frac{{{above}}}{{{below}}}"

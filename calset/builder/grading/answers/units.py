@@ -151,12 +151,17 @@ def factor_between(one: Unit, two: Unit) -> Fraction | None:
     if one.name == two.name:
         return Fraction(1)
     registry = _registry()
-    left, right = registry.Quantity(Fraction(1), one.name), registry.Quantity(Fraction(1), two.name)
-    if left.dimensionality != right.dimensionality or (left.dimensionless and PERCENT in (one.name, two.name)):
+    try:
+        left, right = registry.Quantity(Fraction(1), one.name), registry.Quantity(Fraction(1), two.name)
+        alike = left.dimensionality == right.dimensionality
+        linear = left._is_multiplicative and right._is_multiplicative
+        if not alike or (left.dimensionless and PERCENT in (one.name, two.name)):
+            return None
+        if linear:
+            return Fraction(left.to(right.units).magnitude)
+    except Exception:  # a logarithmic unit: pint takes the logarithm of a Fraction
         return None
-    if not (left._is_multiplicative and right._is_multiplicative):
-        raise ValueError("two temperature scales")
-    return Fraction(left.to(right.units).magnitude)
+    raise ValueError("two temperature scales")
 
 
 def singular(word: str) -> str:

@@ -32,11 +32,8 @@ def _parts(character: str) -> tuple[str, str]:
 
 
 def squeezed(text: str) -> str:
-    """Runs of spaces, empty lines, stars, dots and dollar signs cut short: patterns for statements are not linear in
-    them."""
-    text = re.sub(r"[^\S\n]{2,}", " ", text)
-    return re.sub(r"(?:\n ?){3,}", "\n\n", re.sub(r"([*_])\1{2,}|(\.)\.{3,}|(\$)\${2,}", _shortened, text))
-
-
-def _shortened(run: re.Match[str]) -> str:
-    return {"*": "**", "_": "__", ".": "...", "$": "$$"}[run[0][0]]
+    """Long runs of spaces, empty lines, stars, dots and dollar signs cut short: patterns for statements are not linear
+    in them. A short run may be part of an answer."""
+    text = re.sub(r"[^\S\n]{20,}", " " * 20, text)
+    text = re.sub(r"(?:\n ?){6,}", "\n" * 5, text)
+    return re.sub(r"([*_.$])\1{6,}", lambda run: run[1] * 6, text)

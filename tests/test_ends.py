@@ -68,6 +68,10 @@ def test_a_row_that_says_nothing_says_nothing(reason: Any) -> None:
         ({"finish_reason": "length", "stop_reason": "content_filter"}, "abort"),  # the worst counts
         ({"done_reason": "length"}, "length"),
         ({"finishReason": "MAX_TOKENS"}, "length"),
+        ({"details": {"finish_reason": "length"}}, "length"),  # TGI
+        ({"metadata": {"finish_reason": "length"}}, "length"),
+        ({"status": "incomplete"}, "length"),  # OpenAI's Responses
+        ({"done": False}, "length"),  # Ollama
     ],
 )
 def test_every_field_that_says_how_it_ended_counts(row: dict[str, Any], expected: str) -> None:

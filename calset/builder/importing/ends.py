@@ -39,8 +39,22 @@ _ORDER = ("error", "abort", "length", "repetition", "stop")
 REASONS = ("finish_reason", "finish_reasons", "stop_reason", "stop_reasons", "done_reason", "stop_type", "finishReason",
            "stopReason", "finish_details")  # fmt: skip
 CUT = ("is_truncated", "truncated", "stopped_limit")  # flags of a cut completion
-WHOLE = ("is_reasoning_complete", "is_finished", "finished", "is_complete", "is_completed")  # and of one that is not
-INSIDE = ("meta_info", "response_metadata", "generation_info", "incomplete_details")  # objects that hold reasons
+WHOLE = (
+    "is_reasoning_complete",
+    "is_finished",
+    "finished",
+    "is_complete",
+    "is_completed",
+    "done",
+)  # and of one that is not
+INSIDE = (
+    "meta_info",
+    "response_metadata",
+    "generation_info",
+    "incomplete_details",
+    "details",
+    "metadata",
+)  # objects that hold reasons
 FIELDS = (*REASONS, *CUT, *WHOLE, *INSIDE)
 # vLLM: the token id or the text that a completion stopped at; it stands beside a finish reason.
 _MATCHED = ("stop_reason", "stop_reasons")
@@ -82,6 +96,8 @@ def _statements(objects: Sequence[Mapping[str, Any]], place: int) -> Iterator[tu
         for field in (*REASONS, *CUT, *WHOLE):
             if found.get(field) is not None:
                 yield field, _own(found[field], place)
+        if found.get("status") == "incomplete":  # OpenAI's Responses; in other files a status is anything
+            yield "finish_reason", "incomplete"
         for name in INSIDE:
             inside = structure(_own(found.get(name), place))
             if isinstance(inside, Mapping):

@@ -44,6 +44,7 @@ def rows(catalog: Catalog) -> list[list[tuple[object, ...]]]:
     return [catalog.query(f"SELECT * FROM {table} ORDER BY ALL").rows for table in asked]
 
 
+@pytest.mark.slow
 def test_space_of_deleted_rows_is_given_back_and_every_row_stays(tmp_path: Path) -> None:
     catalog = with_holes(tmp_path / "it's.duckdb")
     before, size = rows(catalog), catalog.path.stat().st_size

@@ -113,11 +113,7 @@ def _is_unit(text: str) -> bool:
 
 def _one_unit(one: str, two: str) -> bool:
     """Two names of one unit: ``km`` and ``kilometers``, ``$`` and ``dollars``."""
-    left, right = unit_of(one), unit_of(two)
-    try:
-        return bool(one and two) and factor_between(left, right) == 1
-    except ValueError:
-        return False
+    return bool(one and two) and factor_between(unit_of(one), unit_of(two)) == 1
 
 
 def _allowed(gold: Fraction, tolerance: Any) -> Fraction:

@@ -20,7 +20,9 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from calset.builder.grading import Outcome, last_boxed
+from calset.builder.grading.answers.comparing import n_parts, same
 from calset.builder.grading.answers.tex import normal
+from calset.builder.grading.answers.values import GoldUnread, PredUnread
 from calset.builder.grading.characters import visible
 from calset.builder.grading.exact import read_number
 from calset.builder.grading.extract import Joined, joined_boxes, stated
@@ -94,19 +96,17 @@ def _spelt(text: str) -> str:
 def _compared(gold: str, pred: str, extracted: str, boxes: Joined) -> Outcome:
     """Compare one answer; several boxes that were joined are one where the reference has as many parts, or where words
     join them: "7 or 8" is not 8."""
-    from calset.builder.grading import answers
-
     try:
         with _cpu_limit(GRADE_SECONDS):
             if boxes.texts:
-                parts = [_spelt(box) for box in boxes.texts]
-                apart = boxes.in_words or len(set(parts)) > 1
-                if apart and (answers.n_parts(gold) == len(parts) or (boxes.in_words and len(set(parts)) > 1)):
-                    pred, extracted = boxes._replace(texts=tuple(parts)).text, boxes.text
-            return Outcome("correct" if answers.same(gold, pred) else "incorrect", extracted)
-    except answers.GoldUnread as unread:
+                parts = tuple(map(_spelt, boxes.texts))
+                differ = len(set(parts)) > 1
+                if (boxes.in_words and differ) or ((boxes.in_words or differ) and n_parts(gold) == len(parts)):
+                    pred, extracted = boxes._replace(texts=parts).text, boxes.text
+            return Outcome("correct" if same(gold, pred) else "incorrect", extracted)
+    except GoldUnread as unread:
         return Outcome("gold_unparsable", extracted, _line(unread))
-    except answers.PredUnread as unread:
+    except PredUnread as unread:
         return Outcome("pred_unparsable", extracted, _line(unread))
     except _OutOfTime:
         return Outcome("timeout", extracted, f"the comparison took more than {GRADE_SECONDS} s")

@@ -18,7 +18,7 @@ _KNOWN = frozenset(
     (  # noqa: SIM905
         "frac sqrt cdot times div pm mp binom sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh "
         "cosh tanh arsinh arcosh artanh arcsinh arccosh arctanh log ln exp lim to sum prod int infty max min gcd lcm "
-        "det lfloor rfloor lceil rceil vec hat bar overline tilde overrightarrow dot ddot mathop sgn Re Im begin end "
+        "det lfloor rfloor lceil rceil vec hat bar overline tilde overrightarrow dot ddot Re Im begin end "
         "circ prime bmod pmod ell hbar nabla alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota "
         "kappa lambda mu nu xi pi varpi rho varrho sigma varsigma tau upsilon phi varphi chi psi omega Gamma Delta "
         "Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega "
@@ -95,8 +95,10 @@ def equal(left: Any, right: Any) -> bool:
     return valid >= 2
 
 
-def _loops(sympy: Any) -> tuple[Any, ...]:
-    return sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit
+def _holds_a_loop(expression: Any) -> bool:
+    import sympy
+
+    return expression.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)
 
 
 def _worked_out(expression: Any) -> Any:
@@ -124,7 +126,6 @@ def _points(symbols: Sequence[Any], n: int) -> Iterator[tuple[int, dict[Any, Any
 
 def constant_ratio(left: Any, right: Any) -> Any:
     """The number that ``left`` is a multiple of ``right`` by; None where there is none, or it cannot be seen."""
-
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     ratio = None
     for _, point in _points(symbols, 3 if symbols else 1):
@@ -165,30 +166,40 @@ def sign(expression: Any) -> int | None:
     return 0 if value == 0 else (1 if value > 0 else -1)
 
 
+# What latex2sympy drops, or reads as something else, without a word.
+_MISREAD = (
+    (r"\\text", "words"),
+    (r"\^\\circ|circ|prime\}|'|!!", "a mark that has no meaning here"),
+    (r"(?<![A-Za-z_^{\d])\d+\s*_|(?<![\dA-Za-z])0[xXbB][0-9A-Fa-f]", "a number of another base"),
+    (r"(?<![\d._^{])\d+(?:\.\d+)?\s+\d", "two numbers side by side"),
+    (r"(?<![A-Za-z\\])[A-Za-z]\s*\^\s*\{\s*-\s*1\s*\}\s*\(\s*[a-z]\s*\)", "an inverse function"),
+    (r"(?<![A-Za-z\\{])(?:[A-Za-z]{5}|[A-Za-z]{3,}\s+(?:\d|[A-Za-z]{2})|[A-Za-z]{2,}\s+[A-Za-z]{3})", "words"),
+    (r"\^\s*\{?\s*[+*]", "an exponent that has no meaning here"),
+)
+_MATRIX_INVERSE = re.compile(r"[A-Z]\s*\^\s*\{\s*-\s*1\s*\}")
+
+
 def _prepared(text: str) -> str:
-    """What latex2sympy reads otherwise than it is meant, spelt so that it does not."""
-    # A prime is a part of the name; latex2sympy's normalisation drops it.
+    """The text in a spelling that latex2sympy reads as it is meant.
+
+    Raises:
+        Unread: there is none.
+    """
+    # A prime is a part of the name, a letter in text a name, a degree inside a function an angle.
     text = re.sub(r"([A-Za-z])('+)", lambda m: f"{m[1]}_{{prime{len(m[2])}}}", text)
     text = re.sub(r"\\text\s*\{\s*([A-Za-z])\s*\}", r"\1", text)
-    if r"\text" in text:
-        raise Unread("it holds words")
+    text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\\circ", r"(\\frac{\1}{180}\\pi)", text)
+    for misread, what in _MISREAD:
+        if re.search(misread, text):
+            raise Unread(f"it holds {what}")
+    if _MATRIX_INVERSE.search(text) and len(set(re.findall(r"(?<![A-Za-z\\])[A-Z]|(?<=[A-Z])[A-Z]", text))) > 1:
+        raise Unread("it holds matrices, which do not commute")
+    return _as_meant(text)
+
+
+def _as_meant(text: str) -> str:
     # A transpose, which latex2sympy drops from a name: an exponent of its own.
     text = re.sub(r"\^\s*(?:\{\s*(?:T|\\top|\\intercal)\s*\}|T(?![A-Za-z])|\\top(?![A-Za-z]))", r"^{\\Xi}", text)
-    # Degrees inside a function are an angle.
-    text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\\circ", r"(\\frac{\1}{180}\\pi)", text)
-    if "circ" in text or "prime}" in text or "'" in text or "!!" in text:
-        raise Unread("it holds a mark that has no meaning here")
-    if re.search(r"(?<![A-Za-z_^{\d])\d+\s*_|(?<![\dA-Za-z])0[xXbB][0-9A-Fa-f]|(?<![\d._^{])\d+(?:\.\d+)?\s+\d", text):
-        raise Unread("it holds a number of another base, or two numbers side by side")
-    if (
-        re.search(r"[A-Z]\s*\^\s*\{\s*-\s*1\s*\}", text)
-        and len(set(re.findall(r"(?<![A-Za-z\\])[A-Z]|(?<=[A-Z])[A-Z]", text))) > 1
-    ):
-        raise Unread("it holds matrices, which do not commute")
-    if re.search(r"(?<![A-Za-z\\])[A-Za-z]\s*\^\s*\{\s*-\s*1\s*\}\s*\(\s*[a-z]\s*\)", text):
-        raise Unread("it holds an inverse function")
-    if re.search(r"(?<![A-Za-z\\{])(?:[A-Za-z]{5}|[A-Za-z]{3,}\s+(?:\d|[A-Za-z]{2})|[A-Za-z]{2,}\s+[A-Za-z]{3})", text):
-        raise Unread("it holds words")
     text = re.sub(r"\|([^|]*)\|", r"\\lvert \1\\rvert ", text)
     # "3\binom52", "(2)(3)": latex2sympy adds two numbers that stand side by side, as in 2 1/2.
     following = r"\s*(?=\(|\\(?:frac|binom|lvert|lfloor|lceil|max|min|gcd))"
@@ -200,8 +211,6 @@ def _prepared(text: str) -> str:
     text = re.sub(r"\\gamma(?![A-Za-z])", r"\\varsigma ", text)  # a name, no function
     # Its constant e takes no index, and a capital E is a name.
     text = re.sub(r"(?<![A-Za-z\\])e(?=_)", r"\\varpi ", re.sub(r"(?<![A-Za-z\\])E(?![A-Za-z])", r"\\Upsilon ", text))
-    if re.search(r"\^\s*\{?\s*[+*]", text):
-        raise Unread("it holds an exponent that has no meaning here")
     return re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
 
 
@@ -290,10 +299,11 @@ def _value(expression: Any, point: dict[Any, Any]) -> Any:
     """The value at a point: exact where it is rational, else of a hundred digits; None where it has none."""
     import sympy
 
-    if expression.has(sympy.oo, -sympy.oo) and not expression.has(*_loops(sympy)):
+    if _holds_a_loop(expression):
+        if point:
+            return None  # a sum at each point takes seconds
+    elif expression.has(sympy.oo, -sympy.oo):
         return None
-    if point and expression.has(*_loops(sympy)):
-        return None  # a sum at each point takes seconds
     there = expression.xreplace(point)
     exact = rational(there)
     if exact is not None:

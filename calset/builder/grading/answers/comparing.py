@@ -50,7 +50,7 @@ def _unread(value: Value) -> str:
     """Why a value was not read whole; empty where it was."""
     match value:
         case Text():
-            return "" if value.whole else value.why or "it is read as text"
+            return value.unread
         case Group():
             return next((why for item in value.items if (why := _unread(item))), "")
         case Family():
@@ -70,18 +70,18 @@ def n_parts(text: str) -> int:
 def _equal(gold: Value, pred: Value) -> bool:
     if isinstance(gold, Family) or isinstance(pred, Family):
         return _same_family(gold, pred)
-    if isinstance(gold, Text) and isinstance(pred, Text) and (gold.key == pred.key or _same_text(gold, pred)):
+    if isinstance(gold, Text) and isinstance(pred, Text) and _same_text(gold, pred):
         return True
-    if isinstance(gold, Text) and not gold.whole:
-        raise GoldUnread(gold.why or "it is read as text")
-    if isinstance(pred, Text) and not pred.whole:
-        raise PredUnread(pred.why or "it is read as text")
+    if isinstance(gold, Text) and gold.unread:
+        raise GoldUnread(gold.unread)
+    if isinstance(pred, Text) and pred.unread:
+        raise PredUnread(pred.unread)
     gold, pred = _unwrapped(gold, pred)
     gold, pred = _letter_as_value(gold, pred), _letter_as_value(pred, gold)
     match gold, pred:
-        case Text(), _:
-            return isinstance(pred, Text) and _same_text(gold, pred)
-        case _, Text():
+        case Text(), Text():
+            return _same_text(gold, pred)
+        case (Text(), _) | (_, Text()):
             return False
         case Quantity(), Quantity():
             return quantities.same(gold, pred)
@@ -141,37 +141,33 @@ def _is_vector(group: Value, matrix: Value) -> bool:
 
 def _letter_as_value(value: Value, other: Value) -> Value:
     """Some letters alone are a word, and a product of names beside a formula."""
-    if isinstance(value, Text) and isinstance(other, Quantity) and value.key[:1] == ("words",) and len(value.key) == 2:
-        word = spelt_number(value.key[1]) or value.key[1]
+    if isinstance(value, Text) and isinstance(other, Quantity) and value.kind == "words" and len(value.key) == 1:
+        word = spelt_number(value.key[0]) or value.key[0]
         if word.isdigit() or (len(word) <= 4 and word.isalpha()):
             return quantities.read_or_none(word) or value
     return value
 
 
-def _same_text(gold: Text, pred: Value) -> bool:
-    if not isinstance(pred, Text):
-        return False
-    if gold.key == pred.key:
-        return True
-    if not gold.key or not pred.key:
-        return False
-    if gold.key[0] == pred.key[0] == "time":
+def _same_text(gold: Text, pred: Text) -> bool:
+    if (gold.kind, pred.kind) == ("words", "option"):
+        return gold.key == pred.key[:1]  # a letter, and the option's text behind it: "A" and "A. Paris"
+    if gold.kind == pred.kind == "time":
         return _same_time(gold.key, pred.key)
-    # A letter, and the option's text behind it: "A" and "A. Paris".
-    return gold.key[0] == "words" and pred.key[0] == "option" and gold.key[1:] == pred.key[1:2]
+    return gold.key == pred.key
 
 
 def _same_time(gold: Sequence[str], pred: Sequence[str]) -> bool:
     """Half a day that only the answer says is no difference; one that only the reference says is."""
-    if gold[2:4] != pred[2:4]:
+    (hour, *minutes, half), (other_hour, *other_minutes, other_half) = gold, pred
+    if minutes != other_minutes:
         return False
-    if bool(gold[4]) == bool(pred[4]):
-        return gold[1] == pred[1] and gold[4] == pred[4]
-    return _hours(gold) == _hours(pred) or (not gold[4] and gold[1] == pred[1])
+    if bool(half) == bool(other_half):
+        return (hour, half) == (other_hour, other_half)
+    return _hour(hour, half) == _hour(other_hour, other_half) or (not half and hour == other_hour)
 
 
-def _hours(time: Sequence[str]) -> int:
-    return int(time[1]) % 12 + 12 * (time[4] == "p") if time[4] else int(time[1])
+def _hour(hour: str, half: str) -> int:
+    return int(hour) % 12 + 12 * (half == "p") if half else int(hour)
 
 
 def _unwrapped(gold: Value, pred: Value) -> tuple[Value, Value]:
@@ -202,8 +198,8 @@ def _unwrapped(gold: Value, pred: Value) -> tuple[Value, Value]:
 
 def _read_whole(text: str, error: type[Exception]) -> Value:
     found = read(text)
-    if isinstance(found, Text) and not found.whole:
-        raise error(found.why)
+    if isinstance(found, Text) and found.unread:
+        raise error(found.unread)
     return found
 
 
@@ -238,37 +234,33 @@ def _nameless(group: Group, names: list[str] | None, *, point: bool = False) -> 
 
 
 def _same_group(gold: Group, pred: Group) -> bool:
-    if gold.opened == ":":
-        return len(gold.items) == len(pred.items) and _proportional(gold, pred)
     if len(gold.items) != len(pred.items):
-        sets = gold.opened == pred.opened == r"\{"
-        return (
-            sets
-            and all(_contains(pred, item) for item in gold.items)
-            and all(_contains(gold, item) for item in pred.items)
-        )
-    if interval_like(gold) and interval_like(pred) and (gold.opened, gold.closed) != (pred.opened, pred.closed):
+        return gold.opened == pred.opened == r"\{" and _contains_all(gold, pred) and _contains_all(pred, gold)
+    if gold.opened == ":":
+        return _proportional(gold, pred)
+    if not _comparable(gold, pred):
         return False
-    if pred.opened == "" and (gold.opened, gold.closed) in (("(", "]"), ("[", ")")):
-        return False
-    ordered = gold.opened in ("(", "[", "label") and (
-        pred.opened in ("(", "[", "label", "") or gold.opened == pred.opened
-    )
-    if (gold.opened in ("(", "[") and pred.opened == r"\{") or (
-        gold.opened == "[" and pred.opened == "" and len(gold.items) == 2
-    ):
-        return False
-    if gold.opened == r"\{" and pred.opened in ("(", "["):
-        return False
-    if gold.opened == "" and pred.opened in ("label", "("):
-        ordered = True
-    if ordered:
+    if _has_order(gold) or (not gold.opened and _has_order(pred)):
         return all(_equal(one, two) for one, two in zip(gold.items, pred.items, strict=True))
     return _same_multiset(gold.items, pred.items)
 
 
-def _contains(group: Group, wanted: Value) -> bool:
-    return any(_equal(item, wanted) for item in group.items)
+def _has_order(group: Group) -> bool:
+    return group.opened in ("(", "[", "label")
+
+
+def _comparable(gold: Group, pred: Group) -> bool:
+    """Return False where brackets alone make the difference: an interval's, a set's beside a tuple's."""
+    two = len(gold.items) == 2
+    if interval_like(gold) and interval_like(pred):
+        return (gold.opened, gold.closed) == (pred.opened, pred.closed)
+    if {gold.opened, pred.opened} in ({"(", r"\{"}, {"[", r"\{"}):
+        return False
+    return bool(pred.opened) or not (two and gold.opened in ("(", "[") and (gold.opened, gold.closed) != ("(", ")"))
+
+
+def _contains_all(group: Group, wanted: Group) -> bool:
+    return all(any(_equal(item, part) for item in group.items) for part in wanted.items)
 
 
 def _fits(gold: Value, pred: Value) -> bool:

@@ -15,7 +15,8 @@ from calset.builder.grading.answers.values import Group, Piece, Pieces, Quantity
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
-def all_but(points: Sequence[Any]) -> Value | None:
+def all_but(points: Sequence[Any]) -> Pieces | None:
+    """The real numbers without some; None where these cannot be put in order."""
     ordered = in_order([Piece(point, point, False, False) for point in points])
     if ordered is None:
         return None
@@ -32,9 +33,7 @@ def pieces_of(value: Value) -> Pieces | None:
             ends = [item.value for item in value.items if isinstance(item, Quantity)]
             if len(ends) != 2 or any(hasattr(end, "shape") for end in ends):
                 return None
-            if (ends[0].is_infinite is True and algebra.sign(ends[0]) != -1) or (
-                ends[1].is_infinite is True and algebra.sign(ends[1]) != 1
-            ):
+            if any(end.is_infinite and algebra.sign(end) != way for end, way in zip(ends, (-1, 1), strict=True)):
                 return None
             low, high = (None if end.is_infinite else end for end in ends)
             return Pieces((Piece(low, high, value.opened == "(", value.closed == ")"),))
@@ -45,7 +44,7 @@ def pieces_of(value: Value) -> Pieces | None:
             return _half_line(value)
         case Group(opened="") if len(value.items) == 2 and all(isinstance(item, Relation) for item in value.items):
             return _two_half_lines(
-                [_half_line(item) for item in value.items if isinstance(item, Relation)], both=value.closed == "and"
+                [_half_line(item) for item in value.items if isinstance(item, Relation)], both=value.joined_by_and
             )
         case Relation() if is_name(value.left):
             point = quantities.read_or_none(value.right)
@@ -91,7 +90,7 @@ def _half_line(relation: Relation) -> Pieces | None:
         return Pieces((Piece(None, -end.value, True, opened), Piece(end.value, None, opened, True)), letter)
     if op == "!=":
         found = all_but([end.value])
-        return Pieces(found.pieces, letter) if isinstance(found, Pieces) else None
+        return found and Pieces(found.pieces, letter)
     if op[0] == "<":
         return Pieces((Piece(None, end.value, True, op == "<"),), letter)
     return Pieces((Piece(end.value, None, op == ">", True),), letter)

@@ -20,8 +20,6 @@ _NUMBERS = [
 _BASED = re.compile(
     r"\(?\s*([0-9A-Fa-f]+)\s*\)?\s*_\s*\{?\s*(?:\\text\{)?\s*(?:base\s*)?\(?([0-9]{1,2}|[a-z]{3,10})\)?\s*\}?\s*\}?"
 )
-
-
 _PREFIXED = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
 _BASES = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"hex": "16", "x": "16", "b": "2", "o": "8"}
 _WORDS = re.compile(r"\(?[A-Za-z][A-Za-z',;:!?. -]*\)?")
@@ -35,26 +33,32 @@ _DAY = re.compile(
 )
 
 
+def _flat(text: str) -> str:
+    return " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split())
+
+
 def date(text: str) -> Value | None:
     """``2024-01-05``, ``5/1/2024``, ``May 12, 2020``, ``12 May 2020``."""
-    plain = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace(",", " ").split())
+    plain = " ".join(_flat(text).replace(",", " ").split())
     if found := _DAY.fullmatch(plain):
         month, day = (found["month"] or found["month2"])[:3].casefold(), int(found["day"] or found["day2"])
-        return Text(("day", month, str(day), found["year"] or found["year2"] or ""), True)
+        return Text("date", (month, str(day), found["year"] or found["year2"] or ""))
     if not _DATE.fullmatch(text):
         return None
-    return Text(("date", *(str(int(part)) for part in re.split("[-/]", text))), True)
+    return Text("date", tuple(str(int(part)) for part in re.split("[-/]", text)))
 
 
 def clock(text: str) -> Value | None:
-    found = _CLOCK.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).strip())
+    """``7:30``, ``7:30 p.m.``, ``7 PM``."""
+    found = _CLOCK.fullmatch(_flat(text))
     if not found or not (found[2] or found[4]) or int(found[1]) > 24 or int(found[2] or 0) > 59:
         return None
     half = (found[4] or "").lower()
-    return Text(("time", str(int(found[1])), found[2] or "00", found[3] or "00", half), True)
+    return Text("time", (str(int(found[1])), found[2] or "00", found[3] or "00", half))
 
 
 def based(text: str) -> Value | None:
+    """``1010_2``, ``(3F)_{16}``, ``0x1F``."""
     plain = re.sub(r"\\text\s*\{\s*([0-9A-Fa-f]*)\s*\}", r"\1", text)
     sign = "-" if plain.startswith("-") else ""
     plain = plain.lstrip("+-").strip()
@@ -71,11 +75,12 @@ def based(text: str) -> Value | None:
         return Quantity(algebra.read(sign + digits), None, True) if digits.isdigit() and base == "10" else None
     if any(int(digit, 16) >= int(base) for digit in digits):
         return None
-    return Text(("base", base, sign + (digits.lower().lstrip("0") or "0")), True)
+    return Text("base", (base, sign + (digits.lower().lstrip("0") or "0")))
 
 
 def words(text: str) -> Value | None:
-    plain = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split())
+    """Words alone: ``Monday``, ``no solution``, ``A``, ``B. Paris``."""
+    plain = _flat(text)
     bare = plain.strip("() .")
     if "," in plain and all(len(part.split()) in (1, 2) for part in plain.split(",")):
         return None  # names
@@ -84,11 +89,9 @@ def words(text: str) -> Value | None:
     if "text" not in text and len(plain.split()) == 1 and len(plain) > 3 and not plain.isalpha():
         return None
     if option := re.match(r"\(?([A-Ja-j])\)?[.:)]\s+\S", plain):
-        return Text(
-            ("option", option[1].casefold(), *re.findall(r"[a-z']+", plain[option.end() - 1 :].casefold())), True
-        )
+        return Text("option", (option[1].casefold(), *re.findall(r"[a-z']+", plain[option.end() - 1 :].casefold())))
     found = re.findall(r"[a-z']+", plain.casefold())
-    return Text(("words", *(word if len(found) == 1 else singular(word) for word in found)), True)
+    return Text("words", tuple(word if len(found) == 1 else singular(word) for word in found))
 
 
 def spelt_number(word: str) -> str | None:
@@ -98,7 +101,7 @@ def spelt_number(word: str) -> str | None:
 
 def prose(text: str) -> Value | None:
     """Words with numbers among them, a word first: ``Case 2``."""
-    plain = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split())
+    plain = _flat(text)
     if not re.fullmatch(r"[A-Za-z]{3,}(?: (?:[A-Za-z]+(?:-[A-Za-z]+)*|-?\d+(?:\.\d+)?(?:st|nd|rd|th)?))+", plain):
         return None
-    return Text(("words", *plain.casefold().split()), True)
+    return Text("words", tuple(plain.casefold().split()))

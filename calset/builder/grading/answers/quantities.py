@@ -38,7 +38,8 @@ def compound(text: str) -> Quantity | None:
         unit = units.unit_of(found[2])
         if unit.name is None or units.PERCENT in unit.name:
             return None
-        value = algebra.rational(algebra.read(found[1])) if r"\frac" not in found[1] or "{0}" not in found[1] else None
+        number = read_or_none(found[1])
+        value = number and algebra.rational(number.value)
         if value is None:
             return None
         terms.append((value, unit))
@@ -46,10 +47,7 @@ def compound(text: str) -> Quantity | None:
     if position != len(text) or len(terms) < 2:
         return None
     # "30 degrees, 60 degrees" are two angles: each unit of one quantity is smaller than the one before.
-    try:
-        steps = [units.factor_between(one[1], two[1]) for one, two in pairwise(terms)]
-    except ValueError:
-        return None
+    steps = [units.factor_between(one[1], two[1]) for one, two in pairwise(terms)]
     if any(step is None or step <= 1 for step in steps):
         return None
     smallest = terms[-1][1]
@@ -117,14 +115,12 @@ def _unit_behind(text: str) -> tuple[str, str]:
 
 
 def same(gold: Quantity, pred: Quantity) -> bool:
+    """Return True if two quantities are one: 1 km and 1000 m, 18 h and 18."""
     if gold.unit is None and pred.unit is None:
         return algebra.equal(gold.value, pred.value)
     if gold.unit is None or pred.unit is None:
         return _same_without_unit(gold, pred)
-    try:
-        factor = units.factor_between(pred.unit, gold.unit)
-    except ValueError:
-        return False
+    factor = units.factor_between(pred.unit, gold.unit)
     if factor is not None:
         if not units.same_words(units.beside(gold.unit), units.beside(pred.unit)):
             return False

@@ -43,15 +43,11 @@ _RANGE = re.compile(
     r"|for)?\s*\$?[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\\in\s*"
     r"\\mathbb\{[NZQRC]\}\s*(?:[\^_]\s*\{?\s*[*+0\d]\s*\}?)?\s*\)?"
 )
-
-
 # "for all real numbers t", "where k is an integer": words and letters alone.
 _FOR_ALL = re.compile(
     r"\s*[,(]?\s*(?:\\text\s*\{\s*)?(?<![A-Za-z])(?:for (?:all|any|every|each|some)|where"
     r"|(?=[a-z] (?:is )?an? (?:\w+ )?integer))[A-Za-z\s{},]*(?:\\text\s*\{[A-Za-z\s,]*\}[A-Za-z\s{},]*)*\)?$"
 )
-
-
 _SAID = {
     "for", "all", "any", "every", "each", "where", "is", "are", "an", "with", "integer", "integers", "real", "number",
     "numbers", "positive", "nonnegative", "natural", "text", "mathbb", "in", "forall", "and", "the",
@@ -67,7 +63,7 @@ def read(text: str) -> Value:
     """The value of a normal text; ``Text`` that is not whole where no reader takes it."""
     text = re.sub(r"(?<!\\)[.,;\s]+$", "", text.strip())
     if not text:
-        return Text((), False, "it is empty")
+        return Text("tokens", (), "it is empty")
     for reader in _READERS:
         found = reader(text)
         if found is not None:
@@ -75,7 +71,7 @@ def read(text: str) -> Value:
     try:
         return quantities.read(text)
     except algebra.Unread as error:
-        return Text(text_key(text), False, str(error))
+        return Text("tokens", text_key(text), str(error) or "it is read as text")
 
 
 def _empty_set(text: str) -> Value | None:
@@ -143,6 +139,7 @@ def _system(text: str) -> Value | None:
 
 
 def _congruent(text: str) -> Value | None:
+    """``n \\equiv 1 \\pmod 3``."""
     found = _CONGRUENCE.fullmatch(text)
     if not found or r"\equiv" in found[2]:
         return None
@@ -156,6 +153,7 @@ def _congruent(text: str) -> Value | None:
 
 
 def _several(text: str) -> Value | None:
+    """A list, joined by commas, semicolons, "and", "or", lines or ``\\pm``."""
     if compound := quantities.compound(text):
         return compound
     if (union := _union(text)) is not None:
@@ -177,7 +175,7 @@ def _several(text: str) -> Value | None:
         return None
     parts = [signed for part in parts for signed in _signed(part)]
     both = re.search(r"(?<![A-Za-z])and(?![A-Za-z])", money)
-    return Group(tuple(map(read, parts)), "", "and" if both else "")
+    return Group(tuple(map(read, parts)), joined_by_and=both is not None)
 
 
 def _signed(part: str) -> list[str]:
@@ -188,6 +186,7 @@ def _signed(part: str) -> list[str]:
 
 
 def _bracketed(text: str) -> Value | None:
+    """A set, a tuple, an interval: what one pair of brackets encloses."""
     found = bracketed(text)
     if found is None:
         return None
@@ -280,7 +279,7 @@ def _related(text: str) -> Value | None:
     operators = [_OPERATORS.get(mark, mark) for mark in marks]
     sides = [side.strip() for side in sides]
     if any(re.search(r"\\text\s*\{[^{}]*\w{3}|(?<![A-Za-z\\{_])[A-Za-z]{5}", side) for side in sides[1:-1]):
-        return Text(text_key(text), False, "it holds words")
+        return Text("tokens", text_key(text), "it holds words")
     if set(operators) == {"="}:
         return Relation(
             sides[0], "=", sides[-1], tuple(side for side in sides[1:-1] if re.fullmatch(r"[A-Za-z]", side))

@@ -25,19 +25,19 @@ _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
 # Commands with another name, and those that only say how something looks.
 _SAME = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le", "geq": "ge",
-    "leqslant": "le", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "varnothing": "emptyset", "to": "to",
+    "leqslant": "le", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "varnothing": "emptyset",
     "rightarrow": "to", "ldots": "dots", "cdots": "dots", "dotsc": "dots", "dotsb": "dots", "mid": "|", "vert": "|",
     "lvert": "|", "rvert": "|", "colon": ":", "degree": "circ", "ast": "*", "lbrace": "{", "rbrace": "}",
     "lbrack": "[", "rbrack": "]", "land": "wedge", "lor": "vee", "backslash": "setminus", "smallsetminus": "setminus",
-    "lg": "log_{10}", "exponentialE": "e", "imaginaryI": "i", "bmod": "bmod", "mod": "bmod", "prime": "prime",
+    "lg": "log_{10}", "exponentialE": "e", "imaginaryI": "i", "mod": "bmod",
 }  # fmt: skip
 _GONE = ("displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "left", "right", "mleft", "mright", "middle")
 _GONE += tuple(size + side for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m"))
-_SPACES = ("enspace", "thinspace", "medspace", "thickspace", "nobreakspace", "hspace*", "newline")
+_SPACES = ("enspace", "thinspace", "medspace", "thickspace", "nobreakspace", "newline")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _TEXTUAL = (
     r"\\(?:text(?:normal|rm|bf|it|sf|tt|up)?|mathrm|mathbf|mathit|mathsf"
-    r"|mathtt|mathnormal|mbox|hbox|bold(?:symbol)?|bm|rm|bf|operatorname\*?|emph|underline|displaymath)"
+    r"|mathtt|mathnormal|mbox|hbox|bold(?:symbol)?|bm|rm|bf|operatorname\*?|emph|underline)"
 )
 _TEXT = re.compile(_TEXTUAL + r"\s*\{((?:[^{}]|\^\s*\{[^{}]*\})*)\}")
 _COLOURED = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}\s*")
@@ -50,10 +50,10 @@ _NAMES = {
     "sec": "sec", "csc": "csc", "arcsin": "arcsin", "arccos": "arccos", "arctan": "arctan", "arccot": "arccot",
     "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "max": "max", "min": "min", "gcd": "gcd", "lcm": "lcm",
     "oo": "infty", "det": "det", "sqrt": "sqrt", "pi": "pi", "infinity": "infty", "infty": "infty", "theta": "theta",
-    "sgn": "operatorname{sgn}",
 }  # fmt: skip
 # "5 sec" and "3 min" are units, "sec x" is a function.
 _ALONE = ("pi", "infinity", "infty", "oo", "theta")
+_PRIMES = re.compile(r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*\\prime(?![A-Za-z])")
 _BARE_NAME = re.compile(
     r"(?<![A-Za-z\\])(?:("
     + "|".join(sorted(_NAMES, key=len, reverse=True))
@@ -94,60 +94,84 @@ _OPEN, _CLOSE = (
 
 
 def normal(text: str) -> str:
-    """One spelling of an answer: no outer delimiters, one name per command, plain digits, text groups as `\\text{}`."""
+    r"""Bring an answer to one spelling: no outer delimiters, one name a command, text groups as ``\text{}``."""
     text = re.sub(r"\\(q?quad)(?=[A-Za-z])", r"\\\1 ", re.sub(r"\s+", " ", text))
     text = re.sub(r"(?<=\d)\s*\u2013\s*(?=\d)", r"\\text{ to }", text)  # 3–5 is a range
-    text = unicodedata.normalize("NFC", plain_digits(visible(text)))
-    text = plain_fractions(text, r"\frac{%s}{%s}")
+    text = plain_fractions(unicodedata.normalize("NFC", plain_digits(visible(text))), r"\frac{%s}{%s}")
     text = _undelimited(_SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text))
+    for stage in (_grouped_digits, _escaped_once, _named_sets, _text_groups, _marks, _commands, _spaces, _formulas):
+        text = stage(text)
+    return _MIXED.sub(_mixed, re.sub(r"\s+", " ", text)).strip()
+
+
+def _grouped_digits(text: str) -> str:
+    """Commas in braces: thousands go, a decimal comma is a point."""
     text = re.sub(r"\{\s*([,:])\s*\}", lambda m: "{,}" if m[1] == "," else ":", text)
     text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:\{,\}\d{3})++(?!\d|\{,\})", lambda m: m[0].replace("{,}", ""), text)
     text = re.sub(r"(?<![\d.])(\d+)\{,\}(\d+)(?![\d{])", _decimal_comma, text)
-    text = _THOUSANDS.sub("", re.sub(r"(?<=\d),\s*\\!\s*(?=\d{3}(?!\d))", "", text))
-    text = _COLOURED.sub("", text)
-    if r"\begin" not in text:  # escaped twice
+    return _THOUSANDS.sub("", re.sub(r"(?<=\d),\s*\\!\s*(?=\d{3}(?!\d))", "", text))
+
+
+def _escaped_once(text: str) -> str:
+    """``\\\\frac`` is ``\\frac`` where no lines are told apart."""
+    if r"\begin" not in text:
         text = re.sub(r"\\\\(?=(?:le|ge|ne|pi|in|cup|cap|pm|[a-zA-Z]{3,})(?![a-zA-Z]))", r"\\", text)
-    text = re.sub(r"\\\\\s*(?=\\end)", "", text)
+    return re.sub(r"\\\\\s*(?=\\end)", "", text)
+
+
+def _named_sets(text: str) -> str:
     text = _IN_SET.sub(lambda found: rf"{found[1]}\mathbb{{{found[2] or found[3]}}}", text)
-    text = _SET.sub(lambda found: rf"\mathbb{{{found[1] or found[2]}}}", text)
-    text = re.sub(r"\\(?:mathrm|mathbf|text|rm)\s*\{\s*([CAP])\s*\}(?=\s*_)", r"\1", text)
+    return _SET.sub(lambda found: rf"\mathbb{{{found[1] or found[2]}}}", text)
+
+
+def _text_groups(text: str) -> str:
+    """Commands for text as ``\\text{}``; those around a letter or a number of a formula, and colours, go."""
+    text = re.sub(r"\\(?:mathrm|mathbf|text|rm)\s*\{\s*([CAP])\s*\}(?=\s*_)", r"\1", _COLOURED.sub("", text))
     for _ in range(4):
         text = _TEXT.sub(_text_group, text)
+    return text
+
+
+def _marks(text: str) -> str:
+    """Signs with a meaning of their own: a currency, micro, a third derivative, an angle, a half-open interval."""
     text = re.sub(r"\\\$|\\textdollar(?![A-Za-z])", "$", text)
     text = re.sub(r"\\(?:blacksquare|square|qed|Box)(?![A-Za-z])\s*$", "", text)
     text = re.sub(r"\\mu\s*\\text\s*\{\s*(?=[A-Za-z])", r"\\text{µ", text)
     text = re.sub(r"([A-Za-z])\^\s*\{\s*\((\d)\)\s*\}", lambda m: m[1] + "'" * int(m[2]), text)
     text = re.sub(r"\\angle\s*([A-Z])([A-Z])([A-Z])(?![A-Za-z])", _angle, text)
-    text = re.sub(r"(?<![\w)}\]])([\[\]])([^\[\](){}]+,[^\[\](){}]+)([\[\]])(?![\w(])", _interval, text)
-    text = _COMMAND.sub(_command, text)
+    return re.sub(r"(?<![\w)}\]])([\[\]])([^\[\](){}]+,[^\[\](){}]+)([\[\]])(?![\w(])", _interval, text)
+
+
+def _commands(text: str) -> str:
+    return _COMMAND.sub(_command, text)
+
+
+def _spaces(text: str) -> str:
+    """A wide space between two parts is a comma, any other a space; an answer of words is those words."""
     text = re.sub(r"(?<=[\w})])\s*\\q?quad\s*(?=[\w\-]|\\(?:frac|sqrt|pi)(?![A-Za-z]))", ", ", text)
-    text = re.sub(r"(?<!\\)\\[,;:!> \n]|~", " ", text)
+    text = re.sub(r"(?<!\\)\\[,;:!> \n]|~|\\q?quad(?![A-Za-z])", " ", text)
     text = re.sub(r"^(?:\\text\s*\{\s*)?(?:negative|minus)\s*\}?\s*(?=[\d\\$])", "-", text)
-    if (found := re.fullmatch(r"\\text\s*\{([^{}]*,[^{}]*)\}", text)) is not None:
-        text = found[1]
-    text = re.sub(r"(?<=\d)\s*(?:\\text\s*\{\s*([kM])\s*\})?\s*\\Omega\s*$", r" \\text{\1ohm}", text)
+    words = re.fullmatch(r"\\text\s*\{([^{}]*,[^{}]*)\}", text)
+    text = words[1] if words else text
+    return re.sub(r"(?<=\d)\s*(?:\\text\s*\{\s*([kM])\s*\})?\s*\\Omega\s*$", r" \\text{\1ohm}", text)
+
+
+def _formulas(text: str) -> str:
+    """One spelling of primes, degrees, functions, roots, fractions, arrays, binomials and repeating decimals."""
     text = re.sub(r"\.\.\.+", r"\\dots ", text)
-    text = re.sub(
-        r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*\\prime(?![A-Za-z])",
-        lambda m: "'" * max(1, (m[1] or "").count("prime")),
-        text,
-    )
+    text = _PRIMES.sub(lambda m: "'" * max(1, (m[1] or "").count("prime")), text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r"^\\circ ", text)
     text = re.sub(r"(?<![A-Za-z])(?:np|math|sympy|sp)\.(?=[a-z])", "", text.replace("**", "^"))
     text = _BARE_NAME.sub(lambda found: "\\" + _NAMES[found[1] or found[2]] + " ", text)
     text = re.sub(r"√\s?(\d+|[a-z])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = _EXPONENT.sub(r"\1\\times 10^{\2}", text)
-    text = _ARRAY.sub(_array, text)
+    text = _ARRAY.sub(_array, _EXPONENT.sub(r"\1\\times 10^{\2}", text))
     for _ in range(3):
         text = _FRAC.sub(_frac, text)
     text = _SQRT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
     text = _CHOOSE_BEFORE.sub(_chosen_before, _CHOOSE.sub(_chosen, text))
-    text = re.sub(r"(?<![\d.])(\d*)\.(\d*?)(\d)\3\3+\s*(?:\\dots|\.\.\.)(?![A-Za-z])", r"\1.\2\\overline{\3}", text)
-    text = _REPEATING.sub(_repeating, text)
-    text = re.sub(r"(?<=\d)\.(?![\d.])", "", text)
-    text = re.sub(r"\\q?quad(?![A-Za-z])", " ", text)
-    return _MIXED.sub(_mixed, re.sub(r"\s+", " ", text)).strip()
+    text = re.sub(r"(?<![\d.])(\d*)\.(\d*?)(\d)\3\3+\s*\\dots(?![A-Za-z])", r"\1.\2\\overline{\3}", text)
+    return re.sub(r"(?<=\d)\.(?![\d.])", "", _REPEATING.sub(_repeating, text))
 
 
 def tokens(text: str) -> list[str]:
@@ -240,7 +264,7 @@ def _text_group(found: re.Match[str]) -> str:
         if inner in _NAMES and not (inner in ("sec", "min") and not found.string[found.end() :].strip(" .}$")):
             return "\\" + _NAMES[inner] + " "
         if "operatorname" in name:
-            return rf"\mathop{{{inner}}}"
+            return rf"\operatorname{{{inner}}}"
     if re.fullmatch(r"[\d\s.,+\-]*", found[1]) or ("rm" not in name and "text" not in name and len(inner) == 1):
         return found[1]
     return rf"\text{{{re.sub(r'[{}]', '', found[1])}}}"

@@ -141,11 +141,8 @@ def same_words(one: Unit, two: Unit) -> bool:
 
 
 def factor_between(one: Unit, two: Unit) -> Fraction | None:
-    """How many of ``two`` a ``one`` is; None where they measure different things or pint does not know them.
-
-    Raises:
-        ValueError: degrees of two temperature scales, which no factor connects.
-    """
+    """How many of ``two`` a ``one`` is; None where they measure different things, are two scales of temperature, or pint
+    does not know them."""
     if one.name is None or two.name is None:
         return None
     if one.name == two.name:
@@ -153,15 +150,12 @@ def factor_between(one: Unit, two: Unit) -> Fraction | None:
     registry = _registry()
     try:
         left, right = registry.Quantity(Fraction(1), one.name), registry.Quantity(Fraction(1), two.name)
-        alike = left.dimensionality == right.dimensionality
-        linear = left._is_multiplicative and right._is_multiplicative
-        if not alike or (left.dimensionless and PERCENT in (one.name, two.name)):
+        if left.dimensionless and PERCENT in (one.name, two.name):
             return None
-        if linear:
-            return Fraction(left.to(right.units).magnitude)
-    except Exception:  # a logarithmic unit: pint takes the logarithm of a Fraction
+        zero = registry.Quantity(Fraction(0), one.name).to(right.units).magnitude
+        return Fraction(left.to(right.units).magnitude) if zero == 0 else None
+    except Exception:  # other dimensions; a logarithmic unit: pint takes the logarithm of a Fraction
         return None
-    raise ValueError("two temperature scales")
 
 
 def singular(word: str) -> str:

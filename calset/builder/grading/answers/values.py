@@ -23,11 +23,18 @@ class PredUnread(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What is compared as text alone; ``whole``: nothing was left unread (a word, a date, a time)."""
+    """What is compared as text alone.
 
+    Args:
+        kind: ``words``, ``option`` (a letter and words behind it), ``date``, ``time``, ``base``; ``tokens`` if no
+            reader takes the text whole.
+        key: the parts that are compared.
+        unread: why the text was not read whole; empty where it was.
+    """
+
+    kind: str
     key: tuple[str, ...]
-    whole: bool
-    why: str = ""
+    unread: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +48,18 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parts: a bare list (``opened`` is empty), or what brackets hold."""
+    """Parts of an answer.
+
+    Args:
+        opened, closed: the brackets around them; empty for a bare list, ``:`` for a ratio, ``label`` for numbered
+            parts.
+        joined_by_and: "and" joins a bare list.
+    """
 
     items: tuple[Value, ...]
     opened: str = ""
     closed: str = ""
+    joined_by_and: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,3 +124,35 @@ def test_the_versions_say_what_can_change_a_verdict():
     assert grader_version("choice") == "2"
     assert grader_version("exact") == "2"
     assert grader_version("math").startswith("4+math-verify-")
+
+
+FENCE = "```"
+
+
+@pytest.mark.parametrize("grader", ["math", "exact"])
+@pytest.mark.parametrize("language", ["", "text", "json"])
+@pytest.mark.parametrize(
+    "heading",
+    ["**Final answer:**\n\n", "### Final Answer\n\n", "Answer:\n", "The answer is:\n\n", "The final answer is\n", ""],
+)
+def test_a_code_block_below_a_heading_is_the_answer(grader: str, language: str, heading: str):
+    block = f"{FENCE}{language}\n156\n{FENCE}"
+    assert verdict(grader, "156", f"We add.\n\n{heading}{block}" if heading else block) == "correct"
+    assert verdict(grader, "156", f"{heading}{block.replace('156', '157')}") == "incorrect"
+    if heading:
+        assert verdict(grader, "156", f"{heading}{block}\n\nThis satisfies all the constraints.") == "correct"
+
+
+def test_a_box_that_is_withdrawn_states_nothing():
+    assert verdict("math", "156", "\\boxed{156}\n\nNo, that is wrong; I do not know.") == "no_answer"
+    assert verdict("math", "156", "\\boxed{156}. Wait, that is a mistake: \\boxed{157}") == "incorrect"
+    assert verdict("math", "156", "\\boxed{156}\n\nNo, 155 would be too small: this is right.") == "correct"
+
+
+def test_an_answer_of_several_thousand_characters_is_stated_whole():
+    text = "word " * 1_000 + "end"
+    assert stated(f"**Answer:** {text}").text == text
+
+
+def test_a_word_below_a_heading_is_no_part_of_it():
+    assert stated("### Final Answer\n\nis one of us").text == "is one of us"

@@ -1,4 +1,4 @@
-"""Characters of answers in one spelling: digits of any script, typographic minus signs, nothing invisible.
+"""Characters of answers in one spelling: digits of any script, a minus is a minus, nothing invisible, no text commands.
 
 Must not know: what an answer means.
 """
@@ -8,12 +8,23 @@ from __future__ import annotations
 import re
 import unicodedata
 
+_WRAPPED = re.compile(
+    r"\\(?:text(?:bf|it|sf|rm|tt|normal)?|math(?:rm|bf|it|sf|tt|bb)|boldsymbol|bm|operatorname|underline|boxed)"
+    r"\s*\{([^{}]*)\}"
+)
 _INVISIBLE = re.compile("[\u0000\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 
 
 def visible(text: str) -> str:
     """Without NULs, zero-width characters and direction overrides; typographic minus signs are a minus."""
     return re.sub("[\u2212\u2012\u2013\ufe63\uff0d]", "-", _INVISIBLE.sub("", text))
+
+
+def unwrapped(text: str) -> str:
+    r"""Without the commands for text around a text: ``\text{B}`` and ``\textbf{\mathrm{B}}`` are B."""
+    for _ in range(3):
+        text = _WRAPPED.sub(r"\1", text)
+    return text
 
 
 def plain_digits(text: str) -> str:

@@ -14,16 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from calset.builder.grading import Outcome
-from calset.builder.grading.characters import squeezed, visible
+from calset.builder.grading.characters import squeezed, unwrapped, visible
 from calset.builder.grading.extract import Stated, boxes, denied, joined_boxes, last_tagged
 
 RULES = "2"  # raise when a change here can change a verdict
 LETTERS = "ABCDEFGHIJ"
 
-_WRAPPED = re.compile(
-    r"\\(?:text(?:bf|it|sf|rm|tt|normal)?|math(?:rm|bf|it|sf|bb)|boldsymbol|bm|operatorname|underline|boxed)"
-    r"\s*\{([^{}]*)\}"
-)
 # Only looked at, not taken: one line may hold several statements, and the last counts.
 _LABEL = re.compile(
     r"(?i)(?:\b(?:answer|option|choice)s?|答案|故选|应选|选择|答え|ответ|respuesta|réponse|antwort|resposta|risposta)"
@@ -211,9 +207,7 @@ def _by_text(text: str, options: Mapping[str, str]) -> str | None:
 def _plain(text: str) -> str:
     """Without TeX text commands, dollar signs, Markdown stars and outer space."""
     text = re.sub(r"\s{2,}", " ", text)
-    for _ in range(3):
-        text = _WRAPPED.sub(r"\1", text)
-        text = re.sub(r"^\s*\{(.*)\}\s*$", r"\1", text, flags=re.S)
+    text = re.sub(r"^\s*\{(.*)\}\s*$", r"\1", unwrapped(text), flags=re.S)
     text = re.sub(r"\\[()\[\]]", "", text.replace("**", "").replace("$", "")).translate(_PLAIN)
     return text.replace("`", "").strip(" \t\r\n*_\"“”'")
 

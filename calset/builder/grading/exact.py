@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from calset.builder.grading import Outcome
 from calset.builder.grading.answers.units import factor_between, qualifies, scale_of, unit_of
-from calset.builder.grading.characters import plain_digits, plain_fractions, visible
+from calset.builder.grading.characters import plain_digits, plain_fractions, unwrapped, visible
 from calset.builder.grading.extract import boxes, stated
 
 RULES = "2"  # raise when a change here can change a verdict
@@ -26,7 +26,6 @@ MAX_NUMBER_CHARS = 1_000  # int() itself refuses more than 4,300 digits
 MAX_EXPONENT = 5_000
 BARE_CHARS = 40  # a response of one line that is no longer is the answer itself
 
-_WRAPPED = re.compile(r"\\(?:text(?:bf|it|tt|rm|sf|normal)?|math(?:rm|bf|it|tt|sf)|operatorname)\s*\{([^{}]*)\}")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\[dt]?frac(\d)(\d)")
 _TIMES_TEN = re.compile(r"\s*(?:\\times|\\cdot|×|·|\*)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 _MIXED = re.compile(r"([-+]?)(\d{1,20})\s+(\d{1,20})\s*/\s*(\d{1,20})")
@@ -148,8 +147,7 @@ def _clean(text: str) -> str:
     text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text, flags=re.S).strip()
     while len(text) > 1 and text[0] == text[-1] == "$":
         text = text[1:-1].strip()
-    for _ in range(3):
-        text = _WRAPPED.sub(r"\1", text)
+    text = unwrapped(text)
     while len(text) > 1 and text[0] == "{" and text[-1] == "}" and "{" not in text[1:-1]:
         text = text[1:-1].strip()
     for tex, plain in ((r"\$", "$"), (r"\%", "%"), (r"\,", " "), (r"\!", ""), ("{,}", ","), (r"\ ", " ")):

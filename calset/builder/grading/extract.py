@@ -61,7 +61,7 @@ _IS = r"(?:is|are|was|should\s+be|would\s+be|must\s+be|will\s+be|equals|为|是|
 _STATED = re.compile(
     rf"(?i)(?:(?<![\w-])(?<!this )(?<!that )(?<!an )(?<!each )(?<!any )(?<!no )(?:{_WORD})"
     rf"|{_WORD_CJK})(?:\s+to\s+(?:the|this|your)\s+"
-    rf"(?:question|problem))?[*_\s]{{0,4}}{_IS}\s*[:：]?[*_ \t]*(?=(?P<answer>[^\n]{{1,2000}}|\n))"
+    rf"(?:question|problem))?[*_ \t]{{0,4}}{_IS}\s*[:：]?[*_ \t]*(?=(?P<answer>[^\n]{{1,8000}}|\n))"
 )
 _HEADING = re.compile(rf"(?im)^[ \t#*_]*(?:the\s+)?(?:{_WORD}|最终答案|{_WORD_CJK})[ \t*_]*[:：]?[ \t*_]*$")
 _REVERSED = re.compile(
@@ -91,12 +91,18 @@ _ENCLOSED = re.compile(
 _TAKEN_BACK = re.compile(
     r"(?i)\b(?:wait|actually|correction|my mistake|made (?:a|an) (?:mistake|error)|oops|sorry|scratch that)\b"
 )
+# "No, that is wrong": what stands right before is not the answer either.
+_WITHDRAWN = re.compile(
+    r"[\s$.)\]\\]*(?:no|wait|hmm|actually|oops)\b[^.!\n]{0,40}?\b(?:that|this|it)(?:\s+is|\s+was|'s)\s+(?:wrong|incorrect"
+    r"|not right|a mistake)\b",
+    re.I,
+)
 # "\boxed{7} is wrong", "the answer is not \boxed{7}".
 _REFUSED = re.compile(
     r"[\s$*]*(?:\\[\])])?[\s$*]*(?:is|are|was|would be|seems?)\s+(?:not|wrong|incorrect|false|impossible)\b", re.I
 )
 _REFUSED_BEFORE = re.compile(r"\b(?:not|isn't|cannot be)\s*(?:\\[(\[])?[\s$*]*$", re.I)
-_FENCED = re.compile(r"\s*```\w*\n([^`\n]{1,200})\n```\s*")
+_FENCE = re.compile(r"```[\w+-]*\n((?:(?!```).){1,8000}?)\n?[ \t]*```", re.S)
 _BEHIND = re.compile(
     r"(?i)(?!\W{0,4}(?:or|and)\b)[\s.,;:!*_]*(?:$|(?<=[.,;!:*_])\s|\s*(?:\((?!\s*mod)|(?:because|since|as|which)\b))"
 )
@@ -153,38 +159,59 @@ def last_tagged(text: str) -> Stated | None:
 def stated(response: str) -> Stated | None:
     r"""The last box; without one the last ``<answer>``; then the last of the other statements; else None.
 
-    These are "#### 7", "The answer is 7", a heading "Answer" with the answer below it, "Hence, 7 is the answer". A
-    remark on an answer ("The answer is exact.") or a denial ("the answer is not 7") states none.
+    These are "#### 7", "The answer is 7", a heading "Answer" with a formula, a code block or a line below it, "Hence, 7
+    is the answer", and a response that is one code block. A remark on an answer ("The answer is exact.") or a denial
+    ("The answer is not 7") states none beside another. A box or a tag that is taken back ("Wait, the answer is 8")
+    loses to what is stated after it.
     """
-    box = next((Stated(box.text, box.at) for box, end in _boxes(response) if not denied(response, box.at, end)), None)
-    if box is not None:
-        corrected = _TAKEN_BACK.search(response, box.at)
-        later = stated_in_words(response, corrected.end()) if corrected else None
-        return later or Stated(box.text.strip(), box.at)
-    tagged = last_tagged(response)
-    if tagged is not None:
-        corrected = _TAKEN_BACK.search(response, tagged.at)
-        return (stated_in_words(response, corrected.end()) if corrected else None) or tagged
-    fenced = _FENCED.fullmatch(response)
-    return stated_in_words(response) or (Stated(fenced[1].strip(), fenced.start(1)) if fenced else None)
+    kept = (Stated(box.text.strip(), box.at) for box, end in _boxes(response) if not denied(response, box.at, end))
+    placed = next(kept, None) or last_tagged(response)
+    if placed is not None:
+        taken_back = _TAKEN_BACK.search(response, placed.at)
+        return (stated_in_words(response, taken_back.end()) if taken_back else None) or placed
+    alone = _FENCE.fullmatch(response.strip())
+    return stated_in_words(response) or (Stated(alone[1].strip(), 0) if alone else None)
 
 
 def stated_in_words(response: str, start: int = 0) -> Stated | None:
     """The last statement that is no box and no tag, from a position on."""
     response = squeezed(response[start:])
-    found = [Stated(_trimmed(match[1]), match.start()) for match in _HASHES.finditer(response)]
-    said = list(_labelled(response))
-    found.extend(statement for statement in said if not _is_remark(statement.text))
-    for match in _REVERSED.finditer(response):
-        asked = response[match.end() : match.end() + 3].lstrip().startswith("?")
-        if not asked and not _NO_ANSWER.match(match["answer"]):
-            found.append(Stated(_trimmed(match["answer"]), match.start()))
-    last = max(found or said, key=lambda statement: statement.at, default=None)
-    for statement in said:  # "The answer is 3. No, the answer is not 3."
-        no = _DENIED.match(statement.text)
-        if last and no and statement.at > last.at and statement.text[no.end() :].strip() == last.text:
-            return statement
-    return last
+    places = [(match.start(), _hashed, match) for match in _HASHES.finditer(response)]
+    places += [(match.start(), _headed, match) for match in _HEADING.finditer(response)]
+    places += [(match.start(), _said, match) for match in _STATED.finditer(response)]
+    places += [(match.start(), _named, match) for match in _REVERSED.finditer(response)]
+    remark = None
+    for at, read, match in sorted(places, key=lambda place: place[0], reverse=True):
+        text = read(match)
+        if not text:
+            continue
+        if not _is_remark(text):
+            denied_later = remark and _DENIED.sub("", remark.text).strip() == text  # "... No, the answer is not 3."
+            return remark if denied_later else Stated(text, at)
+        remark = remark or Stated(text, at)
+    return remark
+
+
+def _hashed(match: re.Match[str]) -> str:
+    return _trimmed(match[1])
+
+
+def _headed(match: re.Match[str]) -> str:
+    return _block(match.string[match.end() :].lstrip("\n \t"))
+
+
+def _said(match: re.Match[str]) -> str:
+    text = match["answer"].strip().removeprefix("}").strip()
+    if text.startswith("```"):
+        return _block(match.string[match.start("answer") :])
+    if not text.strip("*_:： "):
+        return _block(match.string[match.end() :].lstrip("\n \t*_"))
+    return _first(text)
+
+
+def _named(match: re.Match[str]) -> str:
+    asked = match.string[match.end() : match.end() + 3].lstrip().startswith("?")
+    return "" if asked or _NO_ANSWER.match(match["answer"]) else _trimmed(match["answer"])
 
 
 def _is_remark(text: str) -> bool:
@@ -193,25 +220,14 @@ def _is_remark(text: str) -> bool:
 
 def denied(text: str, at: int, end: int) -> bool:
     """Return True if the text says of the statement between two places that it is not the answer."""
-    return bool(_REFUSED.match(text, end) or _REFUSED_BEFORE.search(text, max(0, at - 20), at))
-
-
-def _labelled(response: str) -> Iterator[Stated]:
-    headings = {match.start(): match.end() for match in _HEADING.finditer(response)}
-    for start, end in headings.items():
-        if block := _block(response[end:].lstrip("\n \t")):
-            yield Stated(block, start)
-    for match in _STATED.finditer(response):
-        text = match["answer"].strip()
-        text = text[1:].strip() if text.startswith("}") else text
-        if not text.strip("*_:： "):
-            text = _block(response[match.end() :].lstrip("\n \t*_"))
-        if text:
-            yield Stated(_first(text), match.start())
+    refused = _REFUSED.match(text, end) or _WITHDRAWN.match(text, end)
+    return bool(refused or _REFUSED_BEFORE.search(text, max(0, at - 20), at))
 
 
 def _block(text: str) -> str:
-    """What stands below a heading: a display formula, else a line."""
+    """What stands below a heading: a code block, a display formula, else a line."""
+    if fenced := _FENCE.match(text):
+        return fenced[1].strip("\n")
     if (found := _ENCLOSED.match(text)) and (found[1] or found[2]):
         return (found[1] or found[2]).strip()
     return _first(text.partition("\n")[0])

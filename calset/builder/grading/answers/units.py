@@ -141,8 +141,8 @@ def same_words(one: Unit, two: Unit) -> bool:
 
 
 def factor_between(one: Unit, two: Unit) -> Fraction | None:
-    """How many of ``two`` a ``one`` is; None where they measure different things, are two scales of temperature, or pint
-    does not know them."""
+    """How many of ``two`` a ``one`` is; None where they measure different things, are two scales of temperature, or
+    pint does not know them."""
     if one.name is None or two.name is None:
         return None
     if one.name == two.name:

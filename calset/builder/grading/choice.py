@@ -15,7 +15,7 @@ from typing import Any
 
 from calset.builder.grading import Outcome
 from calset.builder.grading.characters import squeezed, unwrapped, visible
-from calset.builder.grading.extract import Stated, boxes, denied, joined_boxes, last_tagged
+from calset.builder.grading.extract import Stated, boxes, joined_boxes, last_standing_box, last_tagged
 
 RULES = "2"  # raise when a change here can change a verdict
 LETTERS = "ABCDEFGHIJ"
@@ -115,7 +115,8 @@ def _last_statement(response: str, options: Mapping[str, str]) -> Stated | None:
 
     A letter that is denied ("E is not the answer") is no statement. A box with a formula loses to a letter anywhere.
     """
-    placed = [box for box in boxes(response) if not _refused(response, box)][:1]
+    box = last_standing_box(response)
+    placed = [] if box is None else [box]
     joined = joined_boxes(response)
     if joined.in_words and len({_read(text, options) for text in joined.texts}) > 1:
         return Stated(joined.text, len(response))  # "\boxed{A} and \boxed{B}" is no one letter
@@ -134,19 +135,10 @@ def _last_statement(response: str, options: Mapping[str, str]) -> Stated | None:
                 found.append(Stated(letter, match.start()))
     lines = [line for line in response.splitlines() if line.strip()]
     last = _plain(lines[-1]) if lines else ""
-    if (
-        lines
-        and not _DENIED_BEHIND.match(last)
-        and (found == [] or len(last) < 4)
-        and _read_line(lines[-1], options, alone=len(lines) == 1)
-    ):
+    may_count = lines and not _DENIED_BEHIND.match(last) and (not found or len(last) < 4)
+    if may_count and _read_line(lines[-1], options, alone=len(lines) == 1):
         found.append(Stated(lines[-1], response.rfind(lines[-1])))
     return max(found or placed, key=lambda statement: statement.at, default=None)
-
-
-def _refused(response: str, box: Stated) -> bool:
-    end = response.find("}", box.at + len(box.text)) + 1
-    return denied(response, box.at, end)
 
 
 def _read(text: str, options: Mapping[str, str]) -> str | None:

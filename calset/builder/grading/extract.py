@@ -125,6 +125,12 @@ def last_boxed(text: str) -> str | None:
     return next((box.text for box in boxes(text)), None)
 
 
+def last_standing_box(text: str) -> Stated | None:
+    r"""The last box that the text does not take back or deny: not that of "\boxed{7} is wrong"."""
+    kept = (Stated(box.text.strip(), box.at) for box, end in _boxes(text) if not _denied(text, box.at, end))
+    return next(kept, None)
+
+
 def joined_boxes(text: str) -> Joined:
     r"""The contents of the boxes that end with the last one and are joined by nothing but commas, "and" or "or"; empty
     where that is one box: ``\boxed{2}`` and ``\boxed{5}``."""
@@ -164,8 +170,7 @@ def stated(response: str) -> Stated | None:
     ("The answer is not 7") states none beside another. A box or a tag that is taken back ("Wait, the answer is 8")
     loses to what is stated after it.
     """
-    kept = (Stated(box.text.strip(), box.at) for box, end in _boxes(response) if not denied(response, box.at, end))
-    placed = next(kept, None) or last_tagged(response)
+    placed = last_standing_box(response) or last_tagged(response)
     if placed is not None:
         taken_back = _TAKEN_BACK.search(response, placed.at)
         return (stated_in_words(response, taken_back.end()) if taken_back else None) or placed
@@ -218,7 +223,7 @@ def _is_remark(text: str) -> bool:
     return bool(_REMARK.match(text) or _DENIED.match(text))
 
 
-def denied(text: str, at: int, end: int) -> bool:
+def _denied(text: str, at: int, end: int) -> bool:
     """Return True if the text says of the statement between two places that it is not the answer."""
     refused = _REFUSED.match(text, end) or _WITHDRAWN.match(text, end)
     return bool(refused or _REFUSED_BEFORE.search(text, max(0, at - 20), at))
